@@ -1,0 +1,1 @@
+"""Everything that makes pocket: the little world, its data sets, its tokenizer and its base models."""

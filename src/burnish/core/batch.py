@@ -1,0 +1,249 @@
+"""Groups laid end to end without padding, as tensors.
+
+Letters of shapes: T tokens of the row, S scored tokens, C completions, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from burnish.core.group import Group
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionSpan:
+    """Where a completion lies in the packed row: [start, start + length)."""
+
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpan:
+    """Where a group lies in the packed row: its prompt, directly followed by its completions."""
+
+    start: int
+    prompt: int
+    completions: tuple[CompletionSpan, ...]
+
+    @property
+    def end(self) -> int:
+        last = self.completions[-1]
+        return last.start + last.length
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The attention structure of a packed row, in plain integers.
+
+    A prompt attends causally to itself; a completion to its prompt and, causally, to itself; nothing else.
+    """
+
+    total: int
+    groups: tuple[GroupSpan, ...]
+
+
+@dataclass
+class Table:
+    """All that a loss may read beside the model's outputs; flat, for one micro-batch or a whole optimizer step.
+
+    Attributes:
+        token_completion: (S,) int64, the completion (row of C) that each scored token belongs to.
+        completion_group: (C,) int64, the group (row of G) of each completion.
+        completion_slot: (C,) int64, 0 … K−1 within its group (pairs: 0 = chosen, 1 = rejected).
+        completion_scored: (C,) int64, scored tokens of each completion.
+        completion_tokens: (C,) int64, all tokens of each completion.
+        group_order: (G,) int64, canonical position of each group within the optimizer step (data order).
+        group_ids: G names, for messages.
+        columns: name → (C,) float32. token_columns: name → (S,) float32. group_columns: name → (G,) float32.
+    """
+
+    token_completion: Tensor
+    completion_group: Tensor
+    completion_slot: Tensor
+    completion_scored: Tensor
+    completion_tokens: Tensor
+    group_order: Tensor
+    group_ids: tuple[str, ...]
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    token_columns: dict[str, Tensor] = field(default_factory=dict)
+    group_columns: dict[str, Tensor] = field(default_factory=dict)
+
+    def sum_tokens(self, per_token: Tensor) -> Tensor:
+        """(S,) → (C,): sum over the scored tokens of each completion; 0 where a completion has none."""
+        out = per_token.new_zeros(self.completion_group.shape[0])
+        return out.index_add(0, self.token_completion, per_token)
+
+    def slot(self, values: Tensor, slot: int) -> Tensor:
+        """(C,) → (G,): the value of completion `slot` of every group. Every group must have that slot."""
+        return values[self.completion_slot == slot]
+
+
+@dataclass
+class Outputs:
+    """What one model call returns; fields that were not wanted are None.
+
+    Attributes:
+        logprobs: (S,) log-probabilities of the scored tokens, at least fp32, nats.
+        entropy: (S,) entropy of the distribution each scored token was drawn from, nats.
+        scores: (C,) scalar score of each completion, read at its last token.
+        values: (S,) value estimate at each scored token.
+        functionals: name → (S,) further functionals of the vocabulary's distribution (see `core.head`).
+    """
+
+    logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+    scores: Tensor | None = None
+    values: Tensor | None = None
+    functionals: dict[str, Tensor] = field(default_factory=dict)
+
+    def named(self) -> dict[str, Tensor]:
+        """All tensors by name, functionals as "functionals.<name>"."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "functionals"}
+        found = {name: value for name, value in plain.items() if value is not None}
+        return found | {f"functionals.{name}": value for name, value in self.functionals.items()}
+
+    @classmethod
+    def from_named(cls, tensors: Mapping[str, Tensor]) -> Outputs:
+        """The inverse of `named`."""
+        out = cls()
+        for name, value in tensors.items():
+            if name.startswith("functionals."):
+                out.functionals[name.removeprefix("functionals.")] = value
+            else:
+                setattr(out, name, value)
+        return out
+
+
+@dataclass
+class PackedBatch:
+    """Some groups as one row without padding: prompt | completion 1 | … | completion K | next prompt …
+
+    Attributes:
+        input_ids: (T,) int64.
+        position_ids: (T,) int64; each completion restarts at its prompt's length.
+        source_index: (S,) int64, the row position whose hidden state predicts each scored token. The last position of a
+            prompt predicts the first token of all its completions.
+        target_ids: (S,) int64, the scored tokens themselves.
+        last_index: (C,) int64, row position of each completion's last token (where a reward model reads its score).
+        layout: The attention structure.
+        table: What the loss reads.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    source_index: Tensor
+    target_ids: Tensor
+    last_index: Tensor
+    layout: Layout
+    table: Table
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The batch with all tensors on `device`."""
+        if torch.device(device).type == "cpu" and self.input_ids.device.type == "cpu":
+            return self
+        t = self.table
+        table = Table(
+            *(getattr(t, f.name).to(device, non_blocking=True) for f in fields(t)[:6]),
+            group_ids=t.group_ids,
+            columns={k: v.to(device) for k, v in t.columns.items()},
+            token_columns={k: v.to(device) for k, v in t.token_columns.items()},
+            group_columns={k: v.to(device) for k, v in t.group_columns.items()},
+        )
+        tensors = (self.input_ids, self.position_ids, self.source_index, self.target_ids, self.last_index)
+        return PackedBatch(*(x.to(device, non_blocking=True) for x in tensors), layout=self.layout, table=table)
+
+
+def _stack_columns(rows: Sequence[Mapping[str, float]], owners: Sequence[str], what: str) -> dict[str, Tensor]:
+    """Rows of named numbers → name → (n,) float32; every row must have the same names."""
+    if not rows:
+        return {}
+    names = set(rows[0])
+    for row, owner in zip(rows, owners, strict=True):
+        if set(row) != names:
+            raise ValueError(f"{what} columns differ between rows: {owner} has {sorted(row)}, not {sorted(names)}")
+    return {n: torch.tensor([row[n] for row in rows], dtype=torch.float32) for n in sorted(names)}
+
+
+def build_packed_batch(groups: Sequence[Group], order: Sequence[int] | None = None) -> PackedBatch:
+    """Lay groups end to end.
+
+    Args:
+        groups: The groups of one micro-batch; none is allowed (T = S = C = G = 0).
+        order: Canonical position of each group within the optimizer step; default 0 … G−1.
+
+    Raises:
+        ValueError: Columns differ between groups, or a prompt or completion is empty.
+    """
+    ids, positions, spans = [], [], []
+    source, target, last = [], [], []
+    token_completion, completion_group, slots, scored, tokens = [], [], [], [], []
+    rows: list[Mapping[str, float]] = []
+    token_rows: list[dict[str, np.ndarray]] = []
+    cursor = 0
+    for g, group in enumerate(groups):
+        p = len(group.prompt)
+        if p == 0 or any(len(c.ids) == 0 for c in group.completions):
+            raise ValueError(f"{group.id}: an empty prompt or completion cannot be packed")
+        start, completions = cursor, []
+        ids.append(group.prompt)
+        positions.append(np.arange(p))
+        cursor += p
+        for slot, c in enumerate(group.completions):
+            n = len(c.ids)
+            where = np.flatnonzero(c.mask)
+            before = np.where(where == 0, start + p - 1, cursor + where - 1)
+            row = len(completion_group)
+            source.append(before)
+            target.append(c.ids[where])
+            token_completion.append(np.full(len(where), row))
+            completion_group.append(g)
+            slots.append(slot)
+            scored.append(len(where))
+            tokens.append(n)
+            last.append(cursor + n - 1)
+            rows.append(c.columns)
+            token_rows.append({name: values[where] for name, values in c.token_columns.items()})
+            ids.append(c.ids)
+            positions.append(np.arange(p, p + n))
+            completions.append(CompletionSpan(cursor, n))
+            cursor += n
+        spans.append(GroupSpan(start, p, tuple(completions)))
+    owners = [groups[g].id for g in completion_group]
+    table = Table(
+        token_completion=_long(token_completion),
+        completion_group=torch.tensor(completion_group, dtype=torch.int64),
+        completion_slot=torch.tensor(slots, dtype=torch.int64),
+        completion_scored=torch.tensor(scored, dtype=torch.int64),
+        completion_tokens=torch.tensor(tokens, dtype=torch.int64),
+        group_order=torch.tensor(list(order) if order is not None else range(len(groups)), dtype=torch.int64),
+        group_ids=tuple(group.id for group in groups),
+        columns=_stack_columns(rows, owners, "completion"),
+        token_columns=_concat_token_columns(token_rows, owners),
+        group_columns=_stack_columns([g.columns for g in groups], [g.id for g in groups], "group"),
+    )
+    return PackedBatch(
+        input_ids=_long(ids), position_ids=_long(positions), source_index=_long(source), target_ids=_long(target),
+        last_index=torch.tensor(last, dtype=torch.int64), layout=Layout(cursor, tuple(spans)), table=table,
+    )  # fmt: skip
+
+
+def _long(parts: Sequence[np.ndarray]) -> Tensor:
+    if not parts:
+        return torch.zeros(0, dtype=torch.int64)
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+
+def _concat_token_columns(rows: Sequence[Mapping[str, np.ndarray]], owners: Sequence[str]) -> dict[str, Tensor]:
+    if not rows:
+        return {}
+    names = set(rows[0])
+    for row, owner in zip(rows, owners, strict=True):
+        if set(row) != names:
+            raise ValueError(f"token columns differ between rows: {owner} has {sorted(row)}, not {sorted(names)}")
+    return {n: torch.from_numpy(np.concatenate([r[n] for r in rows]).astype(np.float32)) for n in sorted(names)}

@@ -1,0 +1,42 @@
+"""What the engine asks of a training method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from burnish.core.batch import Outputs, Table
+from burnish.core.group import Group
+from burnish.losses.terms import LossResult
+
+
+class Method(Protocol):
+    """A training method: pure functions and constants; whatever changes while training is in the state it returns.
+
+    Attributes:
+        name: The kind of stage.
+        head: "lm" for a language model, "score" for a scalar per completion.
+        want: Which fields of Outputs the policy must compute: "logprobs", "entropy", "scores", "values".
+        needs_reference: The table carries `token_columns["ref_logprobs"]`, (S,), from the reference model.
+        coupled: The loss is no sum over groups (batch quantiles, sorts); the engine then runs a step in two passes.
+        best_metric: (name, greater_is_better) by default for the best checkpoint.
+    """
+
+    name: str
+    head: str
+    want: frozenset[str]
+    needs_reference: bool
+    coupled: bool
+    best_metric: tuple[str, bool]
+
+    def initial_state(self) -> dict[str, Any]:
+        """State before the first step: JSON values only."""
+        ...
+
+    def counts(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Units per term in these groups, from masks and columns alone; sums over any split to the same number."""
+        ...
+
+    def compute_loss(self, outputs: Outputs, table: Table, state: Mapping[str, Any]) -> LossResult:
+        """The loss of these groups as named sums; must work with zero groups (sum 0 that keeps the graph)."""
+        ...

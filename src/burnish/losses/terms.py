@@ -1,0 +1,48 @@
+"""What a loss returns: named sums with their counts. The engine divides once, by the count of the whole optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+Unit = Literal["token", "pair", "sequence", "group"]
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One term of a loss.
+
+    Attributes:
+        name: Its name in the metrics, e.g. "dpo".
+        sum: () tensor, at least fp32, the sum over what this micro-batch holds, with gradient.
+        count: How many units the sum runs over; must equal what `Method.counts` announced for these groups.
+        unit: What is counted.
+        weight: Factor of the term in the total loss: loss = Σ weight · sum / (count of the whole step).
+    """
+
+    name: str
+    sum: Tensor
+    count: float
+    unit: Unit
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A figure to log: the engine adds up sums and counts over the step (and ranks) and logs sum / count."""
+
+    name: str
+    sum: Tensor
+    count: float
+
+
+@dataclass(frozen=True, slots=True)
+class LossResult:
+    """Terms, metrics, and the method's next state (None = unchanged; committed only if the step's numbers are finite)."""
+
+    terms: tuple[Term, ...]
+    metrics: tuple[Metric, ...] = ()
+    state: Mapping[str, Any] | None = field(default=None)
