@@ -72,23 +72,83 @@ DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sun
 SEASONS = ("spring", "summer", "autumn", "winter")
 COLOURS = ("red", "blue", "green", "yellow", "white", "brown", "grey", "orange")
 HOBBIES = ("singing", "swimming", "drawing", "dancing", "reading", "fishing", "knitting", "climbing")
-FOODS = ("bean soup", "plum cake", "fried fish", "apple pie", "cheese bread", "honey toast", "corn stew", "carrot salad")
+FOODS = (
+    "bean soup",
+    "plum cake",
+    "fried fish",
+    "apple pie",
+    "cheese bread",
+    "honey toast",
+    "corn stew",
+    "carrot salad",
+)
 PETS = ("cat", "dog", "goat", "hen", "rabbit", "duck", "pony", "parrot")
 PET_NAMES = (
-    "Biscuit", "Button", "Pepper", "Clover", "Mango", "Pickle", "Copper", "Daisy", "Marble", "Nutmeg", "Pebble", "Rusty",
-    "Sparky", "Tansy", "Velvet", "Waffle", "Ziggy", "Bramble", "Comet", "Dumpling", "Feather", "Ginger", "Hazel", "Juniper",
-)  # fmt: skip
+    "Biscuit",
+    "Button",
+    "Pepper",
+    "Clover",
+    "Mango",
+    "Pickle",
+    "Copper",
+    "Daisy",
+    "Marble",
+    "Nutmeg",
+    "Pebble",
+    "Rusty",
+    "Sparky",
+    "Tansy",
+    "Velvet",
+    "Waffle",
+    "Ziggy",
+    "Bramble",
+    "Comet",
+    "Dumpling",
+    "Feather",
+    "Ginger",
+    "Hazel",
+    "Juniper",
+)
 JOBS = (
-    ("baker", "bakery"), ("fisher", "harbour"), ("teacher", "school"), ("gardener", "park"), ("miller", "mill"),
-    ("doctor", "clinic"), ("carpenter", "workshop"), ("cook", "inn"), ("farmer", "farm"), ("painter", "studio"),
-    ("librarian", "library"), ("shepherd", "hill"),
-)  # fmt: skip
+    ("baker", "bakery"),
+    ("fisher", "harbour"),
+    ("teacher", "school"),
+    ("gardener", "park"),
+    ("miller", "mill"),
+    ("doctor", "clinic"),
+    ("carpenter", "workshop"),
+    ("cook", "inn"),
+    ("farmer", "farm"),
+    ("painter", "studio"),
+    ("librarian", "library"),
+    ("shepherd", "hill"),
+)
 NAMES = (
-    ("Nora", "she"), ("Tom", "he"), ("Ida", "she"), ("Ben", "he"), ("Lena", "she"), ("Max", "he"), ("Ruth", "she"),
-    ("Sam", "he"), ("Vera", "she"), ("Finn", "he"), ("Clara", "she"), ("Hugo", "he"), ("Mina", "she"), ("Otto", "he"),
-    ("Rosa", "she"), ("Leo", "he"), ("Tilda", "she"), ("Jon", "he"), ("Edith", "she"), ("Karl", "he"), ("Anya", "she"),
-    ("Piet", "he"), ("Greta", "she"), ("Amos", "he"),
-)  # fmt: skip
+    ("Nora", "she"),
+    ("Tom", "he"),
+    ("Ida", "she"),
+    ("Ben", "he"),
+    ("Lena", "she"),
+    ("Max", "he"),
+    ("Ruth", "she"),
+    ("Sam", "he"),
+    ("Vera", "she"),
+    ("Finn", "he"),
+    ("Clara", "she"),
+    ("Hugo", "he"),
+    ("Mina", "she"),
+    ("Otto", "he"),
+    ("Rosa", "she"),
+    ("Leo", "he"),
+    ("Tilda", "she"),
+    ("Jon", "he"),
+    ("Edith", "she"),
+    ("Karl", "he"),
+    ("Anya", "she"),
+    ("Piet", "he"),
+    ("Greta", "she"),
+    ("Amos", "he"),
+)
 TOWNS = (
     Town("Mossford", "old stone walls", "the river Tarn", "Monday", "red"),
     Town("Fernley", "tall green trees", "the lake Ullen", "Tuesday", "white"),
@@ -98,21 +158,48 @@ TOWNS = (
     Town("Larkhill", "loud brass bells", "the river Dunn", "Saturday", "green"),
 )
 PLACES = (
-    "market", "mill", "harbour", "school", "bakery", "library", "park", "farm", "inn", "bridge", "forest", "hill",
-    "garden", "station", "barn", "beach",
-)  # fmt: skip
+    "market",
+    "mill",
+    "harbour",
+    "school",
+    "bakery",
+    "library",
+    "park",
+    "farm",
+    "inn",
+    "bridge",
+    "forest",
+    "hill",
+    "garden",
+    "station",
+    "barn",
+    "beach",
+)
 THINGS = tuple(
     Thing(singular, plural, box, boxes)
     for singular, plural, box, boxes in (
-        ("apple", "apples", "basket", "baskets"), ("pear", "pears", "basket", "baskets"), ("egg", "eggs", "box", "boxes"),
-        ("shell", "shells", "bucket", "buckets"), ("book", "books", "shelf", "shelves"), ("candle", "candles", "box", "boxes"),
-        ("button", "buttons", "jar", "jars"), ("coin", "coins", "bag", "bags"), ("nail", "nails", "box", "boxes"),
-        ("plum", "plums", "bowl", "bowls"), ("card", "cards", "pile", "piles"), ("stone", "stones", "bucket", "buckets"),
-        ("carrot", "carrots", "bag", "bags"), ("bean", "beans", "jar", "jars"), ("cup", "cups", "shelf", "shelves"),
-        ("rope", "ropes", "cart", "carts"), ("flower", "flowers", "vase", "vases"), ("fish", "fish", "bucket", "buckets"),
-        ("cake", "cakes", "plate", "plates"), ("pencil", "pencils", "jar", "jars"),
+        ("apple", "apples", "basket", "baskets"),
+        ("pear", "pears", "basket", "baskets"),
+        ("egg", "eggs", "box", "boxes"),
+        ("shell", "shells", "bucket", "buckets"),
+        ("book", "books", "shelf", "shelves"),
+        ("candle", "candles", "box", "boxes"),
+        ("button", "buttons", "jar", "jars"),
+        ("coin", "coins", "bag", "bags"),
+        ("nail", "nails", "box", "boxes"),
+        ("plum", "plums", "bowl", "bowls"),
+        ("card", "cards", "pile", "piles"),
+        ("stone", "stones", "bucket", "buckets"),
+        ("carrot", "carrots", "bag", "bags"),
+        ("bean", "beans", "jar", "jars"),
+        ("cup", "cups", "shelf", "shelves"),
+        ("rope", "ropes", "cart", "carts"),
+        ("flower", "flowers", "vase", "vases"),
+        ("fish", "fish", "bucket", "buckets"),
+        ("cake", "cakes", "plate", "plates"),
+        ("pencil", "pencils", "jar", "jars"),
     )
-)  # fmt: skip
+)
 GROUPS = {
     "animals on a farm": ("cow", "hen", "goat", "pig", "sheep", "duck", "horse"),
     "kinds of fruit": ("apple", "pear", "plum", "cherry", "berry", "melon"),
@@ -144,9 +231,7 @@ def _people() -> tuple[Person, ...]:
         assert isinstance(job, tuple) and isinstance(town, Town)
         her = "her" if she == "she" else "his"
         people.append(
-            Person(
-                name, she, her, job[0], job[1], town, str(pet), pet_names[index], str(food), str(hobby), str(colour)
-            )
+            Person(name, she, her, job[0], job[1], town, str(pet), pet_names[index], str(food), str(hobby), str(colour))
         )
     return tuple(people)
 

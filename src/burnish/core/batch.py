@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ class GroupSpan:
 
     @property
     def end(self) -> int:
+        if not self.completions:
+            return self.start + self.prompt
         last = self.completions[-1]
         return last.start + last.length
 
@@ -54,6 +57,7 @@ class Table:
 
     Attributes:
         token_completion: (S,) int64, the completion (row of C) that each scored token belongs to.
+        token_position: (S,) int64, index of each scored token within its completion.
         completion_group: (C,) int64, the group (row of G) of each completion.
         completion_slot: (C,) int64, 0 … K−1 within its group (pairs: 0 = chosen, 1 = rejected).
         completion_scored: (C,) int64, scored tokens of each completion.
@@ -64,6 +68,7 @@ class Table:
     """
 
     token_completion: Tensor
+    token_position: Tensor
     completion_group: Tensor
     completion_slot: Tensor
     completion_scored: Tensor
@@ -80,8 +85,15 @@ class Table:
         return out.index_add(0, self.token_completion, per_token)
 
     def slot(self, values: Tensor, slot: int) -> Tensor:
-        """(C,) → (G,): the value of completion `slot` of every group. Every group must have that slot."""
-        return values[self.completion_slot == slot]
+        """(C,) → (G,): the value of completion `slot` of every group.
+
+        Raises:
+            ValueError: A group has no such completion.
+        """
+        chosen = values[self.completion_slot == slot]
+        if chosen.shape[0] != len(self.group_ids):
+            raise ValueError(f"only {chosen.shape[0]} of {len(self.group_ids)} groups have a completion {slot}")
+        return chosen
 
 
 @dataclass
@@ -112,7 +124,10 @@ class Outputs:
     def from_named(cls, tensors: Mapping[str, Tensor]) -> Outputs:
         """The inverse of `named`."""
         out = cls()
+        known = {f.name for f in fields(cls)}
         for name, value in tensors.items():
+            if not name.startswith("functionals.") and name not in known:
+                raise ValueError(f"unknown output {name!r}")
             if name.startswith("functionals."):
                 out.functionals[name.removeprefix("functionals.")] = value
             else:
@@ -149,14 +164,17 @@ class PackedBatch:
             return self
         t = self.table
         table = Table(
-            *(getattr(t, f.name).to(device, non_blocking=True) for f in fields(t)[:6]),
-            group_ids=t.group_ids,
-            columns={k: v.to(device) for k, v in t.columns.items()},
-            token_columns={k: v.to(device) for k, v in t.token_columns.items()},
-            group_columns={k: v.to(device) for k, v in t.group_columns.items()},
+            **{f.name: _move(getattr(t, f.name), device) for f in fields(t)},
         )
         tensors = (self.input_ids, self.position_ids, self.source_index, self.target_ids, self.last_index)
         return PackedBatch(*(x.to(device, non_blocking=True) for x in tensors), layout=self.layout, table=table)
+
+
+def _move(value: Any, device: torch.device | str) -> Any:
+    """Tensors, and dicts of tensors, on `device`; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    return {k: v.to(device) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _stack_columns(rows: Sequence[Mapping[str, float]], owners: Sequence[str], what: str) -> dict[str, Tensor]:
@@ -170,19 +188,22 @@ def _stack_columns(rows: Sequence[Mapping[str, float]], owners: Sequence[str], w
     return {n: torch.tensor([row[n] for row in rows], dtype=torch.float32) for n in sorted(names)}
 
 
-def build_packed_batch(groups: Sequence[Group], order: Sequence[int] | None = None) -> PackedBatch:
+def build_packed_batch(
+    groups: Sequence[Group], order: Sequence[int] | None = None, slots: Sequence[Sequence[int]] | None = None
+) -> PackedBatch:
     """Lay groups end to end.
 
     Args:
         groups: The groups of one micro-batch; none is allowed (T = S = C = G = 0).
         order: Canonical position of each group within the optimizer step; default 0 … G−1.
+        slots: For each group the slots of its completions, where a group is only a part of one; default 0 … K−1.
 
     Raises:
         ValueError: Columns differ between groups, or a prompt or completion is empty.
     """
     ids, positions, spans = [], [], []
     source, target, last = [], [], []
-    token_completion, completion_group, slots, scored, tokens = [], [], [], [], []
+    token_completion, token_position, completion_group, slot_of, scored, tokens = [], [], [], [], [], []
     rows: list[Mapping[str, float]] = []
     token_rows: list[dict[str, np.ndarray]] = []
     cursor = 0
@@ -194,7 +215,7 @@ def build_packed_batch(groups: Sequence[Group], order: Sequence[int] | None = No
         ids.append(group.prompt)
         positions.append(np.arange(p))
         cursor += p
-        for slot, c in enumerate(group.completions):
+        for slot, c in zip(slots[g] if slots else range(len(group.completions)), group.completions, strict=True):
             n = len(c.ids)
             where = np.flatnonzero(c.mask)
             before = np.where(where == 0, start + p - 1, cursor + where - 1)
@@ -202,8 +223,9 @@ def build_packed_batch(groups: Sequence[Group], order: Sequence[int] | None = No
             source.append(before)
             target.append(c.ids[where])
             token_completion.append(np.full(len(where), row))
+            token_position.append(where)
             completion_group.append(g)
-            slots.append(slot)
+            slot_of.append(slot)
             scored.append(len(where))
             tokens.append(n)
             last.append(cursor + n - 1)
@@ -217,8 +239,9 @@ def build_packed_batch(groups: Sequence[Group], order: Sequence[int] | None = No
     owners = [groups[g].id for g in completion_group]
     table = Table(
         token_completion=_long(token_completion),
+        token_position=_long(token_position),
         completion_group=torch.tensor(completion_group, dtype=torch.int64),
-        completion_slot=torch.tensor(slots, dtype=torch.int64),
+        completion_slot=torch.tensor(slot_of, dtype=torch.int64),
         completion_scored=torch.tensor(scored, dtype=torch.int64),
         completion_tokens=torch.tensor(tokens, dtype=torch.int64),
         group_order=torch.tensor(list(order) if order is not None else range(len(groups)), dtype=torch.int64),
@@ -246,4 +269,5 @@ def _concat_token_columns(rows: Sequence[Mapping[str, np.ndarray]], owners: Sequ
     for row, owner in zip(rows, owners, strict=True):
         if set(row) != names:
             raise ValueError(f"token columns differ between rows: {owner} has {sorted(row)}, not {sorted(names)}")
-    return {n: torch.from_numpy(np.concatenate([r[n] for r in rows]).astype(np.float32)) for n in sorted(names)}
+    joined = {n: np.concatenate([r[n] for r in rows]) for n in sorted(names)}
+    return {n: torch.from_numpy(v if v.dtype == np.float64 else v.astype(np.float32)) for n, v in joined.items()}

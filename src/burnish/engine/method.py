@@ -18,7 +18,9 @@ class Method(Protocol):
         head: "lm" for a language model, "score" for a scalar per completion.
         want: Which fields of Outputs the policy must compute: "logprobs", "entropy", "scores", "values".
         needs_reference: The table carries `token_columns["ref_logprobs"]`, (S,), from the reference model.
-        coupled: The loss is no sum over groups (batch quantiles, sorts); the engine then runs a step in two passes.
+        coupled: The loss is no sum over groups (batch quantiles, sorts); the engine then runs a step in two passes and
+            takes the counts that the one call on the whole step reports.
+        stateful: The method has a state that moves with each step (controllers, running moments).
         best_metric: (name, greater_is_better) by default for the best checkpoint.
     """
 
@@ -27,6 +29,7 @@ class Method(Protocol):
     want: frozenset[str]
     needs_reference: bool
     coupled: bool
+    stateful: bool
     best_metric: tuple[str, bool]
 
     def initial_state(self) -> dict[str, Any]:
@@ -39,4 +42,9 @@ class Method(Protocol):
 
     def compute_loss(self, outputs: Outputs, table: Table, state: Mapping[str, Any]) -> LossResult:
         """The loss of these groups as named sums; must work with zero groups (sum 0 that keeps the graph)."""
+        ...
+
+    def next_state(self, outputs: Outputs, table: Table, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The state after a step; called once per step if `stateful`, with the whole step's rows in data order (detached),
+        on every rank, and committed only if the step's numbers were finite. Evaluation never calls it."""
         ...

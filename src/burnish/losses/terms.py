@@ -1,10 +1,12 @@
-"""What a loss returns: named sums with their counts. The engine divides once, by the count of the whole optimizer step."""
+"""What a loss returns: named sums with their counts.
+
+The engine divides once, by the count of the whole optimizer step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -41,8 +43,10 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class LossResult:
-    """Terms, metrics, and the method's next state (None = unchanged; committed only if the step's numbers are finite)."""
+    """The terms of a loss and what is worth logging.
+
+    A metric whose count over the whole step is 0 has no value: it is left out, never logged as 0.
+    """
 
     terms: tuple[Term, ...]
     metrics: tuple[Metric, ...] = ()
-    state: Mapping[str, Any] | None = field(default=None)

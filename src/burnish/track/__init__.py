@@ -1,0 +1,1 @@
+"""Metrics, log, progress, sinks, signals: what a run says while it goes, without torch."""

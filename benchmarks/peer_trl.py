@@ -1,0 +1,134 @@
+"""The other side of the benchmark: TRL's trainers, used as its users do, on the same rows, model and settings."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from workload import Pair, Plan
+
+for _key, _value in {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+}.items():
+    os.environ.setdefault(_key, _value)
+
+
+def build_rows(method: str, pairs: Sequence[Pair]) -> list[dict[str, str]]:
+    """Rows of text in the columns that TRL's trainer of this method takes."""
+    if method == "sft":
+        return [{"prompt": p.prompt, "completion": p.chosen} for p in pairs]
+    return [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
+
+
+def check_ids(method: str, prepared: Sequence[dict[str, Any]], pairs: Sequence[Pair]) -> None:
+    """Raise unless TRL's own preparation gave exactly the ids of `pairs`, in their order."""
+    assert len(prepared) == len(pairs), f"TRL kept {len(prepared)} of {len(pairs)} rows"
+    for row, pair in zip(prepared, pairs, strict=True):
+        if method == "dpo":
+            found = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
+            wanted = pair.prompt_ids, pair.chosen_ids, pair.rejected_ids
+        elif method == "reward":
+            found = row["chosen_ids"], row["rejected_ids"]
+            wanted = pair.prompt_ids + pair.chosen_ids, pair.prompt_ids + pair.rejected_ids
+        else:
+            labels = [-100] * len(pair.prompt_ids) + pair.chosen_ids
+            found = row["input_ids"], row["labels"]
+            wanted = pair.prompt_ids + pair.chosen_ids, labels
+        if tuple(map(list, found)) != tuple(wanted):
+            raise AssertionError(f"{pair.id}: TRL's token ids differ from the other side's")
+
+
+def build_arguments(plan: Plan, mode: str, folder: Path) -> dict[str, Any]:
+    """Trainer arguments: what the comparison fixes, the rest at TRL's defaults ("defaults") or at its best ("tuned")."""
+    arguments: dict[str, Any] = {
+        "output_dir": str(folder / "trl"),
+        "per_device_train_batch_size": plan.batch_size,
+        "num_train_epochs": 1,
+        "learning_rate": plan.learning_rate,
+        "max_grad_norm": plan.max_grad_norm,
+        "train_sampling_strategy": "sequential",
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "seed": plan.seed,
+        "bf16": plan.precision == "bf16",
+    }
+    if plan.method == "dpo":
+        arguments["beta"] = plan.beta
+    if mode == "tuned":
+        arguments["gradient_checkpointing"] = False
+        if plan.method == "dpo":
+            arguments["precompute_ref_log_probs"] = True
+    return arguments
+
+
+def _watch(trainer: Any) -> list[float]:
+    """The list to which `trainer` will append the loss of each step."""
+    losses: list[float] = []
+    compute_loss = trainer.compute_loss
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        loss = compute_loss(*args, **kwargs)
+        losses.append(float(loss.detach()))
+        return loss
+
+    trainer.compute_loss = watched
+    return losses
+
+
+def _build_trainer(plan: Plan, mode: str, folder: Path, data: Any, tokenizer: Any, seconds: dict[str, float]) -> Any:
+    import trl
+
+    arguments, path = build_arguments(plan, mode, folder), str(folder / "model")
+    if plan.method == "dpo":
+
+        class TimedDpo(trl.DPOTrainer):
+            def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+                start = time.perf_counter()
+                found = super()._precompute_ref_logps(*args, **kwargs)
+                seconds["reference"] = time.perf_counter() - start
+                return found
+
+        # The path, not an object: the reference then is the same checkpoint.
+        return TimedDpo(path, args=trl.DPOConfig(**arguments), train_dataset=data, processing_class=tokenizer)
+    if plan.method == "reward":
+        return trl.RewardTrainer(path, args=trl.RewardConfig(**arguments), train_dataset=data, processing_class=tokenizer)
+    return trl.SFTTrainer(path, args=trl.SFTConfig(**arguments), train_dataset=data, processing_class=tokenizer)
+
+
+def run_trl(plan: Plan, pairs: Sequence[Pair], folder: Path, mode: str) -> dict[str, Any]:
+    """Train once over `pairs` in their order.
+
+    Returns: `losses`, one a step; `seconds`, all of the time between the end of the warm-up steps and the end of the last
+    step, plus the timed rows' share of the reference's log-probs if those were computed ahead; `reference_seconds`.
+    """
+    import datasets
+    from transformers import AutoTokenizer, TrainerCallback
+
+    datasets.config.HF_DATASETS_CACHE = folder / f"cache-{os.getpid()}"
+    datasets.disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    data = datasets.Dataset.from_list(build_rows(plan.method, pairs))
+    seconds = {"reference": 0.0}
+    trainer = _build_trainer(plan, mode, folder, data, tokenizer, seconds)
+    check_ids(plan.method, list(trainer.train_dataset), pairs)
+    losses, ends = _watch(trainer), []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            ends.append(time.perf_counter())
+
+    trainer.add_callback(Clock())
+    trainer.train()
+    timed = 1.0 - plan.warmup_steps * plan.batch_size / len(pairs)
+    total = ends[-1] - ends[plan.warmup_steps - 1] + seconds["reference"] * timed
+    return {"losses": losses, "seconds": total, "reference_seconds": seconds["reference"]}

@@ -1,0 +1,192 @@
+"""Time and memory of training steps: burnish against TRL on the same rows, model, precision and optimizer.
+
+    python benchmarks/train_step.py --method dpo --peer trl --json
+
+Every measurement is a fresh process of this script (`--worker`), the sides in turn (A B C A B C …). The last line of
+standard output is one JSON object a method; progress goes to standard error. What the figures mean: docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from workload import Plan, Shape, find_data, load_workload, save_workload
+
+METHODS = ("dpo", "reward", "sft")
+SIDES = {"burnish": "burnish", "defaults": "trl", "tuned": "trl"}
+
+
+def run_worker(side: str, mode: str, folder: Path, out: Path, profile: Path | None) -> None:
+    """One measurement in this process: figures go to `out`."""
+    import resource
+
+    from flops import compute_useful_flops, measure_matmul_peak
+
+    plan, pairs = load_workload(folder)
+    if side == "burnish":
+        from side_burnish import run_burnish
+
+        found = run_burnish(plan, pairs, folder, profile)
+    else:
+        from peer_trl import run_trl
+
+        found = run_trl(plan, pairs, folder, mode)
+    scale = 1024.0**2 if sys.platform != "darwin" else 1024.0**3
+    found["gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+    found["matmul_peak"] = measure_matmul_peak(plan.precision)
+    timed = pairs[plan.warmup_steps * plan.batch_size :]
+    found["peak_share"] = compute_useful_flops(timed, plan) / found["seconds"] / found["matmul_peak"]
+    out.write_text(json.dumps(found), encoding="utf-8")
+
+
+def measure(side: str, folder: Path, profile: Path | None = None) -> dict[str, Any]:
+    """Run one worker process for `side` ("burnish", "defaults", "tuned") and return its figures."""
+    out = folder / "result.json"
+    out.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--worker", SIDES[side], "--peer-mode", side, "--folder", str(folder), "--out", str(out)]
+    if profile:
+        command += ["--profile-out", str(profile)]
+    environment = dict(os.environ, PYTHONWARNINGS="ignore")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode or not out.exists():
+        sys.stderr.write(done.stdout[-4000:] + done.stderr[-8000:])
+        raise SystemExit(f"the worker of side {side!r} ended with status {done.returncode}")
+    found = json.loads(out.read_text(encoding="utf-8"))
+    note(f"  {side}: {found['seconds']:.2f} s, {found['gb']:.2f} GB, peak share {found['peak_share']:.2f}")
+    return found
+
+
+def note(text: str) -> None:
+    """A line of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def compute_row(plan: Plan, runs: dict[str, list[dict[str, Any]]], facts: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object of one method from all its measurements: medians, ratios peer ÷ burnish, agreement of losses."""
+
+    def median(side: str, key: str) -> float | None:
+        return statistics.median(r[key] for r in runs[side]) if runs.get(side) else None
+
+    def ratio(side: str, key: str) -> float | None:
+        ours, theirs = median("burnish", key), median(side, key)
+        return round(theirs / ours, 3) if ours and theirs else None
+
+    def difference(side: str) -> float | None:
+        if not runs.get(side) or not runs.get("burnish"):
+            return None
+        ours, theirs = runs["burnish"][0]["losses"], runs[side][0]["losses"]
+        assert len(ours) == len(theirs), (len(ours), len(theirs))
+        return max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+
+    def rounded(value: float | None) -> float | None:
+        return None if value is None else round(value, 4)
+
+    main = "defaults" if runs.get("defaults") else "tuned"
+    row: dict[str, Any] = {
+        "method": plan.method,
+        "time_ratio": ratio("defaults", "seconds"),
+        "memory_ratio": ratio("defaults", "gb"),
+        "time_ratio_tuned": ratio("tuned", "seconds"),
+        "memory_ratio_tuned": ratio("tuned", "gb"),
+        "burnish_s": rounded(median("burnish", "seconds")),
+        "peer_s": rounded(median("defaults", "seconds")),
+        "peer_tuned_s": rounded(median("tuned", "seconds")),
+        "burnish_gb": rounded(median("burnish", "gb")),
+        "peer_gb": rounded(median("defaults", "gb")),
+        "peer_tuned_gb": rounded(median("tuned", "gb")),
+        "loss_max_abs_diff": difference(main),
+        "loss_first": runs["burnish"][0]["losses"][0] if runs.get("burnish") else None,
+        "matmul_peak_share": rounded(median("burnish", "peak_share")),
+        "matmul_peak_tflops": rounded((median("burnish", "matmul_peak") or 0.0) / 1e12),
+        "peer_matmul_peak_share": rounded(median("defaults", "peak_share")),
+        "precision": plan.precision,
+        "batch_size": plan.batch_size,
+        "threads": os.cpu_count(),
+        "runs": {side: [rounded(r["seconds"]) for r in found] for side, found in runs.items()},
+    }
+    return row | facts
+
+
+def run_method(plan: Plan, arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
+    """All measurements of one method."""
+    sides = [] if arguments.peer_only else ["burnish"]
+    if arguments.peer == "trl":
+        sides += {"defaults": ["defaults"], "tuned": ["tuned"], "both": ["defaults", "tuned"]}[arguments.peer_mode]
+    with tempfile.TemporaryDirectory(prefix="burnish-bench-") as name:
+        folder = Path(name)
+        rows = arguments.rows + plan.warmup_steps * plan.batch_size
+        facts = save_workload(folder, plan, data, rows, arguments.max_length)
+        note(f"{plan.method}: {facts}")
+        runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+        for _ in range(arguments.alternations):
+            for side in sides:
+                runs[side].append(measure(side, folder))
+        row = compute_row(plan, runs, facts)
+        if arguments.profile:
+            table = folder / "profile.txt"
+            measure("burnish", folder, table)
+            print(table.read_text(encoding="utf-8"))
+    return row
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=[*METHODS, "all"], default="dpo")
+    parser.add_argument("--peer", choices=["trl", "none"], default="trl")
+    parser.add_argument("--peer-mode", choices=["defaults", "tuned", "both", "burnish"], default="both")
+    parser.add_argument("--peer-only", action="store_true", help="measure the peer alone")
+    parser.add_argument("--data", help="HH rows (chosen/rejected), .jsonl or .jsonl.gz")
+    parser.add_argument("--rows", type=int, default=40, help="timed rows (a multiple of the batch size)")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=1024, help="rows with more tokens are left out")
+    parser.add_argument("--alternations", type=int, default=2)
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="accepted for clarity: the last line always is JSON")
+    parser.add_argument("--profile", action="store_true", help="one more burnish run under the profiler; prints its table")
+    parser.add_argument("--curve", action="store_true", help="cost against batch size, prompt share, spread and layers")
+    for hidden in ("--worker", "--folder", "--out", "--profile-out"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> int:
+    arguments = build_parser().parse_args()
+    if arguments.worker:
+        profile = Path(arguments.profile_out) if arguments.profile_out else None
+        run_worker(arguments.worker, arguments.peer_mode, Path(arguments.folder), Path(arguments.out), profile)
+        return 0
+    if arguments.rows % arguments.batch_size:
+        raise SystemExit(f"--rows {arguments.rows} is not a multiple of --batch-size {arguments.batch_size}")
+    data = find_data(arguments.data)
+    base = Plan(
+        method="dpo",
+        batch_size=arguments.batch_size,
+        precision=arguments.precision,
+        seed=arguments.seed,
+        shape=Shape(layers=arguments.layers),
+    )
+    if arguments.curve:
+        from curve import run_curve
+
+        print(json.dumps(run_curve(replace(base, method="dpo"), data, arguments)))
+        return 0
+    methods = METHODS if arguments.method == "all" else (arguments.method,)
+    for method in methods:
+        print(json.dumps(run_method(replace(base, method=method), arguments, data)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Secrets out of text before it is written anywhere."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+MASK = "***"
+_NAMES = re.compile(r"(TOKEN|API_?KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?|ACCESS_KEY(_ID)?)$", re.IGNORECASE)
+_NOT_SECRET = {"TOKENIZERS_PARALLELISM"}
+_PATTERNS = (
+    re.compile(r"\bhf_[A-Za-z0-9]{10,}"),
+    re.compile(r"\bsk-[A-Za-z0-9_-]{12,}"),
+    re.compile(r"\b(?:ghp|gho|ghs|ghu|glpat|github_pat|xox[abpr])[_-][A-Za-z0-9_-]{12,}"),
+    re.compile(r"\bAKIA[0-9A-Z]{16}\b"),
+    re.compile(r"(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{8,}"),
+)
+_URL_PASSWORD = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://[^\s/:@\"']*:)[^\s/@\"']+(@)")
+_URL_QUERY = re.compile(
+    r"([?&](?:access_token|token|api_?key|password|secret|sig|signature)=)[^&\s\"'#]+", re.IGNORECASE
+)
+
+
+def secret_values(environ: Mapping[str, str] | None = None) -> list[str]:
+    """Values of environment variables whose names say that they are secret (8 characters or more), longest first."""
+    env = os.environ if environ is None else environ
+    found = {v.strip() for k, v in env.items() if _NAMES.search(k) and k not in _NOT_SECRET}
+    return sorted((v for v in found if len(v) >= 8), key=lambda v: (-len(v), v))
+
+
+def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
+    """`text` with tokens, keys, passwords in addresses and the values of secret environment variables masked."""
+    for value in secret_values(environ):
+        text = text.replace(value, MASK)
+    for pattern in _PATTERNS:
+        text = pattern.sub(MASK, text)
+    text = _URL_PASSWORD.sub(rf"\1{MASK}\2", text)
+    return _URL_QUERY.sub(rf"\1{MASK}", text)
+
+
+def redact_tree(obj: Any) -> Any:
+    """A copy of a JSON-like object with every string redacted, keys too."""
+    if isinstance(obj, str):
+        return redact(obj)
+    if isinstance(obj, Mapping):
+        return {redact_tree(k): redact_tree(v) for k, v in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [redact_tree(v) for v in obj]
+    return obj

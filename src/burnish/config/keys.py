@@ -1,0 +1,125 @@
+"""Which keys exist where, and how aliases become canonical names."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from burnish.config.aliases import KEY_ALIASES
+from burnish.config.base import Settings
+from burnish.config.problems import Problem
+from burnish.config.recipe import Recipe
+from burnish.config.registry import ALIASES, KINDS, load_object
+from burnish.config.tree import Layer, Node, merge_nodes
+
+RECIPE_KEYS = tuple(Recipe.model_fields)
+# Settings that make sense in one stage only, and those whose meaning differs in a kind.
+STAGE_ONLY = frozenset({"kind", "name", "init_from", "of", "judge"})
+NOT_INHERITED = {"evaluate": frozenset({"data", "batch_size"})}
+# Mappings whose items are settings of their own: they are merged item by item over the layers.
+DEEP_KEYS = frozenset({"lora"})
+
+
+@cache
+def settings_class(kind: str) -> type[Settings]:
+    """The settings class of a kind (canonical name)."""
+    return load_object(KINDS[kind].settings)
+
+
+@cache
+def all_setting_names() -> frozenset[str]:
+    """Names of the settings of all kinds."""
+    return frozenset(name for kind in KINDS for name in settings_class(kind).model_fields)
+
+
+def kinds_with(name: str) -> list[str]:
+    """Kinds that have a setting of this name."""
+    return [kind for kind in KINDS if name in settings_class(kind).model_fields]
+
+
+def kind_names() -> list[str]:
+    """Kinds and their aliases."""
+    return [*KINDS, *ALIASES]
+
+
+def inherits(kind: str, name: str) -> bool:
+    """Whether stages of this kind take the top-level value of a setting."""
+    return (
+        name in settings_class(kind).model_fields
+        and name not in STAGE_ONLY
+        and name not in NOT_INHERITED.get(kind, frozenset())
+    )
+
+
+def canonicalise(
+    nodes: dict[str, Node], path: str, problems: list[Problem], notes: list[str]
+) -> dict[str, Node]:
+    """The same mapping under canonical names."""
+    result: dict[str, Node] = {}
+    nodes = _read_precision_flags(nodes, path, problems, notes)
+    for key, node in nodes.items():
+        name = key.replace("-", "_")
+        known = name in all_setting_names() or name in RECIPE_KEYS
+        if node.place.layer in (Layer.FILE, Layer.CHECKPOINT) and name != key and known:
+            notes.append(f"{key} ({node.place}) is the setting {name}")
+        target = name if known else KEY_ALIASES.get(name, name if node.place.layer > Layer.FILE else key)
+        if not known and target != key:
+            notes.append(f"{key} ({node.place}) is the setting {target}")
+            node.key = key
+        head, _, below = target.partition(".")
+        if below:
+            node = Node({below: node}, node.place, key=key, partial=True)
+        if head in result and not node.partial and not result[head].partial:
+            problems.append(
+                Problem(
+                    f"{path}.{head}".strip("."),
+                    f"is given twice, as {result[head].key or head!r} and as {key!r}",
+                    "remove one",
+                    str(node.place),
+                )
+            )
+            continue
+        if head in result and result[head].partial and not node.partial:
+            result[head] = merge_nodes(node, result[head])
+        else:
+            result[head] = merge_nodes(result.get(head), node)
+    return result
+
+
+def _read_precision_flags(
+    nodes: dict[str, Node], path: str, problems: list[Problem], notes: list[str]
+) -> dict[str, Node]:
+    """`bf16: true`, `fp16: true` as precision; `bf16: false` alone asks for fp32; `use_peft: true` for adapters."""
+    flags = {key: node for key, node in nodes.items() if key in ("bf16", "fp16", "use_peft") and _as_bool(node) is not None}
+    if not flags:
+        return nodes
+    rest = {key: node for key, node in nodes.items() if key not in flags}
+    peft = flags.pop("use_peft", None)
+    if peft is not None and _as_bool(peft) and "lora" not in rest:
+        rest["lora"] = Node({}, peft.place, partial=True)
+    chosen = [key for key, node in flags.items() if _as_bool(node)]
+    if not flags:
+        return rest
+    if len(chosen) > 1 or ("precision" in rest and chosen):
+        other = "precision" if "precision" in rest else chosen[1]
+        problems.append(
+            Problem(
+                f"{path}.{chosen[0]}".strip("."),
+                f"contradicts {other}: both choose the compute type",
+                "keep one; precision: bf16 says it all",
+                str(flags[chosen[0]].place),
+            )
+        )
+        return rest
+    place = flags[chosen[0]].place if chosen else next(iter(flags.values())).place
+    value = chosen[0] if chosen else "fp32" if "bf16" in flags else None
+    if value is not None and "precision" not in rest:
+        rest["precision"] = Node(value, place, raw=value, key=chosen[0] if chosen else "bf16")
+        notes.append(f"{', '.join(flags)} ({place}) is the setting precision: {value}")
+    return rest
+
+
+def _as_bool(node: Node) -> bool | None:
+    if isinstance(node.value, bool):
+        return node.value
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    return words.get(str(node.raw if node.raw is not None else node.value).strip().lower())

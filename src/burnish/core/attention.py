@@ -1,0 +1,384 @@
+"""Attention over packed groups, registered with transformers' attention registry.
+
+A row of groups needs no mask: a prompt and its first completion are one causal segment, and every further completion
+attends to its prompt (all of it) and, causally, to itself. On the CPU both parts run through PyTorch's own flash kernel on
+views of the projections (no keys are copied, grouped heads are stride-0 views) and are merged by their log-sum-exp; the
+backward pass calls the kernel's backward with the merged output and log-sum-exp, which gives the exact parts of the
+gradient. Elsewhere the public `scaled_dot_product_attention` does the same with concatenated keys. Sliding windows, softcaps,
+sinks and dropout take a written-out softmax in fp32, segment by segment.
+
+Shapes: T tokens of the row, H query heads, N key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from burnish.core.batch import Layout
+from burnish.errors import BurnishError
+
+SDPA_NAME = "burnish_packed"
+FLEX_NAME = "burnish_flex"
+PLAN_KWARG = "burnish_plan"
+_PLAN_ATTRIBUTE = "_burnish_plan"
+
+# Keyword arguments that carry nothing which changes the result of attention over a packed row.
+_HARMLESS = frozenset(
+    {
+        "position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states", "output_router_logits",
+        "return_dict", "position_embeddings", "cache_position", "past_key_values",
+    }
+)  # fmt: skip
+
+
+class PackingRefused(BurnishError):
+    """The model asks of attention something that packed rows do not implement."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, where="packed attention", remedy="use attention: padded for this model")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of queries with its own causal keys, all as row positions.
+
+    Attributes:
+        start, stop: The queries, and the keys that they see causally.
+        prompt: Row positions [prompt, prompt_stop) that every query sees too; empty for a plain causal segment.
+    """
+
+    start: int
+    stop: int
+    prompt: int = 0
+    prompt_stop: int = 0
+
+
+@dataclass
+class AttentionPlan:
+    """The layout of one packed row as attention work, made once per batch and shared by all layers.
+
+    Attributes:
+        layout: The packed row.
+        heads: Plain causal segments: prompt and first completion of each group.
+        tails: The further completions, each with its prompt.
+        fans: (prompt, prompt_stop, start, stop) per group with tails: all tails of the group see that prompt.
+        longest: The largest position + 1 over the row: a window at least as long hides nothing.
+        calls: Layers that used this plan (the self-check counts them).
+    """
+
+    layout: Layout
+    heads: tuple[Segment, ...]
+    tails: tuple[Segment, ...]
+    fans: tuple[tuple[int, int, int, int], ...]
+    longest: int
+    calls: int = 0
+    _masks: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def total(self) -> int:
+        return self.layout.total
+
+    def visible(self, segment: Segment, window: int | None, device: torch.device) -> Tensor:
+        """(queries, keys) bool of a segment, keys being its prompt followed by itself; cached across layers."""
+        own = segment.stop - segment.start
+        before = segment.prompt_stop - segment.prompt
+        window = None if window is None or window >= before + own else window
+        key = (own, before, window, device)
+        if key not in self._masks:
+            q = torch.arange(before, before + own, device=device)[:, None]
+            k = torch.arange(before + own, device=device)[None, :]
+            mask = k <= q
+            if window is not None:
+                mask &= q - k < window
+            self._masks[key] = mask
+        return self._masks[key]
+
+
+def build_attention_plan(layout: Layout) -> AttentionPlan:
+    """The attention work of a packed row."""
+    heads, tails, fans, longest = [], [], [], 0
+    for group in layout.groups:
+        first, *rest = group.completions
+        prompt_stop = group.start + group.prompt
+        heads.append(Segment(group.start, first.start + first.length))
+        tails += [Segment(c.start, c.start + c.length, group.start, prompt_stop) for c in rest]
+        if rest:
+            fans.append((group.start, prompt_stop, rest[0].start, group.end))
+        longest = max(longest, group.prompt + max(c.length for c in group.completions))
+    return AttentionPlan(layout, tuple(heads), tuple(tails), tuple(fans), longest)
+
+
+def attach_plan(position_ids: Tensor, plan: AttentionPlan) -> None:
+    """Let attention find the plan by the position ids, for models that swallow unknown forward arguments."""
+    setattr(position_ids, _PLAN_ATTRIBUTE, plan)
+
+
+def _find_plan(plan: AttentionPlan | None, kwargs: dict[str, Any]) -> AttentionPlan:
+    if plan is None:
+        positions = kwargs.get("position_ids")
+        plan = getattr(positions, _PLAN_ATTRIBUTE, None)
+        if plan is None and isinstance(positions, Tensor) and positions._base is not None:
+            plan = getattr(positions._base, _PLAN_ATTRIBUTE, None)
+    if plan is None:
+        raise PackingRefused("the model does not hand the packed layout on to its attention layers")
+    return plan
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    burnish_plan: AttentionPlan | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer over a packed row; the signature is transformers'.
+
+    Args:
+        query: (1, H, T, D). key: (1, N, T, D). value: (1, N, T, Dv).
+        attention_mask: Must be None: the layout says all.
+        sliding_window: A key is visible if its position is less than this many before the query's.
+        softcap: Scores become c·tanh(score / c).
+        s_aux: (H,) one more logit per head that joins the softmax and is then dropped.
+
+    Returns:
+        (1, T, H, Dv), None.
+
+    Raises:
+        PackingRefused: An argument is set that this function does not implement.
+    """
+    plan = _find_plan(burnish_plan, kwargs)
+    _refuse_unknown(attention_mask, kwargs)
+    if query.shape[0] != 1 or query.shape[2] != plan.total or key.shape[2] != plan.total:
+        raise PackingRefused(f"attention got {tuple(query.shape)} for a packed row of {plan.total} tokens")
+    plan.calls += 1
+    query, key, value = _same_dtype(query, key, value)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if sliding_window is not None and sliding_window >= plan.longest:
+        sliding_window = None
+    if softcap is not None or s_aux is not None or dropout > 0:
+        run = _Explicit(plan, scale, sliding_window, softcap, s_aux, dropout)
+        return run(query, key, value), None
+    if sliding_window is None and _flash_takes(query, value):
+        return _PackedFlash.apply(query, key, value, plan, scale), None  # type: ignore[return-value]
+    return _run_sdpa(plan, scale, sliding_window, query, key, value), None
+
+
+def _refuse_unknown(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    if attention_mask is not None:
+        raise PackingRefused("the model brings an attention mask of its own")
+    for name, given in kwargs.items():
+        if given is not None and given is not False and name not in _HARMLESS:
+            raise PackingRefused(f"the model passes `{name}` to attention, which packed attention does not implement")
+
+
+def _same_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three in one dtype: autocast's where it is on (as for the library's own attention), else the widest."""
+    device = query.device.type
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+# ---- CPU: PyTorch's flash kernel on views ------------------------------------------------------------------------
+
+_FLASH: Callable[..., Any] | None = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_FLASH_BACKWARD: Callable[..., Any] | None = getattr(
+    torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None
+)
+
+
+def _flash_takes(query: Tensor, value: Tensor) -> bool:
+    return (
+        query.device.type == "cpu"
+        and _FLASH is not None
+        and _FLASH_BACKWARD is not None
+        and query.shape[-1] == value.shape[-1]
+        and query.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    )
+
+
+class _PackedFlash(torch.autograd.Function):
+    """Packed attention by the CPU flash kernel; heads are (N, H/N, T, D) so that grouped keys are stride-0 views."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+        flash = _FLASH
+        assert flash is not None
+        _, h, t, d = query.shape
+        q, k, v = _grouped_views(query, key, value)
+        out_row = query.new_empty(1, t, h, d)
+        out = out_row[0].transpose(0, 1).unflatten(0, q.shape[:2])  # (N, H/N, T, D), a view
+        lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        for s in plan.heads:
+            o, l = flash(*_cut(s.start, s.stop, q, k, v), 0.0, True, scale=scale)
+            out[:, :, s.start : s.stop] = o
+            lse[:, :, s.start : s.stop] = l
+        for s in plan.tails:
+            o, l = flash(*_cut(s.start, s.stop, q, k, v), 0.0, True, scale=scale)
+            out[:, :, s.start : s.stop] = o
+            lse[:, :, s.start : s.stop] = l
+        for p, p_stop, start, stop in plan.fans:
+            n = stop - start
+            o, l = flash(q.narrow(2, start, n), *_cut(p, p_stop, k, v), 0.0, False, scale=scale)
+            _merge(out.narrow(2, start, n), lse.narrow(2, start, n), o, l)
+        ctx.save_for_backward(query, key, value, out_row, lse)
+        ctx.plan, ctx.scale = plan, scale
+        return out_row
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        backward = _FLASH_BACKWARD
+        assert backward is not None
+        query, key, value, out_row, lse = ctx.saved_tensors
+        plan, scale = ctx.plan, ctx.scale
+        q, k, v = _grouped_views(query, key, value)
+        n, rep = q.shape[:2]
+        out = out_row[0].transpose(0, 1).unflatten(0, (n, rep))
+        g = grad[0].transpose(0, 1).unflatten(0, (n, rep))
+        dq_row, dk_row, dv_row = (x.new_empty(1, x.shape[2], x.shape[1], x.shape[3]) for x in (query, key, value))
+        dq = dq_row[0].transpose(0, 1).unflatten(0, (n, rep))
+        dk, dv = dk_row[0].transpose(0, 1), dv_row[0].transpose(0, 1)  # (N, T, D)
+        for s in plan.heads + plan.tails:
+            cut = _cut(s.start, s.stop, g, q, k, v, out)
+            a, b, c = backward(*cut, lse[:, :, s.start : s.stop], 0.0, True, scale=scale)
+            dq[:, :, s.start : s.stop] = a
+            torch.sum(b, 1, out=dk[:, s.start : s.stop])
+            torch.sum(c, 1, out=dv[:, s.start : s.stop])
+        for p, p_stop, start, stop in plan.fans:
+            gs, qs, os, ls = _cut(start, stop, g, q, out, lse)
+            a, b, c = backward(gs, qs, *_cut(p, p_stop, k, v), os, ls, 0.0, False, scale=scale)
+            dq[:, :, start:stop] += a
+            dk[:, p:p_stop] += b.sum(1)
+            dv[:, p:p_stop] += c.sum(1)
+        return dq_row.transpose(1, 2), dk_row.transpose(1, 2), dv_row.transpose(1, 2), None, None
+
+
+def _cut(start: int, stop: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """[start, stop) of the token axis (2) of each, as views."""
+    return tuple(x.narrow(2, start, stop - start) for x in tensors)
+
+
+def _grouped_views(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(1, H, T, D), (1, N, T, D) → (N, H/N, T, D) each, without copies."""
+    n = key.shape[1]
+    rep = query.shape[1] // n
+    return query[0].unflatten(0, (n, rep)), *(x[0].unsqueeze(1).expand(-1, rep, -1, -1) for x in (key, value))
+
+
+def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """Join attention over two disjoint sets of keys, in place in `out` and `lse`."""
+    both = torch.logaddexp(lse, other_lse)
+    mine, theirs = (lse - both).exp_().unsqueeze(-1), (other_lse - both).exp_().unsqueeze(-1)
+    out.copy_(out * mine + other * theirs)
+    lse.copy_(both)
+
+
+# ---- every device: public attention ------------------------------------------------------------------------------
+
+
+def _run_sdpa(plan: AttentionPlan, scale: float, window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One `scaled_dot_product_attention` a segment; returns (1, T, H, Dv)."""
+    grouped = q.shape[1] != k.shape[1]
+    parts = []
+    for s in _in_row_order(plan):
+        own = s.stop - s.start
+        keys, values = _segment_keys(s, k, v)
+        before = s.prompt_stop - s.prompt
+        plain = before == 0 and (window is None or window >= own)
+        mask = None if plain else plan.visible(s, window, q.device)
+        parts.append(
+            F.scaled_dot_product_attention(
+                q.narrow(2, s.start, own), keys, values, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=grouped
+            )
+        )
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+
+def _in_row_order(plan: AttentionPlan) -> list[Segment]:
+    return sorted(plan.heads + plan.tails, key=lambda s: s.start)
+
+
+def _segment_keys(s: Segment, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values a segment sees: its prompt, then itself."""
+    own = s.stop - s.start
+    if s.prompt_stop == s.prompt:
+        return k.narrow(2, s.start, own), v.narrow(2, s.start, own)
+    before = s.prompt_stop - s.prompt
+    return (
+        torch.cat((k.narrow(2, s.prompt, before), k.narrow(2, s.start, own)), dim=2),
+        torch.cat((v.narrow(2, s.prompt, before), v.narrow(2, s.start, own)), dim=2),
+    )
+
+
+@dataclass(frozen=True)
+class _Explicit:
+    """Attention written out, with everything the fused kernels cannot do; softmax in at least fp32."""
+
+    plan: AttentionPlan
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    dropout: float
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n, rep = k.shape[1], q.shape[1] // k.shape[1]
+        grouped = q[0].unflatten(0, (n, rep))
+        parts = []
+        for s in _in_row_order(self.plan):
+            keys, values = _segment_keys(s, k, v)
+            mask = self.plan.visible(s, self.window, q.device)
+            part = self._one(grouped.narrow(2, s.start, s.stop - s.start), keys[0], values[0], mask)
+            parts.append(part.flatten(0, 1))
+        return torch.cat(parts, dim=1).transpose(0, 1)[None].contiguous()
+
+    def _one(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """q: (N, H/N, n, D); k, v: (N, m, D); mask: (n, m) → (N, H/N, n, Dv)."""
+        with torch.autocast(q.device.type, enabled=False):
+            scores = torch.matmul(q * self.scale, k.unsqueeze(1).transpose(-1, -2))
+            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+            if self.softcap is not None:
+                scores = torch.tanh(scores / self.softcap) * self.softcap
+            scores = scores.masked_fill(~mask, float("-inf"))
+            if self.sinks is not None:
+                sink = self.sinks.to(scores.dtype).view(*q.shape[:2], 1, 1).expand(*q.shape[:3], 1)
+                weights = torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1)[..., :-1]
+            else:
+                weights = torch.softmax(scores, dim=-1)
+            weights = F.dropout(weights.to(v.dtype), p=self.dropout, training=self.dropout > 0)
+            return torch.matmul(weights, v.unsqueeze(1))
+
+
+def _no_mask(*_args: Any, **_kwargs: Any) -> None:
+    """Mask function of packed attention: there is none."""
+    return
+
+
+def register_packed_attention() -> None:
+    """Make the packed backends known to transformers; safe to call again.
+
+    No mask function is registered: for an unregistered name transformers hands None to the layers at once, while a
+    registered one first searches position ids for packed sequences (a device synchronisation).
+    """
+    AttentionInterface.register(SDPA_NAME, packed_attention)
+
+
+register_packed_attention()

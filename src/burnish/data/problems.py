@@ -1,0 +1,119 @@
+"""What is wrong with data: collected with file, line, field and remedy, and raised as one error."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from burnish.errors import DataError
+
+LISTED = 20
+SKIP_REMEDY = "fix it or set data.on_error: skip (then counted and reported)"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong with the data.
+
+    Attributes:
+        file: The file (or hub data set) as the user named it.
+        line: Its line, row or element number, from 1; None when the whole file is meant.
+        field: The field's path within the row (`messages[2].content`), or "".
+        message: What was expected and what was found.
+        remedy: What to do.
+        kind: A short word to group equal problems by.
+        fatal: The file cannot be read on; never skipped.
+    """
+
+    file: str
+    line: int | None
+    field: str
+    message: str
+    remedy: str
+    kind: str
+    fatal: bool = False
+
+    @property
+    def where(self) -> str:
+        """The place, `file:line`."""
+        return f"{self.file}:{self.line}" if self.line is not None else self.file
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.field + ': ' if self.field else ''}{self.message}"
+
+
+class RowError(ValueError):
+    """A row cannot be used. The reader that knows the place turns it into a `Problem`."""
+
+    def __init__(self, message: str, *, kind: str, field: str = "", remedy: str = SKIP_REMEDY) -> None:
+        super().__init__(message)
+        self.message, self.kind, self.field, self.remedy = message, kind, field, remedy
+
+    def at(self, file: str, line: int | None) -> Problem:
+        """The problem at its place."""
+        return Problem(file, line, self.field, self.message, self.remedy, self.kind)
+
+
+class DataProblems(DataError):
+    """Problems found in one pass over the data; `problems` holds the first ones, `total` counts all."""
+
+    def __init__(self, problems: Sequence[Problem], total: int) -> None:
+        self.problems, self.total = tuple(problems), total
+        head = f"{total} problem{'s' if total != 1 else ''} in the data"
+        lines = [f"  {problem}\n    → {problem.remedy}" for problem in problems]
+        if total > len(problems):
+            lines.append(f"  … and {total - len(problems)} more")
+        remedies = list(dict.fromkeys(problem.remedy for problem in problems))
+        super().__init__(
+            "\n".join([head, *lines]),
+            remedy=remedies[0] if len(remedies) == 1 else "see the remedy below each problem",
+            found=[asdict(problem) for problem in problems],
+        )
+
+
+@dataclass(slots=True)
+class ProblemLog:
+    """Collects problems: the first `listed` ones in full, all of them by kind."""
+
+    on_error: Literal["raise", "skip"] = "raise"
+    listed: int = LISTED
+    problems: list[Problem] = field(default_factory=list)
+    total: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    fatal: list[Problem] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def add(self, problem: Problem) -> None:
+        """Record a problem."""
+        self.total += 1
+        self.kinds[problem.kind] += 1
+        if problem.fatal:
+            self.fatal.append(problem)
+        if len(self.problems) < self.listed:
+            self.problems.append(problem)
+
+    def note(self, file: str, text: str) -> None:
+        """Record something that was accepted but should be said (a byte-order mark, say), once a file and text."""
+        self.notes[f"{file}: {text}"] = text
+
+    def raise_if_due(self) -> None:
+        """Raise one error for all problems, unless they may be skipped; fatal ones are always raised.
+
+        Raises:
+            DataProblems: with every problem up to `listed`.
+        """
+        if self.fatal and self.on_error == "skip":
+            raise DataProblems(self.fatal[: self.listed], len(self.fatal))
+        if self.total and self.on_error == "raise":
+            raise DataProblems(self.problems, self.total)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for reports and the cache."""
+        return {
+            "total": self.total,
+            "kinds": dict(sorted(self.kinds.items())),
+            "problems": [asdict(problem) for problem in self.problems],
+            "notes": list(self.notes),
+        }

@@ -1,0 +1,87 @@
+"""Held-out figures by the method's own loss: exact sums, the same for every batch size and number of ranks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from burnish.core.concat import concat_steps
+from burnish.core.group import Group
+from burnish.engine.plan import build_plan
+from burnish.engine.step import StepContext, Sums, _attach_reference, _build, _non_finite_rows, compute_counts
+from burnish.errors import NumericStop
+
+
+class Module(Protocol):
+    """A policy that can be switched between training and evaluation mode."""
+
+    training: bool
+
+    def train(self, mode: bool = True) -> Any: ...
+
+
+def run_evaluation(
+    ctx: StepContext, groups: Sequence[Group], state: dict[str, Any], *, budget: int, cap: int | None = None
+) -> dict[str, float]:
+    """Figures over held-out groups, named "eval_<figure>"; with several sources also "eval_<figure>/<source>".
+
+    Raises:
+        NumericStop: A held-out row gives a non-finite number; the rows are named, never dropped.
+    """
+    policy: Any = ctx.policy
+    was_training = policy.training
+    policy.train(False)
+    try:
+        figures = {f"eval_{n}": v for n, v in _evaluate(ctx, groups, state, budget, cap).items()}
+        sources: dict[str, list[Group]] = defaultdict(list)
+        for group in groups:
+            sources[group.tags.get("source", "")].append(group)
+        if 1 < len(sources) <= 12:
+            for source, rows in sorted(sources.items()):
+                part = _evaluate(ctx, rows, state, budget, cap)
+                figures |= {f"eval_{n}/{source}": v for n, v in part.items()}
+    finally:
+        policy.train(was_training)
+    return figures
+
+
+def _evaluate(
+    ctx: StepContext, groups: Sequence[Group], state: dict[str, Any], budget: int, cap: int | None
+) -> dict[str, float]:
+    counts = compute_counts(ctx.method, groups)
+    plan = build_plan(groups, budget=budget, cap=cap, world=ctx.runtime.world)
+    sums = Sums()
+    bad: list[str] = []
+    pending: dict[int, list] = defaultdict(list)
+    with torch.no_grad():
+        for micro in plan.of(ctx.runtime.rank):
+            batch = _build(micro, groups, ctx.runtime.device)
+            _attach_reference(ctx, batch)
+            outputs = ctx.policy(batch, ctx.method.want)
+            if micro.coupled:  # parts of a group that exceeds the budget
+                pending[0].append((batch.table, outputs.named()))
+                continue
+            result = ctx.method.compute_loss(outputs, batch.table, state)
+            if not all(bool(torch.isfinite(t.sum)) for t in result.terms):
+                bad += _non_finite_rows(outputs.named(), batch)
+            sums.add(result)
+        _add_parts(ctx, pending[0], state, sums)
+    bad = [row for part in ctx.runtime.gather(bad) for row in part]
+    if bad:
+        raise NumericStop(
+            f"evaluation gives a non-finite number on {len(bad)} rows: {', '.join(bad[:5])}", where="held-out data",
+            remedy="look at these rows with `burnish data show`; lower the learning rate or use precision fp32",
+        )  # fmt: skip
+    sums.reduce(ctx.runtime)
+    return sums.figures(counts)
+
+
+def _add_parts(ctx: StepContext, rows: list, state: dict[str, Any], sums: Sums) -> None:
+    everything = [row for part in ctx.runtime.gather(rows) for row in part if len(row[0].group_ids)]
+    if not everything or not ctx.runtime.is_main:
+        return
+    outputs, table = concat_steps([t for t, _ in everything], [o for _, o in everything])
+    sums.add(ctx.method.compute_loss(outputs, table, state))

@@ -1,0 +1,417 @@
+"""Training a stage: the loop over optimizer steps, with evaluation, checkpoints, resume and guards around it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from burnish.clock import mono
+from burnish.config.train import TrainSettings
+from burnish.core.group import Group
+from burnish.engine.checkpoint import (
+    find_resumable,
+    load_checkpoint,
+    load_parameters,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from burnish.engine.evaluation import run_evaluation
+from burnish.engine.method import Method
+from burnish.engine.optimizer import build_optimizer, build_parameter_groups
+from burnish.engine.plan import build_plan
+from burnish.engine.runtime import Runtime
+from burnish.engine.source import OfflineSource, StepData, extend_ledger
+from burnish.engine.state import TrainState
+from burnish.engine.step import Gradient, ReferenceLike, StepContext, Stopped, compute_gradient
+from burnish.engine.update import Update, run_update
+from burnish.errors import InterruptedRun, NumericStop, ResourceError
+from burnish.faults import fault_point
+from burnish.track.metrics import MetricsLog, read_metrics
+from burnish.track.progress import Progress
+from burnish.track.signals import SignalFlag
+
+log = logging.getLogger("burnish")
+
+AUTO_BUDGET = {"cpu": 8192, "cuda": 32768}
+
+
+@dataclass
+class TrainJob:
+    """All that a stage needs to train; the pipeline puts it together.
+
+    Attributes:
+        policy: A `models.policy.Policy` (or any module with its call).
+        trainable: name → parameter that the optimizer moves.
+        no_decay, head: Names without weight decay; names of a new head.
+        reference: For methods that need one and whose groups carry no `ref_logprobs` column.
+        stage_dir: Where metrics and checkpoints go; None keeps nothing (benchmarks, tests).
+        stamp: Goes into each checkpoint's manifest; on resume it must be equal.
+        sinks: Called with each metrics row.
+    """
+
+    policy: Any
+    method: Method
+    settings: TrainSettings
+    train: Sequence[Group]
+    held_out: Sequence[Group]
+    trainable: dict[str, nn.Parameter]
+    runtime: Runtime
+    stage_dir: Path | None = None
+    no_decay: frozenset[str] = frozenset()
+    head: frozenset[str] = frozenset()
+    reference: ReferenceLike | None = None
+    resume: bool = False
+    resume_from: Path | None = None
+    fp16: bool = False
+    stamp: dict[str, Any] = field(default_factory=dict)
+    sinks: Sequence[Callable[[Mapping[str, Any]], None]] = ()
+    label: str = ""
+    dropout: bool = True
+    on_step: Callable[[int, Mapping[str, float], float], None] | None = None
+
+
+@dataclass
+class TrainOutcome:
+    """What became of a stage: counts, last figures, and whether the best or the last parameters are in the model."""
+
+    steps: int
+    updates: int
+    tokens: int
+    seconds: float
+    figures: dict[str, float]
+    evaluation: dict[str, float]
+    best_step: int | None
+    stopped_early: bool
+    resumed_from: int | None
+    ledger: str
+
+
+class Trainer:
+    """One stage in training. All that changes is in `state`; the rest is fixed when it is built."""
+
+    def __init__(self, job: TrainJob) -> None:
+        s = job.settings
+        self.job = job
+        self.batch_size = compute_batch_size(s, job.runtime.world)
+        self.budget = (
+            AUTO_BUDGET.get(job.runtime.device.type, 8192) if s.micro_batch_tokens == "auto" else s.micro_batch_tokens
+        )
+        self.source = OfflineSource(
+            job.train, batch_size=self.batch_size, epochs=s.num_train_epochs, max_steps=s.max_steps, seed=s.seed,
+            shuffle=s.shuffle,
+        )  # fmt: skip
+        groups = build_parameter_groups(job.trainable, s, no_decay=job.no_decay, head=job.head)
+        self.parameters = list(job.trainable.values())
+        self.state = TrainState(
+            trainable=job.trainable,
+            optimizer=build_optimizer(groups, s),
+            method=job.method.initial_state(),
+            scale=2.0**16 if job.fp16 else None,
+        )
+        self.signals = SignalFlag()
+        self.ctx = StepContext(
+            policy=job.policy, method=job.method, runtime=job.runtime, parameters=self.parameters, seed=s.seed,
+            reference=job.reference, reseed=job.dropout, should_stop=lambda: self.signals.signum is not None and job.runtime.world == 1,
+        )  # fmt: skip
+        self.metrics = MetricsLog(job.stage_dir / "metrics.jsonl") if job.stage_dir and job.runtime.is_main else None
+        self.timing = MetricsLog(job.stage_dir / "timing.jsonl") if job.stage_dir and job.runtime.is_main else None
+        self.save_every = self._resolve_save_steps()
+        self.last_figures: dict[str, float] = {}
+        self.last_evaluation: dict[str, float] = {}
+        self.whole = True  # False only while the optimizer moves parameters
+
+    def _resolve_save_steps(self) -> int:
+        s, source = self.job.settings, self.source
+        if s.save_steps == 0:
+            return source.steps_per_epoch
+        return s.save_steps if s.save_steps > 0 else max(source.total_steps // 4, 1)
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> TrainOutcome:
+        """Train to the end, from the start or from the newest good checkpoint.
+
+        Raises:
+            NumericStop: Too many non-finite steps in a row; the state before them is saved.
+            InterruptedRun: A signal arrived; the state is saved.
+            ResourceError: Disk or memory ran out.
+        """
+        started = mono()
+        resumed = self._resume() if self.job.resume else None
+        fork = torch.random.fork_rng(devices=[]) if self.job.runtime.device.type == "cpu" else torch.random.fork_rng()
+        progress = Progress(
+            self.job.label, self.source.total_steps, done=self.state.counters.step, quiet=not self._speaks()
+        )
+        with fork, self.signals, progress:
+            try:
+                stopped_early = self._loop(progress)
+            except (NumericStop, InterruptedRun):
+                raise
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                raise self._memory_error(error) from error
+            except Exception:
+                if self.whole and self.job.stage_dir and self.job.runtime.world == 1:
+                    self._save()
+                    log.warning("saved checkpoint-%d before stopping", self.state.counters.step)
+                raise
+        c = self.state.counters
+        best = c.best_step if self.job.settings.load_best_model_at_end else None
+        if best is not None and self.job.stage_dir:
+            load_parameters(self.job.stage_dir / f"checkpoint-{best}", self.job.trainable)
+        return TrainOutcome(
+            c.step, c.updates, c.tokens, mono() - started, self.last_figures, self.last_evaluation, c.best_step,
+            stopped_early, resumed, c.ledger,
+        )  # fmt: skip
+
+    def _speaks(self) -> bool:
+        return self.job.runtime.is_main and bool(self.job.label)
+
+    def _loop(self, progress: Progress) -> bool:
+        c = self.state.counters
+        s = self.job.settings
+        if c.step == 0 and s.eval_on_start and self.job.held_out:
+            self._evaluate()
+        self.job.policy.train(True)
+        while c.step < self.source.total_steps:
+            self._stop_if_asked()
+            data = self.source.step(c.step)
+            begun = mono()
+            try:
+                gradient = self._gradient(data)
+            except Stopped:
+                self._stop_if_asked()
+                raise
+            update = self._apply(gradient)
+            fault_point("loop.after_step")
+            self._account(data, gradient, update, mono() - begun, progress)
+            if self._evaluation_due(data) and self._evaluate():
+                self._checkpoint_if_due(data, force=True)
+                return True
+            self._checkpoint_if_due(data)
+        if self.job.held_out and "eval_loss" not in self.last_evaluation_at(c.step):
+            self._evaluate()
+        return False
+
+    def last_evaluation_at(self, step: int) -> dict[str, float]:
+        """The figures of the last evaluation if it was made at this step, else nothing."""
+        return self.last_evaluation if self.last_evaluation.get("step") == step else {}
+
+    def _gradient(self, data: StepData) -> Gradient:
+        plan = build_plan(
+            data.groups, budget=self.budget, cap=self.job.settings.per_device_train_batch_size,
+            world=self.job.runtime.world, coupled=self.job.method.coupled,
+        )  # fmt: skip
+        self._warn_oversized(data, plan.oversized)
+        self.ctx.scale = self.state.scale
+        return compute_gradient(self.ctx, data.groups, plan, self.state.method, self.state.counters.step)
+
+    def _warn_oversized(self, data: StepData, oversized: Sequence[int]) -> None:
+        if oversized and not getattr(self, "_warned", False):
+            self._warned = True
+            group = data.groups[oversized[0]]
+            log.warning("%s is longer than micro_batch_tokens (%d) and runs alone", group.id, self.budget)
+
+    def _apply(self, gradient: Gradient) -> Update:
+        if gradient.bad:
+            return Update(False, float("nan"), 0.0)
+        self.whole = False
+        update = run_update(self.state, self.parameters, self.job.settings, self.source.total_steps, gradient.state)
+        self.whole = True
+        return update
+
+    # -- bookkeeping ------------------------------------------------------------------------------------------------
+
+    def _account(self, data: StepData, gradient: Gradient, update: Update, seconds: float, progress: Progress) -> None:
+        c = self.state.counters
+        step = c.step
+        c.step += 1
+        c.tokens += sum(g.tokens for g in data.groups)
+        c.ledger = extend_ledger(c.ledger, data.groups)
+        if update.applied:
+            c.bad_steps = 0
+            self.last_figures = {
+                **gradient.figures,
+                "grad_norm": update.grad_norm,
+                "learning_rate": update.learning_rate,
+            }
+            if self.job.on_step:
+                self.job.on_step(step, self.last_figures, seconds)
+            if (step + 1) % self.job.settings.logging_steps == 0 or c.step == self.source.total_steps:
+                self._write(
+                    {
+                        "step": c.step,
+                        "epoch": round(c.step / self.source.steps_per_epoch, 4),
+                        "kind": "train",
+                        **self.last_figures,
+                    }
+                )
+        else:
+            self._account_bad(data, gradient, update, step)
+        tokens = sum(g.tokens for g in data.groups)
+        if self.timing:
+            self.timing.append({"step": c.step, "seconds": round(seconds, 4), "tokens": tokens})
+        progress.advance(self.last_figures, tokens=tokens, seconds=seconds)
+
+    def _account_bad(self, data: StepData, gradient: Gradient, update: Update, step: int) -> None:
+        c = self.state.counters
+        if update.overflow:
+            self._write({"step": c.step, "kind": "overflow", "scale": self.state.scale})
+            return
+        c.bad_steps += 1
+        rows = gradient.bad or [g.id for g in data.groups]
+        what = "loss" if gradient.bad else "gradient"
+        log.warning("step %d skipped: non-finite %s on %s", c.step, what, ", ".join(rows[:5]))
+        self._write({"step": c.step, "kind": "skipped", "what": what, "rows": rows[:20]})
+        limit = self.job.settings.max_bad_steps
+        if c.bad_steps >= limit:
+            self._save()
+            raise NumericStop(
+                f"{c.bad_steps} steps in a row gave a non-finite {what}; the last rows were {', '.join(rows[:5])}",
+                where=f"{self.job.label or self.job.method.name} step {c.step}",
+                remedy="lower learning_rate, use precision: fp32, look at these rows with `burnish data show`, "
+                "or raise max_bad_steps; the parameters before these steps are saved",
+            )
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.metrics:
+            self.metrics.append(row)
+        for sink in self.job.sinks:
+            sink(row)
+
+    # -- evaluation -------------------------------------------------------------------------------------------------
+
+    def _evaluation_due(self, data: StepData) -> bool:
+        every = self.job.settings.eval_steps
+        if not self.job.held_out or every < 0:
+            return False
+        return data.ends_epoch if every == 0 else self.state.counters.step % every == 0
+
+    def _evaluate(self) -> bool:
+        """Evaluate, remember the best; True if training should stop early."""
+        c, s = self.state.counters, self.job.settings
+        figures = run_evaluation(
+            self.ctx, self.job.held_out, self.state.method, budget=self.budget, cap=s.per_device_train_batch_size
+        )
+        self.job.policy.train(True)
+        self.last_evaluation = {"step": c.step, **figures}
+        self._write({"step": c.step, "kind": "eval", **figures})
+        default_name, default_greater = self.job.method.best_metric
+        name = s.metric_for_best_model or default_name
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        if name not in figures:
+            raise ResourceError(
+                f"metric_for_best_model {name!r} is not among the evaluation's figures: {', '.join(sorted(figures))}",
+                remedy="choose one of these",
+            )
+        greater = s.greater_is_better if s.greater_is_better is not None else (
+            default_greater if name == default_name else "loss" not in name
+        )  # fmt: skip
+        value = figures[name]
+        if c.best_value is None or (value > c.best_value if greater else value < c.best_value):
+            c.best_value, c.best_step, c.stale_evaluations = value, c.step, 0
+            if s.load_best_model_at_end:
+                self._save()
+        else:
+            c.stale_evaluations += 1
+        patience = s.early_stopping_patience
+        if patience is not None and c.stale_evaluations >= patience:
+            log.info("stopped early: %s has not improved for %d evaluations", name, c.stale_evaluations)
+            return True
+        return False
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _checkpoint_if_due(self, data: StepData, force: bool = False) -> None:
+        c = self.state.counters
+        at_end = c.step == self.source.total_steps
+        due = data.ends_epoch if self.job.settings.save_steps == 0 else c.step % self.save_every == 0
+        if force or due or at_end:
+            self._save()
+
+    def _save(self) -> None:
+        stage_dir = self.job.stage_dir
+        if stage_dir is None:
+            return
+        self.job.runtime.barrier()
+        if self.job.runtime.is_main:
+            if self.metrics:
+                self.state.counters.metrics_mark = self.metrics.mark()
+            meta = {**self.job.stamp, "threads": torch.get_num_threads(), "ranks": self.job.runtime.world}
+            save_checkpoint(stage_dir, self.state, meta)
+            best = self.state.counters.best_step if self.job.settings.load_best_model_at_end else None
+            prune_checkpoints(stage_dir, self.job.settings.save_total_limit, best)
+        self.job.runtime.barrier()
+
+    def _resume(self) -> int | None:
+        stage_dir = self.job.stage_dir
+        if self.job.resume_from is not None:
+            load_checkpoint(self.job.resume_from, self.state)
+        elif stage_dir is not None:
+            found = find_resumable(stage_dir, log.warning)
+            if found is None:
+                if self.metrics:
+                    self.metrics.cut_back(0)
+                return None
+            threads = found.manifest.meta.get("threads")
+            if threads != torch.get_num_threads():
+                log.warning(
+                    "resuming with %d threads, not %s: results will not be bit-equal", torch.get_num_threads(), threads
+                )
+            ranks = found.manifest.meta.get("ranks")
+            if ranks != self.job.runtime.world:
+                log.warning(
+                    "resuming with %d processes, not %s: results will not be bit-equal", self.job.runtime.world, ranks
+                )
+            load_checkpoint(found.path, self.state)
+        if self.metrics and self.job.resume_from is None:
+            self.metrics.cut_back(self.state.counters.metrics_mark)
+            self._recall(self.metrics.path)
+        return self.state.counters.step
+
+    def _recall(self, path: Path) -> None:
+        """Take the last figures from the rows that belong to the restored state."""
+        for row in read_metrics(path)[0]:
+            kind = row.pop("kind", "")
+            if kind == "eval":
+                self.last_evaluation = row
+            elif kind == "train":
+                self.last_figures = {k: v for k, v in row.items() if k not in ("step", "epoch")}
+
+    # -- stopping ---------------------------------------------------------------------------------------------------
+
+    def _stop_if_asked(self) -> None:
+        signum = self.signals.signum
+        asked = max(self.job.runtime.gather(signum or 0)) if self.job.runtime.world > 1 else signum
+        if not asked:
+            return
+        self._save()
+        raise InterruptedRun(
+            f"stopped by a signal after step {self.state.counters.step}; everything up to it is saved",
+            signum=int(asked), remedy="give the same command again to go on",
+        )  # fmt: skip
+
+    def _memory_error(self, error: BaseException) -> ResourceError:
+        return ResourceError(
+            f"out of memory in {self.job.label or self.job.method.name} at step {self.state.counters.step + 1}: {error}",
+            remedy=f"set micro_batch_tokens: {max(self.budget // 2, 256)} (the gradient stays the same), or gradient_checkpointing: true",
+        )
+
+
+def compute_batch_size(settings: TrainSettings, world: int) -> int:
+    """Examples per optimizer step over everything: batch_size, or per device × accumulation × processes, or 8."""
+    if settings.batch_size is not None:
+        return settings.batch_size
+    if settings.per_device_train_batch_size is None:
+        return 8 * (settings.gradient_accumulation_steps or 1) if settings.gradient_accumulation_steps else 8
+    return settings.per_device_train_batch_size * (settings.gradient_accumulation_steps or 1) * world
+
+
+def run_training(job: TrainJob) -> TrainOutcome:
+    """Train a stage; see `Trainer.run`."""
+    return Trainer(job).run()

@@ -1,0 +1,116 @@
+"""Processes and devices: the one door to accelerate.
+
+One process needs nothing of it. Several processes (torchrun, accelerate launch, `burnish --num-processes`) hold equal copies
+of the state; gradients are gathered and added in rank order, so that the sum does not depend on timing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_BUCKET = 1 << 25  # elements reduced at a time: 128 MB in fp32
+
+
+class Runtime:
+    """The ranks of a run and the device of this one.
+
+    Attributes:
+        rank, world: This process and how many there are.
+        device: Where this rank computes.
+    """
+
+    def __init__(self, device: torch.device, rank: int = 0, world: int = 1) -> None:
+        self.device, self.rank, self.world = device, rank, world
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and speaks."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The picklable `value` of every rank, in rank order, on every rank."""
+        if self.world == 1:
+            return [value]
+        out: list[Any] = [None] * self.world
+        dist.all_gather_object(out, value)
+        return out
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return any(self.gather(bool(flag))) if self.world > 1 else flag
+
+    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Replace every gradient by its sum over ranks, added in rank order (bit-equal on all ranks)."""
+        if self.world == 1:
+            return
+        used = [any(flags) for flags in zip(*self.gather([p.grad is not None for p in parameters]), strict=True)]
+        parameters = [p for p, has in zip(parameters, used, strict=True) if has]
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        for bucket in _buckets(parameters):
+            flat = torch.cat([p.grad.reshape(-1) for p in bucket if p.grad is not None])
+            every = [torch.empty_like(flat) for _ in range(self.world)]
+            dist.all_gather(every, flat)
+            total = every[0]
+            for other in every[1:]:
+                total += other
+            offset = 0
+            for p in bucket:
+                assert p.grad is not None
+                p.grad.copy_(total[offset : offset + p.numel()].view_as(p))
+                offset += p.numel()
+
+    def sum_numbers(self, rows: dict[str, float]) -> dict[str, float]:
+        """Named numbers added over ranks in rank order; names may differ between ranks."""
+        if self.world == 1:
+            return rows
+        total: dict[str, float] = {}
+        for part in self.gather(rows):
+            for name, value in part.items():
+                total[name] = total.get(name, 0.0) + value
+        return total
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _buckets(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    """Parameters of one type in runs of at most `_BUCKET` elements."""
+    bucket: list[Tensor] = []
+    size = 0
+    for p in parameters:
+        if bucket and (size + p.numel() > _BUCKET or p.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(p)
+        size += p.numel()
+    if bucket:
+        yield bucket
+
+
+def build_runtime(devices: Sequence[int] | None = None) -> Runtime:
+    """Join the process group that the launcher's environment describes, if any, and choose this rank's device."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    cuda = torch.cuda.is_available() and os.environ.get("BURNISH_DEVICE") != "cpu"
+    if world > 1:
+        from accelerate import PartialState
+
+        state = PartialState(cpu=not cuda)
+        return Runtime(state.device, state.process_index, state.num_processes)
+    if not cuda:
+        return Runtime(torch.device("cpu"))
+    return Runtime(torch.device("cuda", devices[0] if devices else 0))

@@ -1,0 +1,269 @@
+"""One optimizer step: forward and backward over its micro-batches, guarded, reduced, applied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from burnish.core.batch import Outputs, PackedBatch, Table, build_packed_batch
+from burnish.core.concat import concat_steps
+from burnish.core.group import Group
+from burnish.engine.method import Method
+from burnish.engine.plan import MicroBatch, StepPlan, build_part
+from burnish.engine.runtime import Runtime
+from burnish.engine.streams import compute_seed
+from burnish.errors import BurnishError
+from burnish.faults import fault_point
+from burnish.losses.terms import LossResult
+
+
+class PolicyLike(Protocol):
+    """What the engine needs of a policy: one call from a batch to flat outputs."""
+
+    def __call__(self, batch: PackedBatch, want: frozenset[str]) -> Outputs: ...
+
+
+class ReferenceLike(Protocol):
+    """A reference model: (S,) log-probs of the scored tokens, without gradient."""
+
+    def logprobs(self, batch: PackedBatch) -> Tensor: ...
+
+
+class Stopped(Exception):
+    """A signal arrived between micro-batches; the step is dropped, no state has changed."""
+
+
+@dataclass
+class Sums:
+    """Sums and counts of terms and metrics over micro-batches (and, after `reduce`, over ranks)."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    terms: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    announced: dict[str, float] = field(default_factory=dict)
+
+    def add(self, result: LossResult) -> None:
+        for term in result.terms:
+            self.terms[term.name] = self.terms.get(term.name, 0.0) + float(term.sum.detach())
+            self.announced[term.name] = self.announced.get(term.name, 0.0) + term.count
+            self.weights[term.name] = term.weight
+        for metric in result.metrics:
+            self.values[metric.name] = self.values.get(metric.name, 0.0) + float(metric.sum.detach())
+            self.counts[metric.name] = self.counts.get(metric.name, 0.0) + float(metric.count)
+
+    def reduce(self, runtime: Runtime) -> None:
+        self.values, self.counts = runtime.sum_numbers(self.values), runtime.sum_numbers(self.counts)
+        self.terms, self.announced = runtime.sum_numbers(self.terms), runtime.sum_numbers(self.announced)
+        for part in runtime.gather(self.weights):
+            self.weights |= part
+
+    def figures(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """loss, each term (if there are several) and each metric, divided by their counts."""
+        shares = {n: self.weights[n] * s / counts[n] for n, s in self.terms.items() if counts[n]}
+        out = {"loss": sum(shares.values())}
+        if len(self.terms) > 1:
+            out |= {f"loss/{n}": s / counts[n] for n, s in self.terms.items() if counts[n]}
+        return out | {n: v / self.counts[n] for n, v in self.values.items() if self.counts[n]}
+
+
+@dataclass
+class Gradient:
+    """What `compute_gradient` found; the gradients themselves are on the parameters."""
+
+    figures: dict[str, float]
+    tokens: int
+    bad: list[str]
+    state: Mapping[str, Any] | None
+
+
+@dataclass
+class StepContext:
+    """What stays the same for all steps of a stage."""
+
+    policy: PolicyLike
+    method: Method
+    runtime: Runtime
+    parameters: Sequence[Tensor]
+    seed: int
+    reference: ReferenceLike | None = None
+    reseed: bool = True
+    scale: float | None = None
+    should_stop: Callable[[], bool] = lambda: False
+
+
+def compute_counts(method: Method, groups: Sequence[Group]) -> dict[str, float]:
+    """Units per term over the whole step; the same on every rank, known before any forward."""
+    return {name: float(count) for name, count in method.counts(groups).items()}
+
+
+def _check_counts(announced: Mapping[str, float], counts: Mapping[str, float], method: str) -> None:
+    for name, found in announced.items():
+        if name not in counts or not math.isclose(found, counts[name], rel_tol=1e-6, abs_tol=1e-6):
+            raise BurnishError(
+                f"method {method}: term {name!r} counted {found} units, but counts() announced {counts.get(name)}",
+                remedy="make counts() and compute_loss() count the same units from the same masks",
+            )
+
+
+def _build(micro: MicroBatch, groups: Sequence[Group], device: torch.device) -> PackedBatch:
+    cut = [build_part(groups[p.position], p) for p in micro.parts]
+    batch = build_packed_batch([g for g, _ in cut], [p.position for p in micro.parts], [s for _, s in cut])
+    return batch.to(device)
+
+
+def _forward(ctx: StepContext, batch: PackedBatch, step: int, index: int) -> Outputs:
+    """The policy's outputs; dropout is reseeded by (seed, step, rank, micro-batch), so both passes see the same."""
+    if ctx.reseed:
+        torch.manual_seed(compute_seed(ctx.seed, "dropout", step, ctx.runtime.rank, index))
+    fault_point("step.forward")
+    return ctx.policy(batch, ctx.method.want)
+
+
+def _attach_reference(ctx: StepContext, batch: PackedBatch) -> None:
+    if ctx.method.needs_reference and ctx.reference is not None and "ref_logprobs" not in batch.table.token_columns:
+        batch.table.token_columns["ref_logprobs"] = ctx.reference.logprobs(batch)
+
+
+def _non_finite_rows(outputs: Mapping[str, Tensor], batch: PackedBatch) -> list[str]:
+    """Ids of the groups whose outputs are not finite; all of the batch's if none can be told apart."""
+    bad: set[int] = set()
+    for name, tensor in outputs.items():
+        broken = ~torch.isfinite(tensor.detach())
+        if broken.any():
+            rows = broken.nonzero()[:, 0]
+            completions = rows if name == "scores" else batch.table.token_completion[rows]
+            bad |= set(batch.table.completion_group[completions].tolist())
+    ids = batch.table.group_ids
+    return [ids[g] for g in sorted(bad)] if bad else list(ids)
+
+
+def _total(result: LossResult, counts: Mapping[str, float]) -> Tensor:
+    """Σ weight · sum / count of the whole step; a term without units contributes zero but keeps the graph."""
+    parts = [t.sum * (t.weight / counts[t.name]) if counts[t.name] else t.sum * 0.0 for t in result.terms]
+    return torch.stack([p.to(parts[0].dtype) for p in parts]).sum()
+
+
+def compute_gradient(
+    ctx: StepContext, groups: Sequence[Group], plan: StepPlan, state: Mapping[str, Any], step: int
+) -> Gradient:
+    """Gradients of the step's loss on `ctx.parameters`, summed over micro-batches and ranks.
+
+    The result does not depend on how the plan cut the step. Non-finite numbers are reported, never applied.
+
+    Raises:
+        Stopped: `ctx.should_stop()` became true between micro-batches.
+    """
+    for p in ctx.parameters:
+        p.grad = None
+    counts = compute_counts(ctx.method, groups)
+    sums = Sums()
+    bad: list[str] = []
+    rows: list[tuple[Table, dict[str, Tensor]]] = []
+    mine = plan.of(ctx.runtime.rank)
+    coupled = [i for i, m in enumerate(mine) if m.coupled]
+    if coupled:
+        rows += _run_coupled(ctx, groups, mine, coupled, counts, state, step, sums, bad)
+    for index, micro in enumerate(mine):
+        if micro.coupled:
+            continue
+        if ctx.should_stop():
+            raise Stopped
+        batch = _build(micro, groups, ctx.runtime.device)
+        _attach_reference(ctx, batch)
+        outputs = _forward(ctx, batch, step, index)
+        if fault_point("step.nan_logprobs") and outputs.logprobs is not None:
+            outputs.logprobs = outputs.logprobs * float("nan")
+        result = ctx.method.compute_loss(outputs, batch.table, state)
+        loss = _total(result, counts)
+        if fault_point("step.nan_loss"):
+            loss = loss * float("nan")
+        if not bool(torch.isfinite(loss.detach())):
+            bad += _non_finite_rows(outputs.named(), batch)
+            continue
+        sums.add(result)
+        if ctx.method.stateful:
+            rows.append((batch.table, {n: t.detach() for n, t in outputs.named().items()}))
+        fault_point("step.backward")
+        (loss if ctx.scale is None else loss * ctx.scale).backward()
+    bad = [row for part in ctx.runtime.gather(bad) for row in part]
+    sums.reduce(ctx.runtime)
+    next_state = None
+    if not bad:
+        if ctx.method.coupled:
+            counts = dict(sums.announced)
+        else:
+            _check_counts(sums.announced, counts, ctx.method.name)
+        if ctx.method.stateful:
+            next_state = ctx.method.next_state(*_join_ranks(ctx, rows), state)
+    ctx.runtime.sum_gradients(ctx.parameters)
+    if fault_point("step.nan_gradient"):
+        grad = next(p.grad for p in ctx.parameters if p.grad is not None)
+        grad.view(-1)[0] = float("nan")
+    return Gradient(sums.figures(counts) if not bad else {}, sum(m.tokens for m in mine), bad, next_state)
+
+
+def _run_coupled(
+    ctx: StepContext, groups: Sequence[Group], mine: Sequence[MicroBatch], coupled: Sequence[int],
+    counts: Mapping[str, float], state: Mapping[str, Any], step: int, sums: Sums, bad: list[str],
+) -> list[tuple[Table, dict[str, Tensor]]]:  # fmt: skip
+    """Two passes: outputs of all coupled micro-batches without gradient, the loss on them, then backward with its coefficients.
+
+    With a single coupled micro-batch on a single rank the first forward keeps its graph and the second is spared.
+    Returns the tables and detached outputs of this rank's coupled micro-batches.
+    """
+    single = len(coupled) == 1 and ctx.runtime.world == 1
+    tables, named, batches = [], [], []
+    for index in coupled:
+        if ctx.should_stop():
+            raise Stopped
+        batch = _build(mine[index], groups, ctx.runtime.device)
+        _attach_reference(ctx, batch)
+        with torch.set_grad_enabled(single):
+            outputs = _forward(ctx, batch, step, index).named()
+        tables.append(batch.table)
+        named.append(outputs)
+        batches.append(batch)
+    leaves = [{n: t.detach().requires_grad_(True) for n, t in outputs.items()} for outputs in named]
+    result = _coupled_loss(ctx, tables, leaves, state)
+    loss = _total(result, {t.name: t.count for t in result.terms} if ctx.method.coupled else counts)
+    if not bool(torch.isfinite(loss.detach())):
+        for outputs, batch in zip(named, batches, strict=True):
+            bad += _non_finite_rows(outputs, batch)
+        return []
+    if ctx.runtime.is_main:
+        sums.add(result)
+    (loss if ctx.scale is None else loss * ctx.scale).backward()
+    for index, batch, leaf, first in zip(coupled, batches, leaves, named, strict=True):
+        outputs = first if single else _forward(ctx, batch, step, index).named()
+        pairs = [(outputs[n], leaf[n].grad) for n in leaf if leaf[n].grad is not None and outputs[n].requires_grad]
+        if pairs:
+            torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+    return [(t, {n: v.detach() for n, v in o.items()}) for t, o in zip(tables, named, strict=True)]
+
+
+def _join_ranks(ctx: StepContext, rows: list[tuple[Table, dict[str, Tensor]]]) -> tuple[Outputs, Table]:
+    """The rows of every rank as one table in data order, without gradient."""
+    every = [row for part in ctx.runtime.gather(rows) for row in part if len(row[0].group_ids)]
+    return concat_steps([t for t, _ in every], [o for _, o in every])
+
+
+def _coupled_loss(
+    ctx: StepContext, tables: list[Table], leaves: list[dict[str, Tensor]], state: Mapping[str, Any]
+) -> LossResult:
+    """The loss over the coupled part of the whole step; other ranks' outputs are constants here."""
+    everything = ctx.runtime.gather([(t, {n: v.detach() for n, v in leaf.items()}) for t, leaf in zip(tables, leaves)])
+    all_tables, all_outputs = [], []
+    for rank, rows in enumerate(everything):
+        for i, (table, values) in enumerate(rows):
+            own = rank == ctx.runtime.rank
+            if len(table.group_ids):
+                all_tables.append(tables[i] if own else table)
+                all_outputs.append(leaves[i] if own else values)
+    outputs, table = concat_steps(all_tables, all_outputs)
+    return ctx.method.compute_loss(outputs, table, state)

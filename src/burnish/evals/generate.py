@@ -1,0 +1,131 @@
+"""Greedy answers from a language model: batched, with a key-value cache, the same on every run.
+
+Prompts are sorted by length and padded on the left; a row leaves its batch (and the cache) as soon as it has ended, so
+a batch costs what its unfinished rows cost. The model's own forward is used, not burnish's packed one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+EndReason = Literal["eos", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A generated answer.
+
+    Attributes:
+        ids: Token ids as generated, the end-of-sequence token included if there is one.
+        end: "eos", or "length": cut off at the limit.
+    """
+
+    ids: tuple[int, ...]
+    end: EndReason
+
+    @property
+    def body(self) -> tuple[int, ...]:
+        """The ids without the end-of-sequence token."""
+        return self.ids[:-1] if self.end == "eos" else self.ids
+
+
+@torch.no_grad()
+def generate_greedy(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    eos_ids: Collection[int],
+    max_new_tokens: int,
+    batch_size: int = 32,
+    context: int | None = None,
+) -> list[Answer]:
+    """The most probable token at each position, until an end token or the limit; ties go to the smaller id.
+
+    Args:
+        model: A transformers causal language model; it is put in evaluation mode for the time and back afterwards.
+        prompts: Token ids of each prompt, at least one.
+        eos_ids: Tokens that end an answer.
+        max_new_tokens: Tokens of an answer at most, the end token included.
+        batch_size: Prompts computed together.
+        context: Positions the model has; an answer ends at it with "length". None = no limit.
+
+    Returns:
+        One answer for each prompt, in the prompts' order.
+
+    Raises:
+        ValueError: An empty prompt, or one that leaves no room in the context.
+    """
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0 or (context is not None and len(prompt) >= context):
+            raise ValueError(f"prompt {row} has {len(prompt)} tokens, the model's context {context}")
+    answers: list[Answer | None] = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
+    was_training = bool(getattr(model, "training", False))
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            found = _generate_batch(model, [prompts[r] for r in rows], frozenset(eos_ids), max_new_tokens, context)
+            for row, answer in zip(rows, found, strict=True):
+                answers[row] = answer
+    finally:
+        model.train(was_training)
+    return [a for a in answers if a is not None]
+
+
+def _generate_batch(
+    model: Any, prompts: Sequence[Sequence[int]], eos_ids: frozenset[int], limit: int, context: int | None
+) -> list[Answer]:
+    """Greedy decoding of one batch; `alive` maps rows of the shrinking batch to rows of `prompts`."""
+    ids, mask = _pad_left(prompts, model.device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    ends = torch.tensor(sorted(eos_ids), device=model.device)
+    room = [limit if context is None else min(limit, context - len(p)) for p in prompts]
+    written: list[list[int]] = [[] for _ in prompts]
+    answers: list[Answer | None] = [None] * len(prompts)
+    alive = list(range(len(prompts)))
+    cache = None
+    while alive:
+        out = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **keep
+        )
+        cache = out.past_key_values
+        token = out.logits[:, -1].argmax(-1)
+        ended = torch.isin(token, ends).tolist()
+        going = []
+        for row, (new, end) in enumerate(zip(token.tolist(), ended, strict=True)):
+            own = written[alive[row]]
+            own.append(new)
+            if end or len(own) >= room[alive[row]]:
+                answers[alive[row]] = Answer(tuple(own), "eos" if end else "length")
+            else:
+                going.append(row)
+        if len(going) < len(alive):
+            alive = [alive[row] for row in going]
+            if not alive:
+                break
+            rows = torch.tensor(going, device=token.device)
+            cache.batch_select_indices(rows)
+            token, mask, positions = token[rows], mask[rows], positions[rows]
+        ids = token[:, None]
+        positions = positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+    return [a for a in answers if a is not None]
+
+
+def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B, T) ids and (B, T) mask, True = a real token; the padding's id is never seen."""
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+    mask = torch.zeros(len(prompts), width, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.as_tensor(list(prompt), dtype=torch.int64)
+        mask[row, width - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)

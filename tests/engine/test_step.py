@@ -1,0 +1,110 @@
+"""The gradient of a step does not depend on how it is cut, nor on how many processes compute it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests.engine.tiny import build_groups, build_method, build_policy, trainable
+
+from burnish.engine.plan import build_plan
+from burnish.engine.runtime import Runtime
+from burnish.engine.step import StepContext, Stopped, compute_gradient
+
+METHODS = ["sft", "reward", "sigmoid", "hinge", "ipo", "coupled"]
+CUTS = [(10_000, None), (10_000, 1), (10_000, 3), (60, None), (30, None), (12, None)]
+
+
+def run_step(name: str, budget: int, cap: int | None = None, *, n: int = 7, world: int = 1, runtime: Runtime | None = None, **kw):
+    """(figures, flat gradient, next state) of one step in fp64."""
+    method, head, k, reference = build_method(name)
+    policy = build_policy(head, **kw)
+    policy.train(True)
+    groups = build_groups(n, k=k, reference=reference)
+    parameters = trainable(policy)
+    ctx = StepContext(policy, method, runtime or Runtime(torch.device("cpu")), list(parameters.values()), seed=0)
+    plan = build_plan(groups, budget=budget, cap=cap, world=world, coupled=method.coupled)
+    found = compute_gradient(ctx, groups, plan, method.initial_state(), step=0)
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
+    return found, torch.cat([g.reshape(-1) for g in grads])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_r11_the_gradient_is_the_same_under_any_cut(name):
+    """R-11: one batch, capped batches, small budgets, groups cut by completion with their prompt repeated."""
+    whole, expected = run_step(name, *CUTS[0])
+    assert whole.bad == []
+    assert expected.norm() > 1e-3
+    for budget, cap in CUTS[1:]:
+        found, gradient = run_step(name, budget, cap)
+        assert (gradient - expected).norm() / expected.norm() < 1e-10, (budget, cap)
+        assert found.figures == pytest.approx(whole.figures, rel=1e-10, abs=1e-12)
+        assert (found.state or {}) == pytest.approx(whole.state or {}, rel=1e-10)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_r11_fp32_within_its_precision(name):
+    """R-11: the fp32 row."""
+    _, expected = run_step(name, 10_000, dtype=torch.float32)
+    _, gradient = run_step(name, 30, dtype=torch.float32)
+    assert (gradient - expected).norm() / expected.norm() < 1e-5
+
+
+def _two_ranks(n: int) -> dict:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    root = Path(__file__).resolve().parents[2]
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = str(root)
+    command = [sys.executable, "-m", "tests.engine.two_ranks", str(n)]
+    children = [
+        subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, cwd=root)
+        for r in range(2)
+    ]
+    outputs = [child.communicate(timeout=240)[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0]
+    return json.loads(outputs[0].splitlines()[-1])
+
+
+@pytest.mark.dist
+def test_r23_two_processes_give_the_gradient_of_one():
+    """R-23: uneven sizes, and a rank with nothing (n = 1); for each method and the coupled toy loss."""
+    for line in _two_ranks(7)["rows"]:
+        assert line["error"] < 1e-10, line
+        assert line["figures"] < 1e-10, line
+        assert line["equal_on_ranks"], line
+    assert len(_two_ranks(1)["rows"]) == len(METHODS)
+
+
+def test_r05_non_finite_rows_are_named(monkeypatch):
+    """R-05, T-30: a row with a NaN is reported by its id; nothing is applied."""
+    method, head, k, _ = build_method("sigmoid")
+    policy = build_policy(head)
+    groups = build_groups(3, k=k, reference=True)
+    groups[1].completions[0].token_columns["ref_logprobs"][:] = float("nan")
+    ctx = StepContext(policy, method, Runtime(torch.device("cpu")), list(trainable(policy).values()), seed=0)
+    for cap in (None, 1):
+        plan = build_plan(groups, budget=10_000, cap=cap)
+        found = compute_gradient(ctx, groups, plan, {}, step=0)
+        assert "row:1" in found.bad
+        assert found.figures == {}
+        if cap == 1:
+            assert found.bad == ["row:1"]
+
+
+def test_a_signal_between_micro_batches_drops_the_step():
+    method, head, k, _ = build_method("sft")
+    policy = build_policy(head)
+    groups = build_groups(3, k=k)
+    ctx = StepContext(
+        policy, method, Runtime(torch.device("cpu")), list(trainable(policy).values()), seed=0, should_stop=lambda: True
+    )
+    with pytest.raises(Stopped):
+        compute_gradient(ctx, groups, build_plan(groups, budget=20), {}, step=0)

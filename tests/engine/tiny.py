@@ -1,0 +1,103 @@
+"""Tiny models, groups and methods for the engine's tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from burnish.config.stages import DpoSettings, RewardSettings, SftSettings
+from burnish.core.batch import Outputs, Table
+from burnish.core.group import Completion, Group
+from burnish.losses.terms import LossResult, Metric, Term
+
+VOCAB = 61
+
+
+def build_groups(n: int, *, seed: int = 0, k: int = 2, reference: bool = False, spread: int = 12) -> list[Group]:
+    """n groups of k completions with lengths from 1 to `spread`."""
+    rng = np.random.default_rng(seed)
+    groups = []
+    for i in range(n):
+        completions = []
+        for _ in range(k):
+            length = int(rng.integers(1, spread + 1))
+            ids = rng.integers(3, VOCAB, length).astype(np.int32)
+            mask = np.ones(length, bool)
+            if length > 3:
+                mask[1] = False
+            columns = {"ref_logprobs": rng.normal(-3, 1, length)} if reference else {}
+            completions.append(Completion(ids, mask, token_columns=columns))
+        prompt = rng.integers(3, VOCAB, int(rng.integers(1, spread + 1))).astype(np.int32)
+        groups.append(Group(f"row:{i}", prompt, tuple(completions), columns={"margin": 0.0} if k == 2 else {}))
+    return groups
+
+
+def build_policy(head: str = "lm", *, dtype: torch.dtype = torch.float64, seed: int = 0, layers: int = 2, **config: Any):
+    """A random GPT-2 policy of hidden size 32: unlike the RMS norms of newer models, its norms really compute in fp64."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+
+    from burnish.models.policy import Policy
+
+    cfg = GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=layers, n_head=4, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, pad_token_id=0, eos_token_id=1, bos_token_id=1, num_labels=1, initializer_range=0.15, **config,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        cls = GPT2LMHeadModel if head == "lm" else GPT2ForSequenceClassification
+        model = cls(cfg).to(dtype)
+    return Policy(model, head=head, attention="sdpa")
+
+
+def trainable(policy) -> dict[str, torch.nn.Parameter]:
+    return {n: p for n, p in policy.named_parameters() if p.requires_grad}
+
+
+class SortedGap:
+    """A coupled toy loss: sorts the chosen and the rejected sums over the whole step before it compares them."""
+
+    name = "sorted_gap"
+    head = "lm"
+    want = frozenset({"logprobs"})
+    needs_reference = False
+    coupled = True
+    stateful = True
+    best_metric = ("eval_loss", False)
+
+    def initial_state(self) -> dict[str, Any]:
+        return {"seen": 0, "trace": 0.0}
+
+    def counts(self, groups) -> dict[str, float]:
+        return {"gap": float(len(groups))}
+
+    def compute_loss(self, outputs: Outputs, table: Table, state) -> LossResult:
+        assert outputs.logprobs is not None
+        sums = table.sum_tokens(outputs.logprobs)
+        chosen, rejected = sums[table.completion_slot == 0], sums[table.completion_slot == 1]
+        gap = chosen.sort().values - rejected.sort().values
+        loss = -torch.nn.functional.logsigmoid(0.1 * gap)
+        n = float(chosen.shape[0])
+        return LossResult((Term("gap", loss.sum(), n, "pair"),), (Metric("gap", gap.detach().sum(), n),))
+
+    def next_state(self, outputs: Outputs, table: Table, state) -> dict[str, Any]:
+        assert outputs.logprobs is not None
+        weights = torch.arange(1, len(table.group_ids) + 1, dtype=torch.float64)
+        chosen = table.slot(table.sum_tokens(outputs.logprobs), 0).double()
+        return {"seen": state["seen"] + len(table.group_ids), "trace": state["trace"] + float((weights * chosen).sum())}
+
+
+def build_method(name: str):
+    """(method, policy head, groups per pair, needs reference columns)"""
+    from burnish.methods.dpo import Dpo
+    from burnish.methods.reward import Reward
+    from burnish.methods.sft import Sft
+
+    if name == "sft":
+        return Sft(SftSettings()), "lm", 1, False
+    if name == "reward":
+        return Reward(RewardSettings(center_rewards_coefficient=0.01)), "score", 2, False
+    if name == "coupled":
+        return SortedGap(), "lm", 2, False
+    return Dpo(DpoSettings(loss_type=name)), "lm", 2, True
