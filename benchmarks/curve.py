@@ -29,7 +29,7 @@ def build_points(base: Plan) -> list[tuple[str, str, Plan, bool]]:
 
 
 def run_curve(base: Plan, data: Path, arguments: Namespace) -> dict[str, Any]:
-    """One measurement a point (no medians): seconds and memory, and the ratio to TRL's defaults where it was measured."""
+    """One measurement a point (no medians): seconds, memory, and ratios to TRL's defaults where it was measured."""
     found = []
     for axis, label, plan, ends in build_points(base):
         timed = max(16, plan.batch_size)

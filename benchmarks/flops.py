@@ -1,9 +1,9 @@
 """Useful floating-point operations of the rows, and the matrix-multiplication peak of this process.
 
 Counted as "useful": what a packed step must compute at least once. Matrix products of the blocks cost 2 operations a
-weight and token forward and 4 backward; attention costs 4 · width operations a visible (query, key) pair forward and twice that
-backward; the head 2 · hidden · vocabulary a scored token forward and twice that backward. Recomputation, the embedding look-up,
-softmax, norms and the optimizer are not counted.
+weight and token forward and 4 backward; attention costs 4 · width operations a visible (query, key) pair forward and
+twice that backward; the head 2 · hidden · vocabulary a scored token forward and twice that backward. Recomputation, the
+embedding look-up, softmax, norms and the optimizer are not counted.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def check_ids(method: str, prepared: Sequence[dict[str, Any]], pairs: Sequence[P
 
 
 def build_arguments(plan: Plan, mode: str, folder: Path) -> dict[str, Any]:
-    """Trainer arguments: what the comparison fixes, the rest at TRL's defaults ("defaults") or at its best ("tuned")."""
+    """Trainer arguments: what the comparison fixes; the rest at TRL's defaults, or at its best ("tuned")."""
     arguments: dict[str, Any] = {
         "output_dir": str(folder / "trl"),
         "per_device_train_batch_size": plan.batch_size,
@@ -89,6 +89,7 @@ def _build_trainer(plan: Plan, mode: str, folder: Path, data: Any, tokenizer: An
     import trl
 
     arguments, path = build_arguments(plan, mode, folder), str(folder / "model")
+    common = {"train_dataset": data, "processing_class": tokenizer}
     if plan.method == "dpo":
 
         class TimedDpo(trl.DPOTrainer):
@@ -99,17 +100,18 @@ def _build_trainer(plan: Plan, mode: str, folder: Path, data: Any, tokenizer: An
                 return found
 
         # The path, not an object: the reference then is the same checkpoint.
-        return TimedDpo(path, args=trl.DPOConfig(**arguments), train_dataset=data, processing_class=tokenizer)
+        return TimedDpo(path, args=trl.DPOConfig(**arguments), **common)
     if plan.method == "reward":
-        return trl.RewardTrainer(path, args=trl.RewardConfig(**arguments), train_dataset=data, processing_class=tokenizer)
-    return trl.SFTTrainer(path, args=trl.SFTConfig(**arguments), train_dataset=data, processing_class=tokenizer)
+        return trl.RewardTrainer(path, args=trl.RewardConfig(**arguments), **common)
+    return trl.SFTTrainer(path, args=trl.SFTConfig(**arguments), **common)
 
 
 def run_trl(plan: Plan, pairs: Sequence[Pair], folder: Path, mode: str) -> dict[str, Any]:
     """Train once over `pairs` in their order.
 
-    Returns: `losses`, one a step; `seconds`, all of the time between the end of the warm-up steps and the end of the last
-    step, plus the timed rows' share of the reference's log-probs if those were computed ahead; `reference_seconds`.
+    Returns:
+        `losses`, one a step; `seconds`, all of the time between the end of the warm-up steps and the end of the last
+        step, plus the timed rows' share of the reference's log-probs if computed ahead; `reference_seconds`.
     """
     import datasets
     from transformers import AutoTokenizer, TrainerCallback

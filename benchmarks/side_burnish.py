@@ -1,14 +1,148 @@
-"""Our side of the benchmark."""
+"""Our side of the benchmark: the engine on the rows' token ids, at its default settings."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from workload import Pair, Plan
 
+from burnish.config.registry import KINDS, load_object
+from burnish.config.train import TrainSettings
+from burnish.core.batch import build_packed_batch
+from burnish.core.group import Completion, Group
+from burnish.engine.loop import TrainJob, run_training
+from burnish.engine.runtime import build_runtime
+from burnish.models.load import build_model
+from burnish.models.policy import Policy
+from burnish.models.precision import resolve_precision
 
-def run_burnish(plan: Plan, pairs: Sequence[Pair], folder: Path) -> dict[str, Any]:
+REFERENCE_TOKENS = 8192  # in one forward of the reference
+
+
+def build_groups(plan: Plan, pairs: Sequence[Pair]) -> list[Group]:
+    """The rows as groups; every answer token is scored."""
+
+    def completion(ids: list[int]) -> Completion:
+        return Completion(np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool))
+
+    groups = []
+    for pair in pairs:
+        answers = [pair.chosen_ids] if plan.method == "sft" else [pair.chosen_ids, pair.rejected_ids]
+        prompt = np.array(pair.prompt_ids, dtype=np.int32)
+        groups.append(Group(pair.id, prompt, tuple(completion(ids) for ids in answers)))
+    return groups
+
+
+def build_settings(plan: Plan, model: Path) -> TrainSettings:
+    """The stage's settings: what the comparison fixes, the rest at its defaults."""
+    settings: dict[str, Any] = {
+        "model": str(model),
+        "learning_rate": plan.learning_rate,
+        "max_grad_norm": plan.max_grad_norm,
+        "precision": plan.precision,
+        "batch_size": plan.batch_size,
+        "seed": plan.seed,
+        "shuffle": False,
+    }
+    if plan.method == "dpo":
+        settings["beta"] = plan.beta
+    return load_object(KINDS[plan.method].settings)(**settings)
+
+
+def add_reference(policy: Policy, groups: Sequence[Group]) -> list[Group]:
+    """The groups with the policy's present log-probs as their reference column."""
+    done: list[Group] = []
+    batch: list[Group] = []
+    for index, group in enumerate(groups):
+        batch.append(group)
+        last = index + 1 == len(groups)
+        if last or sum(g.tokens for g in batch) + groups[index + 1].tokens > REFERENCE_TOKENS:
+            with torch.no_grad():
+                found = policy(build_packed_batch(batch), frozenset({"logprobs"})).logprobs
+            assert found is not None
+            done += _attach(batch, found.float().numpy())
+            batch = []
+    return done
+
+
+def _attach(groups: Sequence[Group], values: np.ndarray) -> list[Group]:
+    done, cursor = [], 0
+    for group in groups:
+        completions = []
+        for c in group.completions:
+            column = values[cursor : cursor + len(c.ids)].astype(np.float32)
+            cursor += len(c.ids)
+            completions.append(replace(c, token_columns={"ref_logprobs": column}))
+        done.append(replace(group, completions=tuple(completions)))
+    return done
+
+
+class Watch:
+    """Losses and times of the steps; optionally a profile of the steps after the warm-up."""
+
+    def __init__(self, warmup_steps: int, profile: Path | None) -> None:
+        self.losses: list[float] = []
+        self.ends: list[float] = []
+        self.warmup_steps = warmup_steps
+        self.profiler = (
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True)
+            if profile
+            else None
+        )
+        self.profile = profile
+
+    def __call__(self, step: int, figures: Any, seconds: float) -> None:
+        self.ends.append(time.perf_counter())
+        self.losses.append(float(figures["loss"]))
+        if self.profiler and step + 1 == self.warmup_steps:
+            self.profiler.start()
+
+    def close(self) -> None:
+        """Write the profile, if one was asked for."""
+        if self.profiler and self.profile:
+            self.profiler.stop()
+            plain = self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
+            shapes = self.profiler.key_averages(group_by_input_shape=True)
+            text = plain + "\n" + shapes.table(sort_by="self_cpu_time_total", row_limit=25)
+            self.profile.write_text(text, encoding="utf-8")
+
+
+def run_burnish(plan: Plan, pairs: Sequence[Pair], folder: Path, profile: Path | None = None) -> dict[str, Any]:
     """Train once over `pairs` in their order; the same figures as `peer_trl.run_trl`."""
-    raise NotImplementedError
+    model = folder / "model"
+    settings = build_settings(plan, model)
+    runtime = build_runtime()
+    method = load_object(KINDS[plan.method].runner)(settings)
+    precision = resolve_precision(plan.precision, runtime.device, plan.shape.hidden)
+    built = build_model(settings, str(model), head=method.head, seed=plan.seed, compute_dtype=precision.compute)
+    policy = Policy(built.model, head=method.head, attention=settings.attention, compute_dtype=precision.compute)
+    groups, reference = build_groups(plan, pairs), 0.0
+    if method.needs_reference:
+        policy.train(False)
+        start = time.perf_counter()
+        groups = add_reference(policy, groups)
+        reference = time.perf_counter() - start
+    watch = Watch(plan.warmup_steps, profile)
+    job = TrainJob(
+        policy=policy,
+        method=method,
+        settings=settings,
+        train=groups,
+        held_out=[],
+        trainable=built.trainable,
+        runtime=runtime,
+        no_decay=built.no_decay,
+        head=built.head_parameters,
+        on_step=watch,
+    )
+    run_training(job)
+    watch.close()
+    timed = 1.0 - plan.warmup_steps * plan.batch_size / len(pairs)
+    total = watch.ends[-1] - watch.ends[plan.warmup_steps - 1] + reference * timed
+    return {"losses": watch.losses, "seconds": total, "reference_seconds": reference, "backend": policy.backend}

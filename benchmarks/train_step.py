@@ -52,7 +52,8 @@ def measure(side: str, folder: Path, profile: Path | None = None) -> dict[str, A
     """Run one worker process for `side` ("burnish", "defaults", "tuned") and return its figures."""
     out = folder / "result.json"
     out.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--worker", SIDES[side], "--peer-mode", side, "--folder", str(folder), "--out", str(out)]
+    command = [sys.executable, __file__, "--worker", SIDES[side], "--peer-mode", side]
+    command += ["--folder", str(folder), "--out", str(out)]
     if profile:
         command += ["--profile-out", str(profile)]
     environment = dict(os.environ, PYTHONWARNINGS="ignore")
@@ -154,7 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="accepted for clarity: the last line always is JSON")
-    parser.add_argument("--profile", action="store_true", help="one more burnish run under the profiler; prints its table")
+    parser.add_argument("--profile", action="store_true", help="one more burnish run, under the profiler")
     parser.add_argument("--curve", action="store_true", help="cost against batch size, prompt share, spread and layers")
     for hidden in ("--worker", "--folder", "--out", "--profile-out"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)

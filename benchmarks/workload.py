@@ -1,8 +1,8 @@
 """The workload of the training-step benchmark: rows, tokenizer and model, written once and read by every worker.
 
-Both sides get the same token ids. The rows are raw HH dialogues (`chosen` and `rejected` texts that share their prompt);
-a row is used only if tokenising prompt and answer apart gives the same ids as tokenising them together, so that a trainer
-which takes text and one which takes ids see the same numbers.
+Both sides get the same token ids. The rows are raw HH dialogues (`chosen` and `rejected` texts that share their
+prompt); a row is used only if tokenising prompt and answer apart gives the same ids as tokenising them together, so
+that a trainer which takes text and one which takes ids see the same numbers.
 """
 
 from __future__ import annotations
@@ -87,12 +87,14 @@ def find_data(given: str | None) -> Path:
     for place in places:
         if place.exists():
             return place
-    raise SystemExit(f"no HH rows at {', '.join(map(str, places))}; give --data FILE (chosen/rejected, .jsonl or .jsonl.gz)")
+    raise SystemExit(
+        f"no HH rows at {', '.join(map(str, places))}; give --data FILE (chosen/rejected, .jsonl or .jsonl.gz)"
+    )
 
 
 def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    text = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with text as lines:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield f"{path.name}:{number}", json.loads(line)

@@ -3,8 +3,9 @@
     python scripts/coverage_table.py            # write the page
     python scripts/coverage_table.py --check    # exit 1 if the page is not up to date
 
-A test names a line by its id, anywhere from its decorators (or the comment above it) to its end: `S0-17` in text or `s0_17` in a
-name. A class docstring counts for the whole class, a module docstring for the whole file. `S0-04…S0-08` is a range.
+A test names a line by its id, anywhere from its decorators (or the comment above it) to its end: `S0-17` in text or
+`s0_17` in its name. A class docstring counts for the whole class, a module docstring for the whole file.
+`S0-04…S0-08` is a range.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ NAME_ID = re.compile(r"(?<![a-z0-9])(s[0-4]|r|t)_(\d{2})(?![0-9])")
 HEAD = """# Coverage
 
 burnish unites what five earlier systems promised. Each of their acceptance lines is a row here, with the tests that
-hold it; "not yet" means that no test names the line, whether or not something of it exists. The reliability checks (R) and
-the traps found in TRL 1.16 (T) follow in the same form.
+hold it; "not yet" means that no test names the line, whether or not something of it exists. The reliability checks (R)
+and the traps found in TRL 1.16 (T) follow in the same form.
 
 This page is written by `scripts/coverage_table.py` from the tests themselves.
 """
@@ -114,7 +115,7 @@ def build_page() -> str:
             named = tests.get(line, [])
             cell = ", ".join(f"`{t.removeprefix('tests/')}`" for t in named[:SHOWN])
             more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
-            rows.append(f"| {line} | {lines[line].replace('|', chr(92) + '|')} | {cell + more if named else 'not yet'} |")
+            rows.append(f"| {line} | {lines[line]} | {cell + more if named else 'not yet'} |")
         parts.append("\n".join(rows) + "\n")
     table = "\n| lines | in all | named by a test |\n|---|---|---|\n" + "\n".join(totals) + "\n"
     note = "\nTest names are relative to `tests/`.\n"

@@ -47,7 +47,7 @@ class Recipe:
             max_position_embeddings=MAX_LENGTH,
             initializer_range=0.04,
             tie_word_embeddings=True,
-            rope_theta=10000.0,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
             bos_token_id=tokenizer.token_to_id(END_OF_TEXT),
             eos_token_id=tokenizer.token_to_id(TURN_END),
             pad_token_id=tokenizer.token_to_id(PAD),
@@ -160,5 +160,5 @@ def save_model(model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path) -> N
         eos_token_id=[tokenizer.token_to_id(TURN_END), end_of_text],
         pad_token_id=tokenizer.token_to_id(PAD),
     )
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)

@@ -7,12 +7,18 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from burnish.artifacts.folder import DamagedFolder, FolderWriter, Manifest, load_manifest, temporary_name, verify_folder
+from burnish.artifacts.folder import (
+    PINNED,
+    DamagedFolder,
+    FolderWriter,
+    Manifest,
+    load_manifest,
+    temporary_name,
+    verify_folder,
+)
 from burnish.faults import fault_point
 
 KIND = "checkpoint"
-PINNED = "pinned"
-_BESIDE = frozenset({PINNED})
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -59,7 +65,7 @@ def verify_checkpoint(path: Path, *, sizes_only: bool = False) -> CheckpointRef:
     Raises:
         DamagedFolder: Naming the file and how.
     """
-    manifest = verify_folder(path, sizes_only=sizes_only, beside=_BESIDE)
+    manifest = verify_folder(path, sizes_only=sizes_only)
     if not _is_checkpoint(manifest):
         raise DamagedFolder(
             f"a {manifest.kind} folder, not a checkpoint",
@@ -170,7 +176,7 @@ def _scan(stage_dir: Path, run_id: str | None) -> tuple[list[CheckpointRef], lis
             manifest = load_manifest(folder)
             if not _is_checkpoint(manifest):
                 continue
-            verify_folder(folder, sizes_only=True, beside=_BESIDE)
+            verify_folder(folder, sizes_only=True)
         except DamagedFolder as exc:
             if named:
                 problems.append((int(named[1]), f"{folder.name}: {exc.message}"))

@@ -22,19 +22,20 @@ from typing import Any, Self
 from burnish import __version__
 from burnish.artifacts.disk import check_space, disk_error, fsync_folder
 from burnish.artifacts.exchange import exchange_folders
-from burnish.errors import BurnishError, UsageError
+from burnish.errors import BurnishError, ResourceError, UsageError
 from burnish.faults import fault_point
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
 REPLACED = ".old-"
+PINNED = "pinned"
 _PIECE = 1 << 20
 
 Buffer = bytes | bytearray | memoryview
 
 
-class DamagedFolder(BurnishError):
+class DamagedFolder(ResourceError):
     """A sealed folder whose files are not what its manifest says, or that has no manifest."""
 
 
@@ -191,6 +192,8 @@ class FolderWriter:
 
     def _disk_failure(self, exc: BaseException) -> OSError | None:
         """The disk's error behind an exception of a library that was writing into this folder."""
+        if isinstance(exc, BurnishError):
+            return None
         if "No space left on device" in str(exc) or "os error 28" in str(exc):  # safetensors has its own exception type
             return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if not isinstance(exc, OSError) or not exc.errno or not isinstance(exc.filename, (str, bytes)):
@@ -358,7 +361,7 @@ def load_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def verify_folder(path: Path, *, sizes_only: bool = False, beside: frozenset[str] = frozenset()) -> Manifest:
+def verify_folder(path: Path, *, sizes_only: bool = False, beside: frozenset[str] = frozenset({PINNED})) -> Manifest:
     """Check a folder against its manifest, every byte of it.
 
     Args:

@@ -17,6 +17,11 @@ _PATTERNS = (
     re.compile(r"\bAKIA[0-9A-Z]{16}\b"),
     re.compile(r"(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{8,}"),
 )
+_ASSIGNED = re.compile(
+    r"(?i)(\b(?:api_?key|wandb_api_key|hf_token|huggingface_token|auth_token|access_token|password|secret)"
+    r"[\"']?\s*[:=]\s*[\"']?)[^\s\"'#,}]{8,}"
+)
+_SECRET_KEY = re.compile(r"(?i)(api_?key|hf_token|huggingface_token|auth_token|access_token|password|secret)$")
 _URL_PASSWORD = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://[^\s/:@\"']*:)[^\s/@\"']+(@)")
 _URL_QUERY = re.compile(
     r"([?&](?:access_token|token|api_?key|password|secret|sig|signature)=)[^&\s\"'#]+", re.IGNORECASE
@@ -36,6 +41,7 @@ def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
         text = text.replace(value, MASK)
     for pattern in _PATTERNS:
         text = pattern.sub(MASK, text)
+    text = _ASSIGNED.sub(rf"\1{MASK}", text)
     text = _URL_PASSWORD.sub(rf"\1{MASK}\2", text)
     return _URL_QUERY.sub(rf"\1{MASK}", text)
 
@@ -45,7 +51,10 @@ def redact_tree(obj: Any) -> Any:
     if isinstance(obj, str):
         return redact(obj)
     if isinstance(obj, Mapping):
-        return {redact_tree(k): redact_tree(v) for k, v in obj.items()}
+        return {
+            redact_tree(k): MASK if isinstance(v, str) and v and _SECRET_KEY.search(str(k)) else redact_tree(v)
+            for k, v in obj.items()
+        }
     if isinstance(obj, (list, tuple)):
         return [redact_tree(v) for v in obj]
     return obj

@@ -280,7 +280,7 @@ def _load_record(place: Path, what: str) -> dict[str, Any]:
 
 
 def list_runs(root: Path) -> list[dict[str, Any]]:
-    """All runs directly under `root`, newest first: name, state, recipe, created, stages; a damaged one has a `problem`.
+    """All runs directly under `root`, newest first: name, state, recipe, created, stages; damaged ones `problem`.
 
     A run whose record says "running" and whose lock nobody holds was killed: its state is given as "interrupted".
     """

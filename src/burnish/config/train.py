@@ -77,6 +77,9 @@ class TrainSettings(DataSettings):
     eval_on_start: bool = setting(False, "Evaluate before the first step too.")
     save_steps: int = setting(-1, "Checkpoint every N steps; -1 = about four times a stage, 0 = at the end of each epoch.", ge=-1)
     save_total_limit: int = setting(2, "Checkpoints to keep (newest, best and pinned ones always stay); 0 = all.", ge=0)
+    save_dtype: Literal["auto", "source", "fp32", "bf16"] = setting(
+        "auto", "Type of the saved result: source = as the base was stored; auto = fp32 below 2 billion parameters, else source."
+    )
     logging_steps: int = setting(1, "Write metrics every N steps.", ge=1)
     metric_for_best_model: str | None = setting(None, "Evaluation metric that names the best checkpoint; default eval_loss.")
     greater_is_better: bool | None = setting(None, "Direction of that metric; default: False for losses, else True.")

@@ -84,6 +84,11 @@ class ProblemLog:
     kinds: Counter[str] = field(default_factory=Counter)
     fatal: list[Problem] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
+    dropped: list[Problem] = field(default_factory=list)
+
+    def drop(self, problem: Problem) -> None:
+        """Record a row that the rules of its format leave out; named and counted, never raised."""
+        self.dropped.append(problem)
 
     def add(self, problem: Problem) -> None:
         """Record a problem."""
@@ -115,5 +120,6 @@ class ProblemLog:
             "total": self.total,
             "kinds": dict(sorted(self.kinds.items())),
             "problems": [asdict(problem) for problem in self.problems],
+            "dropped": [asdict(problem) for problem in self.dropped],
             "notes": list(self.notes),
         }

@@ -26,7 +26,7 @@ MAX_NUMBER = 1_000_000
 
 _TICK, _CONCAT = "__burnish_tick", "__burnish_concat"
 _SIZED_FILTERS = ("center", "indent", "batch", "slice", "wordwrap", "format", "round", "join", "replace", "xmlattr")
-_WIDTH = re.compile(r"\d{6}|\*")
+_WIDTH = re.compile(r"\d{6}|\*|\{[^}]*\{")
 
 
 class TemplateLimit(SecurityError):
@@ -113,13 +113,17 @@ class _Environment(ImmutableSandboxedEnvironment):
             _check_size(_size(left) + _size(right))
         return super().call_binop(context, operator, left, right)
 
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None:
+            _check_width(str(value.__self__))
+        return wrapped
+
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         self.meter.tick()
         owner = getattr(obj, "__self__", None)
         if isinstance(owner, str | bytes):
             _check_numbers([*args, *kwargs.values()])
-            if getattr(obj, "__name__", "") in ("format", "format_map"):
-                _check_width(str(owner))
             if getattr(obj, "__name__", "") in ("replace", "join") and args:
                 _check_size((_size(owner) + 1) * (max(map(_size, args)) + 1) if _size(owner) > 10_000 else 0)
         return super().call(context, obj, *args, **kwargs)

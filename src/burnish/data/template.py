@@ -121,7 +121,11 @@ class ChatTemplate:
             variables.setdefault("eos_token", "")
         try:
             return sandbox.render(
-                messages=list(messages), tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **variables
+                messages=list(messages),
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **variables,
             )
         except TemplateError as error:
             raise RowError(

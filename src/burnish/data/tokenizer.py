@@ -154,7 +154,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
-        raise DataError(f"this is not valid JSON: {error}", where=str(path), remedy="download the file again") from error
+        raise DataError(
+            f"this is not valid JSON: {error}", where=str(path), remedy="download the file again"
+        ) from error
     return value if isinstance(value, dict) else {}
 
 

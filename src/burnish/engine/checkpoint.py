@@ -12,12 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from burnish.artifacts.checkpoints import CheckpointRef, newest_valid, prune
-from burnish.artifacts.folder import FolderWriter, verify_folder
+from burnish.artifacts.checkpoints import CheckpointRef, checkpoint_writer, newest_valid, prune, verify_checkpoint
 from burnish.engine.state import TrainState
 from burnish.errors import ResourceError
-
-KIND = "checkpoint"
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -42,13 +39,11 @@ def save_checkpoint(stage_dir: Path, state: TrainState, meta: Mapping[str, Any])
         ResourceError: The disk is full or the folder cannot be written.
     """
     model, moments, values = state.to_tree()
-    step = state.counters.step
-    final = stage_dir / f"checkpoint-{step}"
-    with FolderWriter(final, kind=KIND, meta={**meta, "step": step}) as writer:
+    with checkpoint_writer(stage_dir, state.counters.step, meta=dict(meta)) as writer:
         save_file(_contiguous(model), writer.path("model.safetensors"))
         save_file(_contiguous(moments), writer.path("optimizer.safetensors"))
         writer.write_json("state.json", values)
-    return final
+    return stage_dir / f"checkpoint-{state.counters.step}"
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -58,12 +53,11 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_checkpoint(path: Path, state: TrainState) -> None:
-    """Restore the state from a sealed checkpoint, after its hashes were checked.
+    """Restore the state from a sealed checkpoint whose hashes were checked.
 
     Raises:
-        ResourceError: The checkpoint is damaged or does not fit the stage.
+        ResourceError: The checkpoint does not fit the stage.
     """
-    verify_folder(path)
     try:
         values = json.loads((path / "state.json").read_text())
         state.load_tree(load_tensors(path / "model.safetensors"), load_tensors(path / "optimizer.safetensors"), values)
@@ -76,7 +70,7 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
 
 def load_parameters(path: Path, trainable: Mapping[str, torch.nn.Parameter]) -> None:
     """Only the parameters of a checkpoint: the result of a stage that keeps its best."""
-    verify_folder(path)
+    verify_checkpoint(path)
     tensors = load_tensors(path / "model.safetensors")
     with torch.no_grad():
         for name, parameter in trainable.items():
@@ -84,14 +78,22 @@ def load_parameters(path: Path, trainable: Mapping[str, torch.nn.Parameter]) -> 
 
 
 def find_resumable(stage_dir: Path, say: Callable[[str], None]) -> CheckpointRef | None:
-    """The newest checkpoint whose manifest and hashes hold; each damaged one on the way is named."""
+    """The newest checkpoint whose manifest and hashes hold; each damaged one on the way is named.
+
+    Raises:
+        ResourceError: There are checkpoints and none is whole: never a silent fresh start.
+    """
     found, problems = newest_valid(stage_dir)
     for problem in problems:
         say(problem)
+    if found is None and problems:
+        raise ResourceError(
+            f"every checkpoint is damaged: {problems[0]}", where=str(stage_dir),
+            remedy="restore one from a backup, or start over with --fresh",
+        )  # fmt: skip
     return found
 
 
-def prune_checkpoints(stage_dir: Path, keep: int, best: int | None) -> None:
-    """Remove old checkpoints by their manifests' steps; the newest, the best and pinned ones stay."""
-    if keep > 0:
-        prune(stage_dir, keep, {best} if best is not None else set())
+def prune_checkpoints(stage_dir: Path, keep: int, *, best: int | None, newest: int) -> None:
+    """Remove old checkpoints by their manifests' steps; the newest (just sealed), the best and pinned ones stay."""
+    prune(stage_dir, keep, {best} if best is not None else set(), known_good=newest)

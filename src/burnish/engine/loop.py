@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from burnish.artifacts.checkpoints import verify_checkpoint
 from burnish.clock import mono
 from burnish.config.train import TrainSettings
 from burnish.core.group import Group
@@ -117,7 +118,7 @@ class Trainer:
         self.signals = SignalFlag()
         self.ctx = StepContext(
             policy=job.policy, method=job.method, runtime=job.runtime, parameters=self.parameters, seed=s.seed,
-            reference=job.reference, reseed=job.dropout, should_stop=lambda: self.signals.signum is not None and job.runtime.world == 1,
+            reference=job.reference, reseed=job.dropout, should_stop=lambda: bool(self.signals) and job.runtime.world == 1,
         )  # fmt: skip
         self.metrics = MetricsLog(job.stage_dir / "metrics.jsonl") if job.stage_dir and job.runtime.is_main else None
         self.timing = MetricsLog(job.stage_dir / "timing.jsonl") if job.stage_dir and job.runtime.is_main else None
@@ -345,13 +346,15 @@ class Trainer:
             meta = {**self.job.stamp, "threads": torch.get_num_threads(), "ranks": self.job.runtime.world}
             save_checkpoint(stage_dir, self.state, meta)
             best = self.state.counters.best_step if self.job.settings.load_best_model_at_end else None
-            prune_checkpoints(stage_dir, self.job.settings.save_total_limit, best)
+            prune_checkpoints(
+                stage_dir, self.job.settings.save_total_limit, best=best, newest=self.state.counters.step
+            )
         self.job.runtime.barrier()
 
     def _resume(self) -> int | None:
         stage_dir = self.job.stage_dir
         if self.job.resume_from is not None:
-            load_checkpoint(self.job.resume_from, self.state)
+            load_checkpoint(verify_checkpoint(self.job.resume_from).path, self.state)
         elif stage_dir is not None:
             found = find_resumable(stage_dir, log.warning)
             if found is None:
@@ -387,7 +390,7 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         signum = self.signals.signum
-        asked = max(self.job.runtime.gather(signum or 0)) if self.job.runtime.world > 1 else signum
+        asked = max(self.job.runtime.gather(signum)) if self.job.runtime.world > 1 else signum
         if not asked:
             return
         self._save()

@@ -14,9 +14,10 @@ from burnish.losses.mix import build_mix
 from burnish.losses.pairs import PairLoss, Pairs, compute_pairs, compute_wins
 from burnish.losses.terms import LossResult, Metric, Term
 from burnish.methods.pairwise import count_pairs
+from burnish.methods.stateless import Stateless
 
 
-class Dpo:
+class Dpo(Stateless):
     """Preference optimisation against a reference, by `loss_type`; see `burnish.losses.dpo` for the formulas.
 
     Unit: pair. Each loss type of a mix is a term of its own, with its weight. Rewards and margins in the metrics are
@@ -28,18 +29,12 @@ class Dpo:
     head = "lm"
     want = frozenset({"logprobs"})
     needs_reference = True
-    coupled = False
     stateful = False
-    best_metric = ("eval_loss", False)
 
     def __init__(self, settings: DpoSettings) -> None:
         self.settings = settings
         self.mix = build_mix(settings.loss_type, settings.loss_weights, settings)
         self._single = len(self.mix) == 1
-
-    def initial_state(self) -> dict[str, Any]:
-        """No state."""
-        return {}
 
     def counts(self, groups: Sequence[Group]) -> dict[str, float]:
         """Pairs, for each loss type of the mix."""

@@ -12,9 +12,10 @@ from burnish.losses.pairs import compute_wins
 from burnish.losses.reward import compute_bradley_terry_loss, compute_centering_loss
 from burnish.losses.terms import LossResult, Metric, Term
 from burnish.methods.pairwise import count_pairs
+from burnish.methods.stateless import Stateless
 
 
-class Reward:
+class Reward(Stateless):
     """A scalar score of a completion, trained so that the chosen one scores higher.
 
     Unit: pair. Reads the group column `margin` where the data have it. The centring term, when its coefficient is not
@@ -25,17 +26,10 @@ class Reward:
     name = "reward"
     head = "score"
     want = frozenset({"scores"})
-    needs_reference = False
-    coupled = False
     stateful = False
-    best_metric = ("eval_loss", False)
 
     def __init__(self, settings: RewardSettings) -> None:
         self.settings = settings
-
-    def initial_state(self) -> dict[str, Any]:
-        """No state."""
-        return {}
 
     def counts(self, groups: Sequence[Group]) -> dict[str, float]:
         """Pairs; the centring term runs over the same ones."""

@@ -10,9 +10,10 @@ from burnish.core.batch import Outputs, Table
 from burnish.core.group import Group
 from burnish.losses.sft import compute_nll
 from burnish.losses.terms import LossResult, Term
+from burnish.methods.stateless import Stateless
 
 
-class Sft:
+class Sft(Stateless):
     """Supervised fine-tuning on completions or conversations; the masks of the data decide what is trained.
 
     Unit: token. The loss is Σ −log π(y_t) / (scored tokens of the whole optimizer step), in nats.
@@ -22,17 +23,10 @@ class Sft:
     name = "sft"
     head = "lm"
     want = frozenset({"logprobs"})
-    needs_reference = False
-    coupled = False
     stateful = False
-    best_metric = ("eval_loss", False)
 
     def __init__(self, settings: SftSettings) -> None:
         self.settings = settings
-
-    def initial_state(self) -> dict[str, Any]:
-        """No state."""
-        return {}
 
     def counts(self, groups: Sequence[Group]) -> dict[str, float]:
         """Scored tokens."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -217,19 +220,76 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return merged.requires_grad_(True)
 
 
-def save_adapter(model: nn.Module, folder: Path, *, base_model: str, revision: str | None = None) -> None:
-    """Write adapter_config.json and adapter_model.safetensors of the one adapter; the same bytes for the same weights."""
+def merge_copy(model: nn.Module) -> PreTrainedModel:
+    """A copy of the model with its adapter added to the weights (in fp32 at least); `model` is left as it is."""
+    merged = copy.deepcopy(model)
+    for parameter in merged.parameters():
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    return merged.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
+
+
+def save_adapter(
+    model: nn.Module, folder: Path, *, base_model: str, revision: str | None = None, earlier: Path | None = None
+) -> bool:
+    """Write adapter_config.json and adapter_model.safetensors of the one adapter; the same bytes for the same weights.
+
+    Args:
+        base_model: What a script loads under the adapter.
+        earlier: An adapter folder that was added to the base before this adapter was made: the two are written as one
+            adapter of the base, of the sum of their ranks, W + s₁B₁A₁ + s₂B₂A₂ = W + [s₁B₁ s₂B₂][A₁; A₂].
+
+    Returns:
+        False, and nothing is written, if the earlier adapter cannot be joined (DoRA, biases, other saved modules).
+    """
     import peft
-    from safetensors.torch import save_file
 
     _check_single(model)
-    config: Any = model.peft_config[ADAPTER]  # pyright: ignore[reportIndexIssue]
-    tensors = peft.get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    tensors = {n: t.detach().to("cpu").contiguous() for n, t in sorted(tensors.items())}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config: Any = model.peft_config[ADAPTER]  # pyright: ignore[reportArgumentType, reportIndexIssue]
     fields = config.to_dict() | {"base_model_name_or_path": base_model, "revision": revision, "inference_mode": True}
+    tensors = peft.get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    tensors = {n: t.detach().to("cpu").contiguous() for n, t in tensors.items()}
+    if earlier is not None:
+        before: Any = peft.PeftConfig.from_pretrained(str(earlier))
+        joined = _join(load_file(earlier / "adapter_model.safetensors"), before, tensors, config)
+        if joined is None:
+            return False
+        tensors, rank = joined
+        targets = sorted({*_as_names(before.target_modules), *_as_names(config.target_modules)})
+        fields |= {"r": rank, "lora_alpha": rank, "use_rslora": False, "target_modules": targets}
+    save_file(dict(sorted(tensors.items())), folder / "adapter_model.safetensors", metadata={"format": "pt"})
     plain = {k: sorted(v) if isinstance(v, (set, frozenset)) else v for k, v in fields.items()}
-    if isinstance(plain.get("target_modules"), list):
-        plain["target_modules"] = sorted(plain["target_modules"])
     text = json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    return True
+
+
+def _as_names(targets: Any) -> set[str]:
+    return {targets} if isinstance(targets, str) else set(targets or ())
+
+
+def _scale(config: Any) -> float:
+    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+
+
+def _join(
+    old: dict[str, Tensor], before: Any, new: dict[str, Tensor], now: Any
+) -> tuple[dict[str, Tensor], int] | None:
+    """Two LoRA adapters of one model as one (see `save_adapter`), or None if that cannot be exact."""
+    for config in (before, now):
+        simple = not (config.use_dora or config.rank_pattern or config.alpha_pattern or config.bias != "none")
+        if not simple or isinstance(config.target_modules, str):
+            return None
+    rest = {n: t for n, t in new.items() if ".lora_" not in n}
+    if any(".lora_" not in n and n not in rest for n in old):
+        return None
+    rank = before.r + now.r
+    for key in {n for n in (*old, *new) if n.endswith(".lora_A.weight")}:
+        other = key.replace(".lora_A.", ".lora_B.")
+        inside = next(t[key] for t in (old, new) if key in t).shape[1]
+        outside = next(t[other] for t in (old, new) if other in t).shape[0]
+        a, b = torch.zeros(rank, inside), torch.zeros(outside, rank)
+        for tensors, config, part in ((old, before, slice(0, before.r)), (new, now, slice(before.r, rank))):
+            if key in tensors:
+                a[part], b[:, part] = tensors[key].float(), _scale(config) * tensors[other].float()
+        rest[key], rest[other] = a, b
+    return rest, rank

@@ -118,7 +118,9 @@ def freeze_all_but_top(model: PreTrainedModel, top_k: int, *, head: str) -> list
     norms = find_final_norms(parent, blocks)
     for module in (*blocks[-top_k:], *norms.values(), find_head(model, head)):
         module.requires_grad_(True)
-    notes = [f"top_k {top_k}: the last {top_k} of {len(blocks)} blocks, {', '.join(norms) or 'no norm'} and the head train"]
+    notes = [
+        f"top_k {top_k}: the last {top_k} of {len(blocks)} blocks, {', '.join(norms) or 'no norm'} and the head train"
+    ]
     if head == "lm" and is_tied(model):
         notes.append(
             "the input embedding is tied to the head and trains too (untie_embeddings: true gives the head its own weights)"

@@ -18,7 +18,13 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.utils import logging as hf_logging
 
 from burnish.config.train import TrainSettings
@@ -156,7 +162,7 @@ def fetch_model_folder(path: str, *, revision: str | None = None, trust_remote_c
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Neither load reports nor bars: what matters is checked and said by burnish."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
@@ -201,14 +207,24 @@ def load_model(
         dtype=DTYPES.get(base.dtype, torch.float32), fresh_head=head == "score" and not has_head,
     )  # fmt: skip
     load_dtype = torch.promote_types(dtype, torch.float32) if asked.kind == "adapter" else dtype
-    model = _load_weights(base, source, head=head, dtype=load_dtype, trust=trust_remote_code, no_dropout=disable_dropout)
+    model = _load_weights(
+        base, source, head=head, dtype=load_dtype, trust=trust_remote_code, no_dropout=disable_dropout
+    )
     if head == "score":
         _finish_reward_model(model, source, seed=seed, std=head_init_std, trust=trust_remote_code)
     if asked.kind == "adapter":
-        model = merge_adapter(model, asked.path).to(dtype)
+        model = merge_adapter(model, asked.path)
         source.merged = True
         source.notes.append(f"adapter {asked.path} added to the weights of {name}")
+    _own_weights(model, dtype)
     return model, source
+
+
+def _own_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Copy the weights out of the mapped file: training would else write into pages of it, at its alignment, and a
+    change of the file would reach the model. Not `model.to(dtype)`: that would round the rotary tables too."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _find_base_name(adapter: ModelFolder) -> str:
@@ -276,7 +292,7 @@ def _load_weights(
     auto: Any = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
     if head == "score":
         config.num_labels = 1
-    with _quiet(), seeded(0):
+    with quiet(), seeded(0):
         try:
             model, info = auto.from_pretrained(
                 str(folder.path), config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust,
@@ -287,7 +303,8 @@ def _load_weights(
                 f"the model cannot be loaded: {str(e).splitlines()[0][:300]}",
                 where=str(folder.path), remedy="check that the folder is complete and that transformers knows the model",
             ) from e  # fmt: skip
-    missing = sorted(n for n in info["missing_keys"] if not (source.fresh_head and n.startswith("score.")))
+    new_head = head == "score" and folder.kind != "score"
+    missing = sorted(n for n in info["missing_keys"] if not (new_head and n.startswith("score.")))
     wrong = missing or sorted(str(k) for k in info["mismatched_keys"])
     if wrong:
         what = "are missing" if missing else "have another shape than the configuration says"
@@ -312,9 +329,11 @@ def zero_dropout(config: Any) -> dict[str, float]:
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any | None:
     """The transformers tokenizer of a model folder, or None where it has none."""
-    if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")):
+    if not any(
+        (folder / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    ):
         return None
-    with _quiet():
+    with quiet():
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
 
 

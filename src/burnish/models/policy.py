@@ -5,31 +5,54 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from burnish.core.attention import PLAN_KWARG, SDPA_NAME, attach_plan, build_attention_plan
-from burnish.core.batch import Outputs, PackedBatch
+from burnish.core.attention import (
+    FLEX_NAME,
+    PLAN_KWARG,
+    SDPA_NAME,
+    PackingRefused,
+    attach_plan,
+    build_attention_plan,
+)
+from burnish.core.batch import Outputs, PackedBatch, build_packed_batch
+from burnish.core.group import Completion, Group
 from burnish.core.head import Functional, HeadInput, compute_token_logprobs
 from burnish.errors import UsageError
-from burnish.models.dropout import disable_dropout, find_dropout
-from burnish.models.padded import build_padded_rows, compute_padded_hidden
-
-__all__ = ["Policy", "disable_dropout", "find_dropout"]
+from burnish.models.lm_head import build_head_input
+from burnish.models.padded import PaddedRows, build_padded_rows, compute_padded_hidden
+from burnish.models.self_check import check_architecture
 
 log = logging.getLogger("burnish")
+
+_HEADS = {"lm": frozenset({"logprobs", "entropy"}), "score": frozenset({"scores", "values"})}
 
 
 class Policy(nn.Module):
     """A transformers (or PEFT) model behind one call.
 
+    The layout of a packed batch reaches the attention layers as a forward argument, so gradient checkpointing
+    (`use_reentrant=False`) recomputes with the layout of its own forward. While a Policy holds a model, the model's
+    attention implementation is the packed one; `unpacked()` gives the ordinary one back for a while.
+
     Args:
         model: The model; PEFT adapters stay in place and active.
-        head: "lm": log-probabilities of a causal model; "score": a sequence-classification model's scalar.
-        attention: "auto" (packed if the self-check agrees, else padded), "sdpa", "flex" (CUDA) or "padded".
-        compute_dtype: bf16 or fp16: forward under autocast of this type. None: in the parameters' own.
+        head: "lm": log-probabilities of a causal model; "score": a sequence-classification model's scalar, per
+            completion ("scores") or per scored token ("values").
+        attention: "auto" (packed if the self-check agrees, else padded), "sdpa", "flex" (CUDA) or "padded". A packed
+            backend that the self-check rejects becomes padded; `why_padded` says why.
+        compute_dtype: bf16 or fp16: forward under autocast of this type. None or fp32: in the parameters' own.
+        cache_dir: Where verdicts of the self-check are kept between runs.
+
+    Attributes:
+        model: The model as given.
+        backend: "sdpa", "flex" or "padded".
+        why_padded: One sentence on why the batch is padded, or "".
     """
 
     def __init__(
@@ -39,15 +62,27 @@ class Policy(nn.Module):
         head: Literal["lm", "score"],
         attention: str = "auto",
         compute_dtype: torch.dtype | None = None,
+        cache_dir: Path | None = None,
     ) -> None:
         super().__init__()
+        if head not in _HEADS:
+            raise UsageError(f"unknown head {head!r}", where="Policy", remedy="use 'lm' or 'score'")
+        if attention not in ("auto", "sdpa", "flex", "padded"):
+            raise UsageError(f"unknown attention {attention!r}", where="Policy", remedy="use auto, sdpa, flex or padded")
+        if any(getattr(c, "is_prompt_learning", False) for c in getattr(model, "peft_config", {}).values()):
+            raise UsageError(
+                "prompt-learning adapters add virtual tokens, which packed and padded rows do not have",
+                where="Policy", remedy="use LoRA",
+            )  # fmt: skip
         self.model = model
-        self.head = head
+        self.head: str = head
         self.compute_dtype = compute_dtype
-        self.backend: str = "sdpa" if attention == "auto" else attention
         self.why_padded = ""
-        if self.backend == "sdpa":
-            self.inner.set_attn_implementation(SDPA_NAME)
+        self._ordinary: str = str(self.inner.config._attn_implementation or "eager")
+        self._own_head = False
+        self.backend = self._choose_backend(attention, cache_dir)
+
+    # ---- the wrapped model ----------------------------------------------------------------------------------------
 
     @property
     def inner(self) -> Any:
@@ -57,34 +92,114 @@ class Policy(nn.Module):
     @property
     def backbone(self) -> nn.Module:
         """The model below its head."""
-        inner = self.inner
-        base = inner.base_model
-        return inner.model if base is inner else base
+        return get_backbone(self.inner)
 
     @property
     def device(self) -> torch.device:
+        """Where the parameters are."""
         return next(self.parameters()).device
+
+    @contextlib.contextmanager
+    def unpacked(self) -> Iterator[Any]:
+        """The model with its ordinary attention, for `generate` and plain calls; yields the model."""
+        if self.backend == "padded":
+            yield self.model
+            return
+        packed = self.inner.config._attn_implementation
+        self.inner.set_attn_implementation(self._ordinary)
+        try:
+            yield self.model
+        finally:
+            self.inner.set_attn_implementation(packed)
+
+    def _choose_backend(self, attention: str, cache_dir: Path | None) -> str:
+        verdict = check_architecture(self.inner, self.head, cache_dir)
+        self._own_head = not verdict.head_agrees
+        if self._own_head:
+            log.info("%s computes its logits in a way of its own: its own head is used", type(self.inner).__name__)
+        if attention == "padded":
+            return "padded"
+        on_cuda = self.device.type == "cuda"
+        if attention == "flex" and not on_cuda:
+            raise UsageError("attention: flex needs a CUDA device", where="Policy", remedy="use attention: auto")
+        if not verdict.packs:
+            return self._become_padded(verdict.reason, asked=attention != "auto")
+        self.inner.set_attn_implementation(FLEX_NAME if attention == "flex" else SDPA_NAME)
+        return "flex" if attention == "flex" else "sdpa"
+
+    def _become_padded(self, reason: str, *, asked: bool = False) -> str:
+        self.why_padded = f"{type(self.inner).__name__} runs padded, not packed: {reason}"
+        log.log(logging.WARNING if asked else logging.INFO, self.why_padded)
+        if self.inner.config._attn_implementation in (SDPA_NAME, FLEX_NAME):
+            self.inner.set_attn_implementation(self._ordinary)
+        self.backend = "padded"
+        return "padded"
+
+    # ---- the call -------------------------------------------------------------------------------------------------
 
     def forward(
         self,
         batch: PackedBatch,
         want: frozenset[str],
         *,
-        against: Policy | None = None,
+        against: Policy | HeadInput | None = None,
         temperature: float = 1.0,
         functionals: Sequence[Functional] = (),
     ) -> Outputs:
-        source, last = self._hidden(batch, want)
+        """Compute what a loss reads.
+
+        Args:
+            batch: On this policy's device; without groups every output is empty, and its graph reaches the parameters.
+            want: Some of "logprobs", "entropy" (head "lm"), "scores", "values" (head "score").
+            against: A second model for functionals (or its `head_input`), without gradient.
+            temperature: Divides the logits.
+            functionals: Further functionals of the vocabulary's distribution.
+        """
+        if not want <= _HEADS[self.head]:
+            remedy = f"this policy has {', '.join(sorted(_HEADS[self.head]))}"
+            raise UsageError(f"cannot compute {', '.join(sorted(want - _HEADS[self.head]))}", where="Policy", remedy=remedy)
+        if not batch.layout.groups:
+            return self._empty(batch, want, against, temperature, functionals)
+        if self.head == "lm" and self._own_head:
+            logits = self._own_logits(batch)
+            source = HeadInput(logits, module=_identity)
+            return self._read(source, batch, want, against, temperature, functionals)
+        source, last = self._hidden(batch, "scores" in want)
+        if self.head == "lm":
+            return self._read(build_head_input(self.inner, source), batch, want, against, temperature, functionals)
         outputs = Outputs()
+        if "scores" in want:
+            outputs.scores = self._score(last)
+        if "values" in want:
+            outputs.values = self._score(source)
+        return outputs
+
+    def head_input(self, batch: PackedBatch) -> HeadInput:
+        """Hidden states at the scored positions and the head, without gradient: the `against` of another policy."""
+        with torch.no_grad():
+            if self._own_head:
+                return HeadInput(self._own_logits(batch), module=_identity)
+            return build_head_input(self.inner, self._hidden(batch, False)[0])
+
+    def _read(
+        self,
+        source: HeadInput,
+        batch: PackedBatch,
+        want: frozenset[str],
+        against: Policy | HeadInput | None,
+        temperature: float,
+        functionals: Sequence[Functional],
+    ) -> Outputs:
+        other = against.head_input(batch) if isinstance(against, Policy) else against
         with self._autocast():
-            if self.head == "lm":
-                found = self._head_outputs(source, batch, want, temperature)
-                outputs.logprobs = found.get("logprobs")
-                outputs.entropy = found.get("entropy")
-            if "scores" in want:
-                outputs.scores = self._score(last)
-            if "values" in want:
-                outputs.values = self._score(source)
+            found = compute_token_logprobs(
+                source.hidden, source.weight, batch.target_ids, bias=source.bias, transform=source.transform,
+                want_logprobs="logprobs" in want, want_entropy="entropy" in want, temperature=temperature,
+                functionals=functionals, against=other, module=source.module,
+            )  # fmt: skip
+        outputs = Outputs(functionals={f.name: found[f.name] for f in functionals})
+        outputs.logprobs = found["logprobs"] if "logprobs" in want else None
+        outputs.entropy = found.get("entropy")
         return outputs
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -92,30 +207,86 @@ class Policy(nn.Module):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
-    def _hidden(self, batch: PackedBatch, want: frozenset[str]) -> tuple[Tensor, Tensor]:
+    def _hidden(self, batch: PackedBatch, want_last: bool) -> tuple[Tensor, Tensor]:
+        """(S, h) hidden states that predict the scored tokens, (C, h) those of the last tokens ((0, h) if not wanted)."""
+        last_index = batch.last_index if want_last else batch.last_index[:0]
+        if self.backend != "padded":
+            try:
+                with self._autocast():
+                    hidden = self.backbone(**_packed_arguments(batch))[0][0]
+                return hidden.index_select(0, batch.source_index), hidden.index_select(0, last_index)
+            except PackingRefused as refusal:
+                self._become_padded(refusal.message)
         with self._autocast():
-            if self.backend == "padded":
-                rows = build_padded_rows(batch)
-                hidden = compute_padded_hidden(self.backbone, rows)
-                every = torch.arange(hidden.shape[0], device=hidden.device)
-                return hidden[rows.source_row, rows.source_column], hidden[every, rows.last_column]
-            plan = build_attention_plan(batch.layout)
-            positions = batch.position_ids[None]
-            attach_plan(positions, plan)
-            hidden = self.backbone(
-                input_ids=batch.input_ids[None], position_ids=positions, use_cache=False, **{PLAN_KWARG: plan}
-            )[0][0]
-            return hidden.index_select(0, batch.source_index), hidden.index_select(0, batch.last_index)
+            rows = build_padded_rows(batch)
+            hidden = compute_padded_hidden(self.backbone, rows)
+        return _gather_rows(hidden, rows, want_last)
 
-    def _head_outputs(
-        self, source: Tensor, batch: PackedBatch, want: frozenset[str], temperature: float
-    ) -> dict[str, Tensor]:
-        head = self.inner.get_output_embeddings()
-        return compute_token_logprobs(
-            source, head.weight, batch.target_ids, bias=head.bias, temperature=temperature,
-            want_entropy="entropy" in want,
-        )
+    def _own_logits(self, batch: PackedBatch) -> Tensor:
+        """(S, V) logits by the model's own head; for heads outside the table."""
+        with self._autocast():
+            if self.backend != "padded":
+                try:
+                    return self.inner(**_packed_arguments(batch), logits_to_keep=batch.source_index).logits[0]
+                except PackingRefused as refusal:
+                    self._become_padded(refusal.message)
+            rows = build_padded_rows(batch)
+            return compute_padded_hidden(self.inner, rows)[rows.source_row, rows.source_column]
 
     def _score(self, hidden: Tensor) -> Tensor:
-        scores = self.inner.score(hidden)[:, 0]
-        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+        """(n, h) → (n,) scalars; the small product runs in the head's own precision, fp32 at least on the way out."""
+        score = self.inner.score
+        with torch.autocast(self.device.type, enabled=False):
+            value = score(hidden.to(score.weight.dtype))
+        if value.shape[-1] != 1:
+            raise UsageError(
+                f"the score head gives {value.shape[-1]} numbers", where="Policy", remedy="load it with num_labels=1"
+            )
+        return value[:, 0].to(torch.promote_types(value.dtype, torch.float32))
+
+    def _empty(
+        self,
+        batch: PackedBatch,
+        want: frozenset[str],
+        against: Policy | HeadInput | None,
+        temperature: float,
+        functionals: Sequence[Functional],
+    ) -> Outputs:
+        """Outputs of no groups. A row of two tokens runs through the whole model, so that every parameter gets a zero
+        gradient and sharded models take part in their collectives."""
+        token = np.zeros(1, dtype=np.int32)
+        dummy = build_packed_batch([Group("", token, (Completion(token, np.ones(1, dtype=np.bool_)),))])
+        dummy = dummy.to(batch.input_ids.device)
+        other = against if isinstance(against, Policy) else None
+        plain = [f for f in functionals if not f.needs_against or other is not None]
+        found = self.forward(dummy, want, against=other, temperature=temperature, functionals=plain).named()
+        outputs = Outputs.from_named({name: value[:0] for name, value in found.items()})
+        anchor = next((v for v in outputs.named().values()), None)
+        for f in functionals:
+            if f.name not in outputs.functionals and anchor is not None:
+                outputs.functionals[f.name] = anchor
+        return outputs
+
+
+def get_backbone(inner: Any) -> nn.Module:
+    """The transformers model below its head."""
+    base = inner.base_model
+    return inner.model if base is inner else base
+
+
+def _identity(logits: Tensor) -> Tensor:
+    return logits
+
+
+def _packed_arguments(batch: PackedBatch) -> dict[str, Any]:
+    """Forward arguments of a packed row, the attention plan among them."""
+    plan = build_attention_plan(batch.layout)
+    positions = batch.position_ids[None]
+    attach_plan(positions, plan)
+    return {"input_ids": batch.input_ids[None], "position_ids": positions, "use_cache": False, PLAN_KWARG: plan}
+
+
+def _gather_rows(hidden: Tensor, rows: PaddedRows, want_last: bool) -> tuple[Tensor, Tensor]:
+    """(C, L, h) → (S, h), (C, h) or (0, h)."""
+    last = hidden[torch.arange(hidden.shape[0], device=hidden.device), rows.last_column] if want_last else hidden[:0, 0]
+    return hidden[rows.source_row, rows.source_column], last

@@ -98,14 +98,16 @@ class PadToken:
 
 def end_ids(config: Any, generation: dict[str, Any] | None, tokenizer: Any) -> set[int]:
     """Every id that ends a text, by the model's configuration, its generation settings or the tokenizer."""
-    found: set[int] = set()
+    found: set[Any] = set()
     text = config.get_text_config()
     for value in (text.eos_token_id, (generation or {}).get("eos_token_id"), getattr(tokenizer, "eos_token_id", None)):
         found |= set(value) if isinstance(value, (list, tuple)) else {value}
     return {i for i in found if isinstance(i, int)}
 
 
-def choose_pad_token(model: PreTrainedModel, tokenizer: Any | None, generation: dict[str, Any] | None = None) -> PadToken:
+def choose_pad_token(
+    model: PreTrainedModel, tokenizer: Any | None, generation: dict[str, Any] | None = None
+) -> PadToken:
     """A padding token that no completion can end in.
 
     In this order: the tokenizer's own, if it is no end token and no part of the chat template; an unused padding or
@@ -116,7 +118,8 @@ def choose_pad_token(model: PreTrainedModel, tokenizer: Any | None, generation: 
         ConfigError: There is none.
     """
     config: Any = model.config
-    rows = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
     ends = end_ids(config, generation, tokenizer)
     if tokenizer is None:
         own = config.get_text_config().pad_token_id
@@ -174,7 +177,9 @@ def _find_impossible_byte(tokenizer: Any) -> int | None:
     if found is None or found["model"].get("type") != "BPE" or not _is_byte_level(found):
         return None
     body = found["model"]
-    merged = {part for merge in body.get("merges", []) for part in (merge.split(" ") if isinstance(merge, str) else merge)}
+    merged = {
+        part for merge in body.get("merges", []) for part in (merge.split(" ") if isinstance(merge, str) else merge)
+    }
     taken = {t["content"] for t in found.get("added_tokens", [])}
     for token in _IMPOSSIBLE_BYTES:
         if token in body["vocab"] and token not in merged and token not in taken:
@@ -213,4 +218,6 @@ def _rename_entry(folder: Path, pad: PadToken) -> None:
     file.write_text(json.dumps(found, ensure_ascii=False, indent=2), encoding="utf-8")
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(settings | {"pad_token": pad.token}, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    file.write_text(
+        json.dumps(settings | {"pad_token": pad.token}, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+    )

@@ -30,12 +30,12 @@ class SignalFlag:
     """
 
     def __init__(self) -> None:
-        self.signum = 0
+        self.signum: int | None = None
         self._pressed: float | None = None
         self._before: dict[int, Any] = {}
 
     def __bool__(self) -> bool:
-        return self.signum != 0
+        return self.signum is not None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -56,7 +56,7 @@ class SignalFlag:
             if self._pressed is None:
                 self._pressed = now
                 _say("\nstopping after this step and saving; Ctrl-C again leaves at once\n")
-        self.signum = self.signum or number
+        self.signum = number if self.signum is None else self.signum
 
 
 def _leave() -> None:

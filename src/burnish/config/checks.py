@@ -1,0 +1,260 @@
+"""Settings of one stage that contradict each other.
+
+Every check is a function from settings to problems, registered for a class; it reads values only, so that a resolved
+recipe, where everything is written out, passes the checks that its origin passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from burnish.config.base import Settings
+from burnish.config.data import DataSettings
+from burnish.config.problems import Problem
+from burnish.config.registry import LOSS_TYPES
+from burnish.config.spelling import describe_suggestions, suggest
+from burnish.config.stages import DpoSettings, EvaluateSettings, RewardSettings, SftSettings
+from burnish.config.train import TrainSettings
+
+Found = Iterator[tuple[str, str, str]]  # setting, what is wrong, what to do
+Check = Callable[[Any], Found]
+
+CHECKS: list[tuple[type[Settings], Check]] = []
+SMOOTHED_LOSSES = frozenset({"sigmoid"})
+EVALUATION_TASKS = ("loss", "preferences", "win_rate")
+
+
+def check_stage(settings: Settings, path: str, *, processes: int = 1) -> list[Problem]:
+    """All contradictions within a stage."""
+    found: list[tuple[str, str, str]] = []
+    for cls, check in CHECKS:
+        if isinstance(settings, cls):
+            found.extend(check(settings))
+    if isinstance(settings, TrainSettings):
+        found.extend(_check_batch(settings, processes))
+    return [Problem(f"{path}.{key}", message, remedy) for key, message, remedy in found]
+
+
+def _check(cls: type[Settings]) -> Callable[[Check], Check]:
+    def register(check: Check) -> Check:
+        CHECKS.append((cls, check))
+        return check
+
+    return register
+
+
+def _is_changed(settings: Settings, name: str) -> bool:
+    return getattr(settings, name) != type(settings).model_fields[name].default
+
+
+def _check_batch(s: TrainSettings, processes: int) -> Found:
+    total, device, steps = s.batch_size, s.per_device_train_batch_size, s.gradient_accumulation_steps
+    if total is None:
+        return
+    people = f"{processes} processes" if processes > 1 else "1 process"
+    if total % processes:
+        low = total - total % processes
+        nearest = f"{low} or {low + processes}" if low else str(processes)
+        yield "batch_size", f"is {total}, which {people} cannot share evenly", f"the nearest valid values are {nearest}"
+    elif device is not None and steps is not None:
+        product = device * steps * processes
+        if product != total:
+            yield (
+                "batch_size",
+                f"is {total}, but per_device_train_batch_size {device} × gradient_accumulation_steps {steps} "
+                f"× {people} = {product}",
+                f"set batch_size: {product}, or leave one of the three out",
+            )
+    elif steps is not None and total % (steps * processes):
+        unit = steps * processes
+        low = total - total % unit
+        nearest = f"{low} or {low + unit}" if low else str(unit)
+        yield (
+            "batch_size",
+            f"is {total}, not divisible by gradient_accumulation_steps {steps} × {people}",
+            f"the nearest valid values are {nearest}; or leave gradient_accumulation_steps out",
+        )
+
+
+@_check(DataSettings)
+def _check_data(s: DataSettings) -> Found:
+    if s.eval_data is not None and s.validation_split:
+        yield "validation_split", f"is {s.validation_split:g}, but eval_data is given too", "keep one of the two"
+    if s.slice_offset and s.slice_share is None:
+        yield "slice_offset", f"is {s.slice_offset:g} without slice_share", "set slice_share too"
+    if s.slice_share is not None and s.slice_share + s.slice_offset > 1 + 1e-9:
+        yield (
+            "slice_share",
+            f"is {s.slice_share:g} from offset {s.slice_offset:g}, which ends beyond the data",
+            f"slice_share may be {1 - s.slice_offset:g} at most there",
+        )
+    for name in ("max_prompt_length", "max_completion_length"):
+        value = getattr(s, name)
+        if value is not None and s.max_length is not None and value >= s.max_length:
+            rest = "completion" if name == "max_prompt_length" else "prompt"
+            yield (
+                name,
+                f"is {value}, which leaves nothing of max_length {s.max_length} for the {rest}",
+                f"the largest valid value is {s.max_length - 1}; or raise max_length",
+            )
+    if isinstance(s.data, list) and not s.data:
+        yield "data", "is an empty list", "name at least one source"
+
+
+@_check(TrainSettings)
+def _check_steps(s: TrainSettings) -> Found:
+    if s.max_steps == 0:
+        yield "max_steps", "is 0, which trains nothing", "write -1 (by epochs) or at least 1"
+    if s.warmup_steps and s.warmup_ratio:
+        yield "warmup_ratio", f"is {s.warmup_ratio:g}, but warmup_steps is {s.warmup_steps}", "keep one of the two"
+    if s.max_steps > 0 and s.warmup_steps >= s.max_steps:
+        yield (
+            "warmup_steps",
+            f"is {s.warmup_steps}, so that the peak is never reached in max_steps {s.max_steps}",
+            f"the largest valid value is {s.max_steps - 1}",
+        )
+    if s.lr_scheduler_type == "wsd" and s.warmup_ratio + s.decay_ratio > 1:
+        yield (
+            "decay_ratio",
+            f"is {s.decay_ratio:g}, which with warmup_ratio {s.warmup_ratio:g} is more than all steps",
+            f"decay_ratio may be {1 - s.warmup_ratio:g} at most there",
+        )
+    if s.lr_scheduler_type != "wsd" and _is_changed(s, "decay_ratio"):
+        yield "decay_ratio", f"has no effect with lr_scheduler_type {s.lr_scheduler_type}", "set lr_scheduler_type: wsd, or remove it"
+    if s.lr_scheduler_type == "constant" and s.min_lr_ratio:
+        yield "min_lr_ratio", "has no effect with lr_scheduler_type constant", "choose linear, cosine or wsd, or remove it"
+
+
+@_check(TrainSettings)
+def _check_optimizer(s: TrainSettings) -> Found:
+    if s.optim in ("adafactor", "sgd"):
+        for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+            if _is_changed(s, name):
+                yield name, f"has no effect with optim {s.optim}", "remove it, or set optim: adamw"
+    if s.head_learning_rate is not None and not isinstance(s, RewardSettings):
+        yield "head_learning_rate", f"is given, but a stage of kind {s.kind} makes no new head", "remove it"
+
+
+@_check(TrainSettings)
+def _check_trainable(s: TrainSettings) -> Found:
+    if s.lora is not None and s.lora.dropout > 0 and getattr(s, "disable_dropout", False):
+        yield (
+            "lora.dropout",
+            f"is {s.lora.dropout:g}, but disable_dropout is on",
+            "set lora.dropout: 0, or disable_dropout: false",
+        )
+    if s.lora is not None and s.top_k:
+        yield "top_k", f"is {s.top_k}, but lora is on, which freezes the whole base", "remove one of the two"
+    if s.untie_embeddings and not s.top_k:
+        yield "untie_embeddings", "is on without top_k, where it changes nothing", "set top_k: K, or remove it"
+    if s.lora is not None and s.lora.use_dora and s.lora.bias != "none":
+        yield "lora.bias", f"is {s.lora.bias}, which use_dora does not allow", "set lora.bias: none"
+    if s.devices is not None and (not s.devices or len(set(s.devices)) < len(s.devices) or min(s.devices) < 0):
+        yield "devices", f"is {s.devices}", "list different device numbers from 0, e.g. [0, 1]"
+
+
+@_check(TrainSettings)
+def _check_evaluation(s: TrainSettings) -> Found:
+    at_end_only = s.eval_steps == -1
+    if s.load_best_model_at_end and at_end_only:
+        yield (
+            "load_best_model_at_end",
+            "is on, but eval_steps -1 evaluates only at the end, so that there is nothing to choose from",
+            "set eval_steps: N, or 0 for each epoch",
+        )
+    if s.early_stopping_patience is not None and at_end_only:
+        yield (
+            "early_stopping_patience",
+            f"is {s.early_stopping_patience}, but eval_steps -1 evaluates only at the end",
+            "set eval_steps: N, or 0 for each epoch",
+        )
+    if s.greater_is_better is not None and s.metric_for_best_model is None:
+        yield "greater_is_better", "is given without metric_for_best_model", "name the metric, or remove it"
+
+
+@_check(SftSettings)
+def _check_sft(s: SftSettings) -> Found:
+    if s.drop_identical:
+        yield "drop_identical", "is on, but SFT reads no pairs", "remove it"
+
+
+@_check(TrainSettings)
+def _check_train_on(s: TrainSettings) -> Found:
+    if s.train_on != "auto" and not isinstance(s, SftSettings):
+        yield "train_on", f"is {s.train_on}, but only SFT chooses its tokens; {s.kind} scores whole answers", "remove it"
+
+
+@_check(DpoSettings)
+def _check_losses(s: DpoSettings) -> Found:
+    types = [s.loss_type] if isinstance(s.loss_type, str) else list(s.loss_type)
+    if not types:
+        yield "loss_type", "is an empty list", f"name at least one of {', '.join(LOSS_TYPES)}"
+    for word in types:
+        if word not in LOSS_TYPES and not _is_object_path(word):
+            near = describe_suggestions(suggest(word, LOSS_TYPES))
+            allowed = f"the types are {', '.join(LOSS_TYPES)}, or module:function"
+            yield "loss_type", f"there is no loss {word!r}", f"{near} ({allowed})" if near else allowed
+    if len(set(types)) < len(types):
+        yield "loss_type", f"names a loss twice: {', '.join(types)}", "name each once, and weigh it by loss_weights"
+    if s.loss_weights is not None:
+        yield from _check_weights(s.loss_weights, types, isinstance(s.loss_type, list))
+    known = [word for word in types if word in LOSS_TYPES]
+    if s.label_smoothing and types and len(known) == len(types) and not SMOOTHED_LOSSES & set(types):
+        yield (
+            "label_smoothing",
+            f"is {s.label_smoothing:g}, but loss_type {', '.join(types)} does not use it",
+            f"set label_smoothing: 0, or loss_type: {', '.join(sorted(SMOOTHED_LOSSES))}",
+        )
+
+
+def _check_weights(weights: list[float], types: list[str], is_list: bool) -> Found:
+    if not is_list:
+        yield "loss_weights", "is given, but loss_type is a single loss", "write loss_type: [..], or remove loss_weights"
+    elif len(weights) != len(types):
+        yield (
+            "loss_weights",
+            f"has {len(weights)} weight{'s' * (len(weights) != 1)} for {len(types)} loss types ({', '.join(types)})",
+            "give one weight for each",
+        )
+    if any(weight < 0 for weight in weights) or not any(weights):
+        yield "loss_weights", f"is {weights}", "weights may not be negative, nor all be zero"
+
+
+@_check(DpoSettings)
+def _check_reference(s: DpoSettings) -> Found:
+    if s.reference_mode == "adapter" and s.lora is None:
+        yield (
+            "reference_mode",
+            "is adapter, but the stage trains no adapter whose base could serve as reference",
+            "add lora: {}, or set reference_mode: auto",
+        )
+    if s.reference_mode == "adapter" and s.reference != "same":
+        yield (
+            "reference_mode",
+            f"is adapter, but reference names another model ({s.reference})",
+            "set reference_mode: cached or copy, or reference: same",
+        )
+
+
+@_check(EvaluateSettings)
+def _check_tasks(s: EvaluateSettings) -> Found:
+    if not s.tasks:
+        yield "tasks", "is empty", f"name at least one of {', '.join(EVALUATION_TASKS)}, or a checkable set"
+    for task in s.tasks:
+        if task not in EVALUATION_TASKS and not any(mark in task for mark in "/.:"):
+            near = describe_suggestions(suggest(task, EVALUATION_TASKS))
+            allowed = f"tasks are {', '.join(EVALUATION_TASKS)}, or a checkable set such as pocket/maths"
+            yield "tasks", f"there is no task {task!r}", f"{near} ({allowed})" if near else allowed
+    for name in ("tasks", "of"):
+        values = getattr(s, name)
+        double = sorted({value for value in values if values.count(value) > 1})
+        if double:
+            yield name, f"names {double[0]!r} twice", "name each once"
+    if s.judge is not None and "win_rate" not in s.tasks:
+        yield "judge", f"is {s.judge}, but no task needs a judge", "add win_rate to tasks, or remove judge"
+
+
+def _is_object_path(word: str) -> bool:
+    module, separator, name = word.partition(":")
+    return bool(separator) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))

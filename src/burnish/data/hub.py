@@ -1,0 +1,61 @@
+"""Data sets of the Hugging Face hub, through `datasets` (imported only here, only when a hub id is used)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from burnish.data.readers import Row
+from burnish.data.slices import Split
+from burnish.errors import BurnishError, DataError
+
+
+@lru_cache(maxsize=8)
+def _load(repo: str, subset: str | None) -> Any:
+    """The `DatasetDict` of a hub data set; `subset` is a configuration's name or a data_dir."""
+    import datasets
+
+    try:
+        if subset is None:
+            return datasets.load_dataset(repo)
+        try:
+            names = datasets.get_dataset_config_names(repo)
+        except Exception:  # a folder of data files has no configurations to list
+            names = []
+        if subset in names:
+            return datasets.load_dataset(repo, subset)
+        return datasets.load_dataset(repo, data_dir=subset)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise DataError(
+            f"neither a local path nor a data set on the hub: {str(error)[:200]}",
+            where=repo,
+            remedy="check the spelling; a gated set needs `hf auth login`",
+        ) from error
+    except BurnishError:
+        raise
+    except (ConnectionError, OSError) as error:
+        from burnish.data.sources import unreachable
+
+        raise unreachable(repo, error) from error
+    except ValueError as error:
+        raise DataError(f"the hub data set cannot be read: {str(error)[:300]}", where=repo, remedy="set data.subset") from error
+
+
+def hub_splits(repo: str, subset: str | None) -> list[str]:
+    """Names of its splits."""
+    return list(_load(repo, subset))
+
+
+def read_hub(repo: str, subset: str | None, split: Split) -> Iterator[Row]:
+    """Rows of a split; the line is the row's number."""
+    table = _load(repo, subset)[split.name]
+    start, stop = split.span(len(table))
+    for i in range(start, len(table) if stop is None else min(stop, len(table))):
+        yield Row(f"{repo}/{split.name}", i + 1, table[i])
+
+
+def hub_fingerprint(repo: str, subset: str | None, split: Split) -> str:
+    """What names the content of a split."""
+    table = _load(repo, subset)[split.name]
+    return f"{repo}:{subset}:{split.name}:{table._fingerprint}:{len(table)}"

@@ -1,0 +1,25 @@
+"""What most methods are: a sum over groups, without a state of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from burnish.core.batch import Outputs, Table
+
+
+class Stateless:
+    """Defaults of a method whose loss is a sum over groups and that has no state."""
+
+    needs_reference = False
+    coupled = False
+    stateful = False
+    best_metric = ("eval_loss", False)
+
+    def initial_state(self) -> dict[str, Any]:
+        """No state."""
+        return {}
+
+    def next_state(self, outputs: Outputs, table: Table, state: Mapping[str, Any]) -> dict[str, Any]:
+        """No state."""
+        return {}

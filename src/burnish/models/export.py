@@ -1,0 +1,184 @@
+"""Writing a result that plain transformers (or PEFT) loads: weights, configuration, tokenizer, chat template; nothing more."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from burnish.errors import ConfigError
+from burnish.models.adapters import is_peft, merge_copy, save_adapter
+from burnish.models.load import BuiltModel, Head, LoadedFrom, load_tokenizer, quiet
+from burnish.models.reward_head import PadToken, save_tokenizer_with_pad
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "vocab.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+TRAINING_INFO = ("base_model_path", "training_config", "model_type", "dataset_name", "train_samples", "eval_samples")
+ExportDtype = Literal["source", "masters"]
+
+
+def export_model(
+    built: BuiltModel, folder: Path, *, tokenizer_source: str | Path | None, head: Head, extra: Mapping[str, Any],
+    dtype: ExportDtype | torch.dtype = "source", chat_template: str | None = None, stop_ids: Sequence[int] = (),
+    max_shard_size: str = "5GB",
+) -> None:  # fmt: skip
+    """Write what inference needs into `folder`, which exists and is empty; the caller seals and renames it.
+
+    Args:
+        built: The model in training.
+        tokenizer_source: Folder of the tokenizer; None writes none.
+        head: "lm" or "score".
+        extra: Goes into training_info.pt; of the keys in TRAINING_INFO those that are missing become None.
+        dtype: Type of full weights: "source" = as the base is stored (bf16 stays bf16), "masters" = as they were trained.
+        chat_template: The template that this stage used; None keeps the tokenizer's own.
+        stop_ids: End-of-turn ids that `generate` must stop at, added to the generation settings.
+    """
+    loaded = built.loaded
+    earlier = loaded.folder if loaded.merged else None
+    if not is_peft(built.model):
+        _save_full(built.model, built, folder, _choose_dtype(built, dtype), max_shard_size)
+    elif not save_adapter(built.model, folder, base_model=loaded.name, revision=loaded.revision, earlier=earlier):
+        _save_full(merge_copy(built.model), built, folder, _choose_dtype(built, dtype), max_shard_size)
+    if head == "lm":
+        _save_generation_config(loaded, folder, stop_ids)
+    if tokenizer_source is not None:
+        save_tokenizer(Path(tokenizer_source), folder, pad=loaded.pad, chat_template=chat_template)
+    save_training_info(folder, {"base_model_path": loaded.name, "model_type": head} | dict(extra))
+    _set_modes(folder)
+
+
+def _choose_dtype(built: BuiltModel, dtype: ExportDtype | torch.dtype) -> torch.dtype:
+    masters = next(iter(built.trainable.values())).dtype
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return masters if dtype == "masters" else built.loaded.dtype
+
+
+def _save_full(model: Any, built: BuiltModel, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
+    config = model.config
+    saved = {key: getattr(config, key, None) for key in built.loaded.dropout}
+    try:
+        for key, value in built.loaded.dropout.items():
+            setattr(config, key, value)
+        with quiet():
+            model.save_pretrained(str(folder), state_dict=_cast(model.state_dict(), dtype), max_shard_size=max_shard_size)
+    finally:
+        for key, value in saved.items():
+            setattr(config, key, value)
+    _edit_json(folder / "config.json", {"dtype": str(dtype).removeprefix("torch.")})
+    for file in folder.glob("*.safetensors"):
+        _align(file)
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Floating-point tensors in `dtype`, on the CPU; tensors that share memory still share it afterwards."""
+    done: dict[tuple[int, torch.Size], Tensor] = {}
+    out = {}
+    for name, tensor in tensors.items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in done or tensor.numel() == 0:
+            done[key] = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+        out[name] = done[key]
+    return out
+
+
+def _align(file: Path, step: int = 64) -> None:
+    """Let the tensors of a safetensors file begin at a multiple of `step` bytes (the format allows blanks in its header).
+
+    Weights are used where the file is mapped, and the last bit of a product with a single column depends on alignment.
+    """
+    with file.open("rb") as source:
+        length = int.from_bytes(source.read(8), "little")
+        blanks = -(8 + length) % step
+        if not blanks:
+            return
+        header = source.read(length)
+        fresh = file.with_suffix(".aligned")
+        with fresh.open("wb") as target:
+            target.write((length + blanks).to_bytes(8, "little") + header + b" " * blanks)
+            shutil.copyfileobj(source, target, 2**24)
+    fresh.replace(file)
+
+
+def _edit_json(file: Path, changes: Mapping[str, Any]) -> None:
+    found = json.loads(file.read_text(encoding="utf-8")) | dict(changes)
+    file.write_text(json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _save_generation_config(loaded: LoadedFrom, folder: Path, stop_ids: Sequence[int]) -> None:
+    """The base's own generation settings (an exported adapter has none otherwise), with further ids to stop at."""
+    target = folder / "generation_config.json"
+    own = loaded.base / "generation_config.json"
+    if own.is_file():
+        shutil.copyfile(own, target)
+    if not stop_ids:
+        return
+    settings = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
+    ends = settings.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
+    settings["eos_token_id"] = [*ends, *(i for i in dict.fromkeys(stop_ids) if i not in ends)]
+    target.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save_tokenizer(
+    source: Path, folder: Path, *, pad: PadToken | None = None, chat_template: str | None = None
+) -> None:
+    """Copy a tokenizer's files as they are; only a reward model's new padding token or another chat template change them."""
+    if pad is not None and pad.changes_tokenizer:
+        tokenizer = load_tokenizer(source)
+        if tokenizer is None:
+            raise ConfigError("no tokenizer here", where=str(source), remedy="give the folder of the model's tokenizer")
+        save_tokenizer_with_pad(tokenizer, folder, pad)
+    else:
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+    if chat_template is None:
+        return
+    (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8")):
+        _edit_json(settings, {"chat_template": chat_template})
+
+
+def save_training_info(folder: Path, extra: Mapping[str, Any]) -> None:
+    """training_info.pt for those who expect it: a plain dict that loads with weights_only=True. burnish never reads it.
+
+    Raises:
+        ConfigError: A value that is no plain number, text, list or dict.
+    """
+    info = {key: None for key in TRAINING_INFO} | {k: _plain(v, k) for k, v in extra.items()}
+    torch.save(info, folder / "training_info.pt")
+
+
+def _plain(value: Any, where: str) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(v, where) for v in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+    raise ConfigError(
+        f"training_info: {where} is a {type(value).__name__}",
+        where=where,
+        remedy="give numbers, texts, lists and dicts only",
+    )
+
+
+def _set_modes(folder: Path) -> None:
+    """Give the files the usual rights: safetensors creates them for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.iterdir():
+        if file.is_file():
+            file.chmod(0o666 & ~mask)

@@ -1,0 +1,152 @@
+"""`--dry-run`: what a recipe would do, in numbers; no device, network or output folder is touched."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TextIO
+
+from burnish.artifacts.run_folder import load_stage, plain_name
+from burnish.config.load import LoadedRecipe
+from burnish.config.options import RunOptions
+from burnish.config.recipe import Recipe
+from burnish.config.stages import EvaluateSettings
+from burnish.config.train import TrainSettings
+from burnish.data.bundled import resolve_model
+from burnish.data.prepare import prepare_data
+from burnish.data.tokenizer import TextTokenizer
+from burnish.errors import UsageError
+
+
+def print_plan(loaded: LoadedRecipe, options: RunOptions, out: TextIO) -> int:
+    """Print the resolved plan of a recipe; as JSON with `--json`.
+
+    Returns:
+        0.
+
+    Raises:
+        BurnishError: Data or settings are wrong: the same errors as in the real run, found before it.
+    """
+    plan = build_plan_rows(loaded, options)
+    if options.json:
+        out.write(json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
+        return 0
+    for line in _render(plan):
+        out.write(line + "\n")
+    return 0
+
+
+def build_plan_rows(loaded: LoadedRecipe, options: RunOptions) -> dict[str, Any]:
+    """The plan as plain values: one entry per model and stage."""
+    recipe = loaded.recipe
+    models = recipe.model_list()
+    if options.model_index is not None:
+        if not 0 <= options.model_index < len(models):
+            raise UsageError(
+                f"--model-index {options.model_index} is out of range: the recipe has {len(models)} models",
+                remedy=f"give a number from 0 to {len(models) - 1}",
+            )
+        models = [models[options.model_index]]
+    folder = Path(options.output_dir or recipe.output_dir) / (options.run_name or loaded.run_name(models[0]))
+    several = len(recipe.model_list()) > 1
+    rows = []
+    for model in models:
+        one = recipe.for_model(model) if several else recipe
+        base = folder / plain_name(model or "model") if several else folder
+        for index, stage in enumerate(one.stages, start=1):
+            rows.append(_describe_stage(one, stage, base / f"{index:02d}-{plain_name(str(stage.name))}", options))  # type: ignore[attr-defined]
+    return {"recipe": recipe.name, "origin": loaded.origin, "folder": str(folder), "models": models, "stages": rows}
+
+
+def find_root_model(recipe: Recipe, stage: TrainSettings) -> str | None:
+    """The base model at the start of a chain of `init_from`."""
+    while stage.init_from is not None:
+        found = recipe.stage(stage.init_from)
+        assert isinstance(found, TrainSettings)
+        stage = found
+    return stage.model
+
+
+def _describe_stage(recipe: Recipe, stage: Any, folder: Path, options: RunOptions) -> dict[str, Any]:
+    row: dict[str, Any] = {"stage": stage.name, "kind": stage.kind, "folder": str(folder), "state": _state(folder)}
+    if isinstance(stage, EvaluateSettings):
+        return row | {"of": stage.of or ["base", "every trained stage"], "tasks": stage.tasks}
+    assert isinstance(stage, TrainSettings)
+    model = find_root_model(recipe, stage)
+    row |= {"from": stage.init_from or model, "data": _name_sources(stage.data)}
+    processes = max(options.num_processes, 1)
+    row["batch"] = _describe_batch(stage, processes)
+    path = find_local_model(model)
+    if path is None:
+        return row | {"note": f"{model} is not on this machine: rows and steps are known once it is fetched"}
+    prepared = prepare_data(stage, TextTokenizer.load(str(path)))
+    per_epoch = math.ceil(len(prepared.train) / row["batch"]["examples"])
+    steps = stage.max_steps if stage.max_steps >= 0 else math.ceil(per_epoch * stage.num_train_epochs - 1e-9)
+    row |= {"train": len(prepared.train), "held_out": len(prepared.held_out), "steps": steps}
+    row["data_report"] = prepared.report.lines()
+    row["trainable"] = describe_trainable(stage, path)
+    return row
+
+
+def _describe_batch(stage: TrainSettings, processes: int) -> dict[str, int]:
+    per_device, accumulation = stage.per_device_train_batch_size, stage.gradient_accumulation_steps or 1
+    examples = stage.batch_size or (per_device or 8) * accumulation * (processes if per_device else 1)
+    per_device = per_device or max(examples // (accumulation * processes), 1)
+    return {"examples": examples, "per_device": per_device, "accumulation": accumulation, "processes": processes}
+
+
+def describe_trainable(stage: TrainSettings, path: Path) -> str:
+    """The trainable share, from shapes alone (a model without storage)."""
+    if stage.lora is None and not stage.top_k:
+        return "100 % (everything)"
+    from burnish.models.meta import compute_trainable_share
+
+    return compute_trainable_share(stage, path)
+
+
+def find_local_model(name: str | None) -> Path | None:
+    """The folder of a bundled or local model; None for one that would have to be fetched."""
+    if name is None:
+        return None
+    if Path(name).is_dir():
+        return Path(name)
+    return resolve_model(name)
+
+
+def _state(folder: Path) -> str:
+    try:
+        record = load_stage(folder) if folder.is_dir() else None
+    except UsageError:
+        return "damaged"
+    return "not run yet" if record is None else str(record["state"])
+
+
+def _name_sources(data: Any) -> list[str]:
+    sources = data if isinstance(data, list) else [data]
+    return [s if isinstance(s, str) else s.source for s in sources if s is not None]
+
+
+def _render(plan: dict[str, Any]) -> Iterable[str]:
+    yield f"{plan['recipe']} ({plan['origin']}) → {plan['folder']}"
+    for row in plan["stages"]:
+        yield ""
+        yield f"{row['stage']} ({row['kind']}), {row['state']}"
+        if row["kind"] == "evaluate":
+            yield f"  of         {', '.join(row['of'])}"
+            yield f"  tasks      {', '.join(row['tasks'])}"
+            continue
+        batch = row["batch"]
+        yield f"  starts at  {row['from']}"
+        yield f"  data       {', '.join(row['data']) or 'none'}"
+        yield (
+            f"  batch      {batch['examples']} examples = {batch['per_device']} per device × "
+            f"{batch['accumulation']} accumulation × {batch['processes']} processes"
+        )
+        if "note" in row:
+            yield f"  note       {row['note']}"
+            continue
+        yield f"  rows       {row['train']:,} to train on, {row['held_out']:,} held out"
+        yield f"  steps      {row['steps']:,}"
+        yield f"  trains     {row['trainable']}"

@@ -1,0 +1,313 @@
+"""Running a recipe: stages in order, for each model in turn, each skipped, continued or run."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from burnish.artifacts.redact import redact
+from burnish.artifacts.run_folder import RunFolder, load_stage, save_stage
+from burnish.clock import mono, wall
+from burnish.config.load import LoadedRecipe
+from burnish.config.options import RunOptions
+from burnish.config.recipe import Recipe
+from burnish.config.stages import EvaluateSettings
+from burnish.config.train import TrainSettings
+from burnish.errors import BurnishError, InterruptedRun, UsageError
+from burnish.pipeline.decide import Decision, compute_key, decide, fingerprint_result
+from burnish.track.log import attach_log_file, detach_log_file, setup_logging, success
+
+log = logging.getLogger("burnish")
+
+
+@dataclass
+class StageResult:
+    """A finished stage, as later stages see it."""
+
+    name: str
+    kind: str
+    folder: Path
+    settings: Any
+    rerun: bool
+
+
+@dataclass
+class RunState:
+    """One model's way through the stages."""
+
+    run: RunFolder
+    recipe: Recipe
+    options: RunOptions
+    runtime: Any
+    model: str | None
+    prefix: str | None
+    results: dict[str, StageResult] = field(default_factory=dict)
+    resumed: int = 0
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+
+def run_recipe(loaded: LoadedRecipe, options: RunOptions) -> int:
+    """Run a recipe (or, with `dry_run`, say what would be done).
+
+    Returns:
+        The exit status: 0, or that of the first stage that failed when several models were run.
+
+    Raises:
+        BurnishError: With a single model, what went wrong.
+    """
+    if options.dry_run:
+        from burnish.pipeline.plan import print_plan
+
+        return print_plan(loaded, options, sys.stdout)
+    from burnish.engine.runtime import build_runtime
+
+    setup_logging(verbose=options.verbose)
+    for note in loaded.notes:
+        log.info("%s", note)
+    runtime = build_runtime(getattr(loaded.recipe.stages[0], "devices", None))
+    try:
+        return _run_in_folder(loaded, options, runtime)
+    finally:
+        runtime.close()
+
+
+def _choose_models(recipe: Recipe, options: RunOptions) -> list[str | None]:
+    models = recipe.model_list()
+    if options.model_index is None:
+        return models
+    if not 0 <= options.model_index < len(models):
+        raise UsageError(
+            f"--model-index {options.model_index} is out of range: the recipe has {len(models)} models",
+            remedy=f"give a number from 0 to {len(models) - 1}",
+        )
+    return [models[options.model_index]]
+
+
+def _run_in_folder(loaded: LoadedRecipe, options: RunOptions, runtime: Any) -> int:
+    recipe = loaded.recipe
+    models = _choose_models(recipe, options)
+    root = Path(options.output_dir or recipe.output_dir)
+    name = options.run_name or loaded.run_name(models[0])
+    run, failure = None, None
+    if runtime.is_main:
+        try:
+            run = _open_run(loaded, options, root, name, runtime)
+        except BurnishError as error:
+            failure = error
+    failure = runtime.gather(failure)[0]
+    if failure is not None:
+        raise failure
+    if run is None:
+        run = RunFolder.attach(root / name)
+    begun = mono()
+    if runtime.is_main:
+        attach_log_file(run.log_path, redact=redact)
+    outcome: BaseException | None = None
+    status = 1
+    try:
+        status = _run_models(run, loaded, options, runtime, models)
+        return status
+    except BaseException as error:
+        outcome = error
+        status = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
+        raise
+    finally:
+        if runtime.is_main:
+            _close_run(run, outcome, status, mono() - begun)
+
+
+def _open_run(loaded: LoadedRecipe, options: RunOptions, root: Path, name: str, runtime: Any) -> RunFolder:
+    import torch
+
+    facts = {"threads": torch.get_num_threads(), "device": str(runtime.device), "processes": runtime.world}
+    run = RunFolder.open(
+        root, name, recipe_text=loaded.text, resolved=loaded.recipe.resolved(), command=sys.argv, environment=facts
+    )
+    for note in run.notes:
+        log.info("%s", note)
+    log.info("run folder: %s", run.path)
+    return run
+
+
+def _close_run(run: RunFolder, outcome: BaseException | None, status: int, seconds: float) -> None:
+    if outcome is None:
+        state = "done" if status == 0 else "failed"
+    else:
+        state = "interrupted" if isinstance(outcome, (InterruptedRun, KeyboardInterrupt)) else "failed"
+    message = redact(str(outcome)) if outcome is not None else None
+    run.finish(state, seconds=round(seconds, 3), exit_code=status, error=message)
+    try:
+        from burnish.report.html import render_report
+
+        log.info("report: %s", render_report(run.path))
+    finally:
+        detach_log_file()
+        run.close()
+
+
+def _run_models(
+    run: RunFolder, loaded: LoadedRecipe, options: RunOptions, runtime: Any, models: Sequence[str | None]
+) -> int:
+    several = len(loaded.recipe.model_list()) > 1
+    rows: list[tuple[str, int, str]] = []
+    for model in models:
+        state = RunState(
+            run, loaded.recipe.for_model(model) if several else loaded.recipe, options, runtime, model,
+            (model or "model") if several else None,
+        )  # fmt: skip
+        if several:
+            log.info("model %s", model)
+        try:
+            _run_stages(state)
+            rows.append((str(model), 0, "done"))
+        except InterruptedRun:
+            raise
+        except BurnishError as error:
+            if len(models) == 1:
+                raise
+            log.error("%s", error)
+            rows.append((str(model), error.exit_code, error.message))
+    if several and runtime.is_main:
+        for model, status, text in rows:
+            log.info("%-40s exit %d  %s", model, status, text)
+    return next((status for _, status, _ in rows if status), 0)
+
+
+def _run_stages(state: RunState) -> None:
+    for index, settings in enumerate(state.recipe.stages, start=1):
+        _run_stage(state, index, settings)
+    if state.options.resume and not state.resumed:
+        raise UsageError(
+            "--resume was given, but there is nothing to resume", where=str(state.run.path),
+            remedy="leave --resume out: finished stages are skipped and interrupted ones continue by themselves",
+        )  # fmt: skip
+
+
+def _run_stage(state: RunState, index: int, settings: Any) -> None:
+    name, kind = settings.name, settings.kind
+    stage_dir = _stage_dir(state, index, name)
+    prepared, values, inputs = _prepare(state, settings)
+    key = compute_key(values, inputs)
+    upstream = any(r.rerun for r in state.results.values())
+    decision = _decide_together(state, stage_dir, key, values, inputs, upstream)
+    label = f"{state.prefix}/{name}" if state.prefix else name
+    if decision.action == "skip":
+        log.info("%s: skipped (%s)", label, decision.why)
+        state.results[name] = StageResult(name, kind, stage_dir / "final", settings, rerun=False)
+        return
+    log.info("%s: %s", label, decision.why)
+    if decision.action == "rerun" and state.runtime.is_main:
+        moved = state.run.supersede(stage_dir)
+        log.info("%s: what was there is now in %s", label, moved)
+        stage_dir.mkdir(parents=True, exist_ok=True)
+    state.runtime.barrier()
+    resume = decision.action == "resume" or state.options.resume_from is not None
+    state.resumed += resume
+    record = {
+        "state": "running", "kind": kind, "name": name, "key": key, "settings": values, "inputs": inputs,
+        "started": wall(), "label": label,
+    }  # fmt: skip
+    _record(state, stage_dir, record)
+    begun = mono()
+    try:
+        if isinstance(settings, EvaluateSettings):
+            from burnish.pipeline.evaluate_stage import run_evaluate_stage
+
+            found = run_evaluate_stage(settings, state, stage_dir)
+        else:
+            from burnish.pipeline.train_stage import run_train_stage
+
+            resume_from = Path(state.options.resume_from) if state.options.resume_from else None
+            found = run_train_stage(
+                settings, prepared, stage_dir, state.runtime, key=key, resume=resume, resume_from=resume_from,
+                label=label, run=state.run,
+            )  # fmt: skip
+    except BaseException as error:
+        interrupted = isinstance(error, (InterruptedRun, KeyboardInterrupt))
+        text = error.message if isinstance(error, BurnishError) else f"{type(error).__name__}: {error}"
+        _record(state, stage_dir, record | {
+            "state": "interrupted" if interrupted else "failed", "ended": wall(), "error": redact(text),
+        })  # fmt: skip
+        raise
+    seconds = mono() - begun
+    _record(state, stage_dir, record | found | {"state": "done", "ended": wall(), "seconds": round(seconds, 3)})
+    if state.runtime.is_main:
+        success("%s: done in %.1f s", label, seconds)
+    state.results[name] = StageResult(name, kind, stage_dir / "final", settings, rerun=True)
+
+
+def _stage_dir(state: RunState, index: int, name: str) -> Path:
+    if state.runtime.is_main:
+        folder = state.run.stage_dir(index, name, state.prefix)
+        if state.options.fresh:
+            if load_stage(folder) is not None:
+                state.run.supersede(folder)
+            folder = state.run.stage_dir(index, name, state.prefix)
+    state.runtime.barrier()
+    return state.run.stage_dir(index, name, state.prefix)
+
+
+def _record(state: RunState, stage_dir: Path, record: Mapping[str, Any]) -> None:
+    if state.runtime.is_main:
+        save_stage(stage_dir, record)
+
+
+def _decide_together(
+    state: RunState, stage_dir: Path, key: str, values: Mapping[str, Any], inputs: Mapping[str, Any], upstream: bool
+) -> Decision:
+    """Rank 0 decides; all ranks do the same."""
+    found: Decision | BurnishError | None = None
+    if state.runtime.is_main:
+        try:
+            found = decide(stage_dir, key, values, inputs, allow=state.options.allow_change, upstream_rerun=upstream)
+        except BurnishError as error:
+            found = error
+    found = state.runtime.gather(found)[0]
+    if isinstance(found, Decision):
+        return found
+    assert found is not None
+    raise found
+
+
+def _prepare(state: RunState, settings: Any) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    """(what a training stage starts from, its settings, fingerprints of its inputs)."""
+    values = settings.model_dump(mode="json")
+    if isinstance(settings, EvaluateSettings):
+        inputs = {n: fingerprint_result(r.folder) for n, r in state.results.items() if r.kind != "evaluate"}
+        return None, values, inputs
+    assert isinstance(settings, TrainSettings)
+    from burnish.pipeline.train_stage import load_inputs
+
+    model = find_model(state, settings)
+    prepared = load_inputs(settings, model, lambda folder: _fingerprint(state, folder))
+    for line in prepared.data.report.lines():
+        log.info("%s: %s", settings.name, line)
+    return prepared, values, prepared.fingerprints
+
+
+def find_model(state: RunState, settings: TrainSettings) -> str:
+    """What a stage starts from: the result of the stage it names, or its model."""
+    if settings.init_from is not None:
+        return str(state.results[settings.init_from].folder)
+    if settings.model is None:
+        raise UsageError(
+            f"stage {settings.name}: no model", where=f"stages.{settings.name}.model",
+            remedy="set model: (pocket, a folder or a hub id) at the top of the recipe or in the stage",
+        )  # fmt: skip
+    return settings.model
+
+
+def _fingerprint(state: RunState, folder: Path) -> str:
+    from burnish.models.fingerprint import fingerprint_model
+
+    for result in state.results.values():
+        if result.folder == folder:
+            return fingerprint_result(folder)
+    text = str(folder)
+    if text not in state.fingerprints:
+        state.fingerprints[text] = fingerprint_model(folder)
+    return state.fingerprints[text]

@@ -1,0 +1,175 @@
+"""One training stage: data, model, reference, training, export."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from burnish.artifacts.folder import FolderWriter
+from burnish.artifacts.redact import redact
+from burnish.artifacts.run_folder import RunFolder
+from burnish.config.registry import KINDS, load_object
+from burnish.config.train import TrainSettings
+from burnish.data.prepare import PreparedData, prepare_data
+from burnish.data.tokenizer import TextTokenizer
+from burnish.engine.loop import TrainJob, TrainOutcome, run_training
+from burnish.engine.runtime import Runtime
+from burnish.models.export import export_model
+from burnish.models.folder import inspect_model_folder
+from burnish.models.load import BuiltModel, build_model, fetch_model_folder, resolve_model_path
+from burnish.models.policy import Policy
+from burnish.models.precision import PrecisionPlan, resolve_precision
+from burnish.pipeline.reference import attach_reference
+from burnish.track.sinks import SinkContext, build_sinks
+
+log = logging.getLogger("burnish")
+
+SMALL_RESULT = 2_000_000_000
+
+
+@dataclass
+class StageInputs:
+    """What a training stage starts from, found before anything heavy is loaded.
+
+    Attributes:
+        path: The model: a local folder or hub id.
+        folder: Its local folder.
+        tokenizer: Its tokenizer.
+        data: Training and held-out groups.
+        fingerprints: name → fingerprint of every input, for the stage's key.
+    """
+
+    path: str
+    folder: Path
+    tokenizer: TextTokenizer
+    data: PreparedData
+    fingerprints: dict[str, str]
+
+
+def load_inputs(settings: TrainSettings, model: str, fingerprint: Callable[[Path], str]) -> StageInputs:
+    """Resolve the model, tokenise the data; torch is not touched.
+
+    Args:
+        model: Bundled name, folder or hub id: the stage's own model or the result of the stage it starts from.
+        fingerprint: Fingerprint of a model folder.
+    """
+    path = resolve_model_path(model, revision=settings.revision)
+    folder = fetch_model_folder(path, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    tokenizer = TextTokenizer.load(str(folder))
+    data = prepare_data(settings, tokenizer)
+    return StageInputs(path, folder, tokenizer, data, {"model": fingerprint(folder), "data": data.fingerprint})
+
+
+def run_train_stage(
+    settings: TrainSettings, inputs: StageInputs, stage_dir: Path, runtime: Runtime, *, key: str, resume: bool,
+    resume_from: Path | None = None, label: str = "", run: RunFolder,
+) -> dict[str, Any]:  # fmt: skip
+    """Train and write `final/`; returns what goes into stage.json."""
+    method = load_object(KINDS[settings.kind].runner)(settings)
+    precision = resolve_precision(settings.precision, runtime.device, _hidden_size(inputs.folder))
+    log.info("precision: %s", precision.why)
+    built = build_model(settings, inputs.path, head=method.head, seed=settings.seed, compute_dtype=precision.compute)
+    built.model.to(runtime.device)
+    for note in built.notes:
+        log.info("%s", note)
+    policy = Policy(built.model, head=method.head, attention=settings.attention, compute_dtype=precision.compute)
+    log.info("attention: %s%s", policy.backend, f" ({policy.why_padded})" if policy.why_padded else "")
+    train, held_out, reference = inputs.data.train, inputs.data.held_out, None
+    if method.needs_reference:
+        train, held_out, reference = attach_reference(
+            settings, inputs, built, policy, precision, train, held_out, stage_dir, runtime
+        )
+    with ExitStack() as stack:
+        sinks = _open_sinks(settings, stage_dir, runtime, run, label, stack)
+        job = TrainJob(
+            policy=policy, method=method, settings=settings, train=train, held_out=held_out, runtime=runtime,
+            trainable={f"policy.{n}": p for n, p in built.trainable.items()},
+            no_decay=frozenset(f"policy.{n}" for n in built.no_decay),
+            head=frozenset(f"policy.{n}" for n in built.head_parameters),
+            reference=reference, stage_dir=stage_dir, resume=resume, resume_from=resume_from, fp16=precision.fp16,
+            stamp={"key": key, "inputs": inputs.fingerprints, "kind": settings.kind}, sinks=sinks, label=label,
+        )  # fmt: skip
+        outcome = run_training(job)
+    if runtime.is_main:
+        save_final(settings, inputs, built, outcome, method.head, stage_dir / "final")
+    runtime.barrier()
+    return _describe(settings, inputs, built, policy, precision, outcome)
+
+
+def save_final(
+    settings: TrainSettings, inputs: StageInputs, built: BuiltModel, outcome: TrainOutcome, head: Any, final: Path
+) -> None:
+    """Write the result of a stage so that plain transformers or PEFT loads it; whole or not at all."""
+    extra = {
+        "base_model_path": inputs.path,
+        "training_config": settings.model_dump(mode="json"),
+        "model_type": settings.kind,
+        "dataset_name": _name_data(settings),
+        "train_samples": len(inputs.data.train),
+        "eval_samples": len(inputs.data.held_out),
+        "training_steps": outcome.steps,
+    }
+    with FolderWriter(final, kind="final", meta={"stage": settings.name or settings.kind, "steps": outcome.steps}) as writer:
+        export_model(
+            built, writer.folder, tokenizer_source=inputs.folder, head=head, extra=extra,
+            dtype=choose_save_dtype(settings, built), stop_ids=sorted(inputs.tokenizer.eos_ids),
+        )  # fmt: skip
+
+
+def choose_save_dtype(settings: TrainSettings, built: BuiltModel) -> Any:
+    """The type of the saved weights that `save_dtype` means for this model."""
+    if settings.save_dtype == "fp32":
+        return torch.float32
+    if settings.save_dtype == "bf16":
+        return torch.bfloat16
+    small = sum(p.numel() for p in built.model.parameters()) < SMALL_RESULT
+    return "masters" if settings.save_dtype == "auto" and small else "source"
+
+
+def _describe(
+    settings: TrainSettings, inputs: StageInputs, built: BuiltModel, policy: Policy, precision: PrecisionPlan, o: TrainOutcome
+) -> dict[str, Any]:
+    total = sum(p.numel() for p in built.model.parameters())
+    return {
+        "figures": {
+            "steps": o.steps, "updates": o.updates, "seconds": round(o.seconds, 3), "tokens": o.tokens,
+            "train_loss": o.figures.get("loss"), "train": o.figures, "eval": o.evaluation, "best_step": o.best_step,
+            "stopped_early": o.stopped_early,
+        },
+        "data": inputs.data.report.to_json(),
+        "trainable": {"parameters": sum(p.numel() for p in built.trainable.values()), "of": total},
+        "precision": precision.name,
+        "attention": policy.backend,
+        "resumed_from": o.resumed_from,
+        "ledger": o.ledger,
+    }  # fmt: skip
+
+
+def _hidden_size(folder: Path) -> int:
+    config = inspect_model_folder(folder).config
+    text = config.get("text_config", config)
+    return int(text.get("hidden_size") or text.get("n_embd") or text.get("d_model") or 4096)
+
+
+def _name_data(settings: TrainSettings) -> str:
+    data = settings.data
+    sources = data if isinstance(data, list) else [data]
+    return ", ".join(s if isinstance(s, str) else s.source for s in sources if s is not None)
+
+
+def _open_sinks(
+    settings: TrainSettings, stage_dir: Path, runtime: Runtime, run: RunFolder, label: str, stack: ExitStack
+) -> Sequence[Callable[[Mapping[str, Any]], None]]:
+    if not settings.report_to or not runtime.is_main:
+        return ()
+    context = SinkContext(
+        folder=stage_dir, run=run.path.name, stage=label, run_id=run.run_id, project=settings.wandb_project,
+        settings=settings.model_dump(mode="json"), redact=redact,
+    )  # fmt: skip
+    return (stack.enter_context(build_sinks(settings.report_to, context)).write,)
