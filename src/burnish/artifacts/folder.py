@@ -12,12 +12,12 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from burnish import __version__
 from burnish.artifacts.disk import check_space, disk_error, fsync_folder
@@ -30,8 +30,10 @@ MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
 REPLACED = ".old-"
 PINNED = "pinned"
+_SEAL = b',\n "seal": "%s"\n}\n'
 _PIECE = 1 << 20
 
+_Result = TypeVar("_Result")
 Buffer = bytes | bytearray | memoryview
 
 
@@ -67,7 +69,7 @@ class Manifest:
         return sum(entry.size for entry in self.files.values())
 
     def to_bytes(self) -> bytes:
-        """Canonical text; its last key is the SHA-256 of the rest, so that a flipped byte of the manifest shows too."""
+        """JSON whose last key is the SHA-256 of all the text before it, so that a flipped byte of the manifest shows too."""
         body: dict[str, Any] = {
             "format": self.format,
             "kind": self.kind,
@@ -75,8 +77,8 @@ class Manifest:
             "meta": self.meta,
             "files": {n: {"size": e.size, "sha256": e.sha256} for n, e in sorted(self.files.items())},
         }
-        body["seal"] = hashlib.sha256(dump_json(body)).hexdigest()
-        return dump_json(body)
+        text = dump_json(body).removesuffix(b"\n}\n")
+        return text + _SEAL % hashlib.sha256(text).hexdigest().encode()
 
 
 def dump_json(obj: Any) -> bytes:
@@ -202,7 +204,11 @@ class FolderWriter:
 
     def _seal(self) -> None:
         state = self._state()
-        strangers = sorted(_regular_files(state.temporary) - set(state.files))
+        present = _regular_files(state.temporary)
+        if lost := sorted(set(state.files) - present):
+            gone = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            raise disk_error(gone, self.final / lost[0], doing=f"seal {self.final.name}")
+        strangers = sorted(present - set(state.files))
         if strangers and not state.by_library:
             raise ValueError(f"{self.final.name}: {strangers[0]} was not written through this writer")
 
@@ -214,8 +220,7 @@ class FolderWriter:
             return entry
 
         def flush_all() -> None:
-            with ThreadPoolExecutor(_threads(len(strangers))) as pool:
-                state.files.update(zip(strangers, pool.map(flush, strangers)))
+            state.files.update(zip(strangers, _each_file(flush, strangers, _PIECE * len(strangers))))
 
         if strangers:
             self._do("fsync_file", ", ".join(strangers), flush_all)
@@ -283,6 +288,9 @@ class FolderWriter:
         if bad or name == MANIFEST or name in state.files:
             raise ValueError(f"{name!r} is no name for a new file in {self.final.name}")
         place = state.temporary.joinpath(*pure.parts)
+        if not state.temporary.is_dir():
+            gone = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            raise disk_error(gone, self.final, doing=f"write {self.final.name}: its folder was removed")
         place.parent.mkdir(parents=True, exist_ok=True)
         return place
 
@@ -308,8 +316,14 @@ def hash_file(path: Path) -> FileEntry:
     return FileEntry(size, digest.hexdigest())
 
 
-def _threads(files: int) -> int:
-    return max(1, min(files, 4, os.cpu_count() or 1))
+def _each_file(action: Callable[[str], _Result], names: list[str], size: int) -> Iterator[_Result]:
+    """The action's result for each file, in order; large folders on several threads (hashing frees the interpreter)."""
+    threads = min(len(names), 4, os.cpu_count() or 1)
+    if threads < 2 or size < _PIECE:
+        yield from map(action, names)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(action, names)
 
 
 def _regular_files(folder: Path) -> set[str]:
@@ -353,10 +367,10 @@ def load_manifest(path: Path) -> Manifest:
     try:
         files = {n: FileEntry(int(e["size"]), str(e["sha256"])) for n, e in found["files"].items()}
         manifest = Manifest(found["kind"], found["meta"], files, version, found["burnish"])
-        same = manifest.to_bytes() == raw
     except (KeyError, TypeError, ValueError, AttributeError):
-        same = False
-    if not same:
+        manifest = None
+    text = raw[: -len(_SEAL % (b"0" * 64))]
+    if manifest is None or raw != text + _SEAL % hashlib.sha256(text).hexdigest().encode():
         raise _damaged(path, f"{MANIFEST} was altered: its seal does not fit")
     return manifest
 
@@ -394,10 +408,9 @@ def verify_folder(path: Path, *, sizes_only: bool = False, beside: frozenset[str
             return f"{name} cannot be read ({os.strerror(exc.errno or 0)})"
         return None if fits else f"{name} was altered: its SHA-256 differs from the manifest's"
 
-    with ThreadPoolExecutor(_threads(len(manifest.files))) as pool:
-        for problem in pool.map(check, manifest.files):
-            if problem:
-                raise _damaged(folder, problem)
+    for problem in _each_file(check, list(manifest.files), manifest.size):
+        if problem:
+            raise _damaged(folder, problem)
     return manifest
 
 

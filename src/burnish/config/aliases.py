@@ -73,7 +73,13 @@ KEY_ALIASES: dict[str, str] = {
 
 # Inside `lora:` and in a data source.
 NESTED_ALIASES: dict[str, dict[str, str]] = {
-    "LoraSettings": {"rank": "r", "lora_r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "modules": "target_modules"},
+    "LoraSettings": {
+        "rank": "r",
+        "lora_r": "r",
+        "lora_alpha": "alpha",
+        "lora_dropout": "dropout",
+        "modules": "target_modules",
+    },
     "DataSource": {
         "path": "source",
         "file": "source",

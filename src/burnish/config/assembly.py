@@ -69,11 +69,15 @@ class Assembly:
             self.top[Layer.FILE] = {key: node for key, node in top.items() if key in shared}
             return [Draft(0, {Layer.FILE: own}, place)]
         if stages is None:
-            self._problem("stages", "the recipe has no stages", "add stages: with at least one, e.g. - {kind: sft}", place)
+            self._problem(
+                "stages", "the recipe has no stages", "add stages: with at least one, e.g. - {kind: sft}", place
+            )
             return []
         if not isinstance(stages.value, list) or not stages.value:
             found = "empty" if not stages.value else "not a list"
-            self._problem("stages", f"is {found}", "write a list with at least one stage, e.g. - {kind: sft}", stages.place)
+            self._problem(
+                "stages", f"is {found}", "write a list with at least one stage, e.g. - {kind: sft}", stages.place
+            )
             return []
         drafts = []
         for i, node in enumerate(stages.value):
@@ -154,13 +158,19 @@ class Assembly:
         rest = override.parts[1:]
         if len(rest) < 2:
             self._problem(
-                "stages", f"{override.text!r} names no setting of a stage", "write e.g. stages.0.seed=3", override.node.place
+                "stages",
+                f"{override.text!r} names no setting of a stage",
+                "write e.g. stages.0.seed=3",
+                override.node.place,
             )
             return None
         index = find_stage(rest[0], names, kinds, written)
         if isinstance(index, str):
             self._problem(
-                ".".join(override.parts), f"there is no stage {rest[0]!r} (in {override.text!r})", index, override.node.place
+                ".".join(override.parts),
+                f"there is no stage {rest[0]!r} (in {override.text!r})",
+                index,
+                override.node.place,
             )
             return None
         return index
@@ -187,7 +197,7 @@ class Assembly:
 
     # From layers to settings
 
-    def build(self, *, processes: int, check_machine: bool) -> Recipe | None:
+    def build(self, *, processes: int, check_machine: bool, need_model: bool) -> Recipe | None:
         """The recipe, or None if it cannot be made; everything that is wrong is in `problems`."""
         self._check_top_keys()
         top = self._read_top()
@@ -204,7 +214,8 @@ class Assembly:
         complete = [d for d in self.drafts if d.kind is not None]
         if len(complete) == len(stages) and stages:
             self._add_located(check_stages(stages, [d.name for d in self.drafts]), None, set())
-            self._add_located(check_models(stages, bool(top.get("models"))), None, set())
+            if need_model:
+                self._add_located(check_models(stages, bool(top.get("models"))), None, set())
         if not stages:
             return None
         top.setdefault("name", self.default_name)
@@ -231,7 +242,9 @@ class Assembly:
                 elif layer >= Layer.FILE and kinds and not any(inherits(kind, key) for kind in kinds):
                     owners = ", ".join(kinds_with(key))
                     message = f"no stage of this recipe has the setting {key} (value {format_value(node.plain())})"
-                    self._problem(key, message, f"it is a setting of {owners}; remove it, or add such a stage", node.place)
+                    self._problem(
+                        key, message, f"it is a setting of {owners}; remove it, or add such a stage", node.place
+                    )
 
     def _read_top(self) -> dict[str, Any]:
         merged: dict[str, Node] = {}
@@ -371,5 +384,3 @@ def _expand_home(key: str, node: Node) -> Node:
         children = {**node.value, "source": _expand_home(key, node.value["source"])}
         return Node(children, node.place, key=node.key, partial=node.partial)
     return node
-
-

@@ -121,9 +121,17 @@ def _check_steps(s: TrainSettings) -> Found:
             f"decay_ratio may be {1 - s.warmup_ratio:g} at most there",
         )
     if s.lr_scheduler_type != "wsd" and _is_changed(s, "decay_ratio"):
-        yield "decay_ratio", f"has no effect with lr_scheduler_type {s.lr_scheduler_type}", "set lr_scheduler_type: wsd, or remove it"
+        yield (
+            "decay_ratio",
+            f"has no effect with lr_scheduler_type {s.lr_scheduler_type}",
+            "set lr_scheduler_type: wsd, or remove it",
+        )
     if s.lr_scheduler_type == "constant" and s.min_lr_ratio:
-        yield "min_lr_ratio", "has no effect with lr_scheduler_type constant", "choose linear, cosine or wsd, or remove it"
+        yield (
+            "min_lr_ratio",
+            "has no effect with lr_scheduler_type constant",
+            "choose linear, cosine or wsd, or remove it",
+        )
 
 
 @_check(TrainSettings)
@@ -182,7 +190,11 @@ def _check_sft(s: SftSettings) -> Found:
 @_check(TrainSettings)
 def _check_train_on(s: TrainSettings) -> Found:
     if s.train_on != "auto" and not isinstance(s, SftSettings):
-        yield "train_on", f"is {s.train_on}, but only SFT chooses its tokens; {s.kind} scores whole answers", "remove it"
+        yield (
+            "train_on",
+            f"is {s.train_on}, but only SFT chooses its tokens; {s.kind} scores whole answers",
+            "remove it",
+        )
 
 
 @_check(DpoSettings)
@@ -210,7 +222,11 @@ def _check_losses(s: DpoSettings) -> Found:
 
 def _check_weights(weights: list[float], types: list[str], is_list: bool) -> Found:
     if not is_list:
-        yield "loss_weights", "is given, but loss_type is a single loss", "write loss_type: [..], or remove loss_weights"
+        yield (
+            "loss_weights",
+            "is given, but loss_type is a single loss",
+            "write loss_type: [..], or remove loss_weights",
+        )
     elif len(weights) != len(types):
         yield (
             "loss_weights",

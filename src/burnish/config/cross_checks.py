@@ -31,11 +31,17 @@ def _check_training(stage: TrainSettings, order: dict[str, int], by_name: dict[s
     problems = []
     if stage.init_from is not None:
         problem = _check_earlier(f"{path}.init_from", stage.init_from, str(stage.name), order, by_name)
-        if problem is None and isinstance(by_name.get(stage.init_from), RewardSettings) and not isinstance(stage, RewardSettings):
+        if (
+            problem is None
+            and isinstance(by_name.get(stage.init_from), RewardSettings)
+            and not isinstance(stage, RewardSettings)
+        ):
             problem = Problem(
                 f"{path}.init_from",
                 f"is {stage.init_from!r}, a reward model: it gives scores, not text, and cannot become a policy",
-                _list_choices("start from", [n for n in _earlier(str(stage.name), order, by_name) if not _is_reward(by_name[n])]),
+                _list_choices(
+                    "start from", [n for n in _earlier(str(stage.name), order, by_name) if not _is_reward(by_name[n])]
+                ),
             )
         if problem is not None:
             problems.append(problem)
@@ -49,7 +55,11 @@ def _check_training(stage: TrainSettings, order: dict[str, int], by_name: dict[s
             )
     if stage.data is None:
         problems.append(
-            Problem(f"{path}.data", "the stage has no data", "set data: a file, a folder, pocket/… or a hub id, here or at the top")
+            Problem(
+                f"{path}.data",
+                "the stage has no data",
+                "set data: a file, a folder, pocket/… or a hub id, here or at the top",
+            )
         )
     return problems
 
@@ -117,7 +127,9 @@ def _check_earlier(
     if order[target] > order[name]:
         return Problem(key, f"is {target!r}, which comes later", f"move {target} before {name}")
     if target in by_name and not isinstance(by_name[target], TrainSettings):
-        return Problem(key, f"is {target!r}, which trains nothing", _list_choices("training stages before it:", choices))
+        return Problem(
+            key, f"is {target!r}, which trains nothing", _list_choices("training stages before it:", choices)
+        )
     return None
 
 

@@ -10,7 +10,9 @@ from burnish.config.base import Settings, setting
 class DataSource(Settings):
     """One source of rows: a file, a folder, a bundled set or a hub data set. A plain string in a recipe means `source`."""
 
-    source: str = setting(..., "File, folder, glob, bundled set (pocket/chat) or hub id; an existing local path comes first.")
+    source: str = setting(
+        ..., "File, folder, glob, bundled set (pocket/chat) or hub id; an existing local path comes first."
+    )
     subset: str | None = setting(None, "Configuration name or data_dir of a hub data set (harmless-base).")
     split: str | None = setting(None, "Split and slice: train, train[:5%], test[100:200]. Default: train.")
     weight: float = setting(1.0, "Share of this source in a mixture, relative to the others.", gt=0)
@@ -29,7 +31,9 @@ TrainOn = Literal["auto", "assistant", "last", "all"]
 class DataSettings(Settings):
     """How rows become tokens; shared by every stage that reads data."""
 
-    data: str | DataSource | list[str | DataSource] | None = setting(None, "Training data: a source or a mixture of sources.")
+    data: str | DataSource | list[str | DataSource] | None = setting(
+        None, "Training data: a source or a mixture of sources."
+    )
     eval_data: str | DataSource | list[str | DataSource] | None = setting(
         None, "Held-out data; default: the source's own test split if it has one, else `validation_split` of `data`."
     )
@@ -38,7 +42,10 @@ class DataSettings(Settings):
     )
     max_eval_samples: int | None = setting(None, "Evaluate on at most this many held-out rows.", ge=1)
     slice_share: float | None = setting(
-        None, "Use only this share of the source's prompts; stages with disjoint [offset, offset + share) never share a prompt.", gt=0, le=1
+        None,
+        "Use only this share of the source's prompts; stages with disjoint [offset, offset + share) never share a prompt.",
+        gt=0,
+        le=1,
     )
     slice_offset: float = setting(0.0, "Where the slice begins, as a share of the source (by prompt).", ge=0, lt=1)
     max_samples: int | None = setting(None, "Use at most this many training rows (a seeded sample).", ge=1)
@@ -57,6 +64,10 @@ class DataSettings(Settings):
     truncation: Truncation = setting(
         "skip", "Rows over the limit: skip (left out and counted), keep_start or keep_end (cut, EOS kept, counted)."
     )
-    on_error: Literal["raise", "skip"] = setting("raise", "Malformed rows: raise, or skip (left out, counted and named).")
-    drop_identical: bool = setting(False, "Leave out pairs whose chosen and rejected are equal instead of refusing them.")
+    on_error: Literal["raise", "skip"] = setting(
+        "raise", "Malformed rows: raise, or skip (left out, counted and named)."
+    )
+    drop_identical: bool = setting(
+        False, "Leave out pairs whose chosen and rejected are equal instead of refusing them."
+    )
     add_eos: bool = setting(True, "End each answer that is not rendered by a chat template with the EOS token.")

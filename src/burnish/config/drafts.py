@@ -92,7 +92,9 @@ def _read_kind(draft: Draft, problems: list[Problem]) -> None:
     path = f"stages.{draft.index}.kind"
     draft.kind, draft.written_kind, draft.fixed = None, "", {}
     if node is None or node.value is None:
-        problems.append(Problem(path, "the stage has no kind", f"add kind: one of {', '.join(kind_names())}", str(draft.place)))
+        problems.append(
+            Problem(path, "the stage has no kind", f"add kind: one of {', '.join(kind_names())}", str(draft.place))
+        )
         return
     word = str(node.value)
     if word in KINDS:
@@ -104,7 +106,12 @@ def _read_kind(draft: Draft, problems: list[Problem]) -> None:
         near = describe_suggestions(suggest(word, kind_names()))
         allowed = f"the kinds are {', '.join(kind_names())}"
         problems.append(
-            Problem(path, f"there is no kind {format_value(node.value)}", f"{near} ({allowed})" if near else allowed, str(node.place))
+            Problem(
+                path,
+                f"there is no kind {format_value(node.value)}",
+                f"{near} ({allowed})" if near else allowed,
+                str(node.place),
+            )
         )
 
 

@@ -67,7 +67,5 @@ def read_environment(
                 f"{variable} is not read: a setting is written BURNISH__SETTING or BURNISH_STAGE__SETTING (two underscores)"
             )
             continue
-        values.append(
-            EnvironmentValue(variable, stage.strip("_").lower() or None, path, parse_word(text, place), text)
-        )
+        values.append(EnvironmentValue(variable, stage.strip("_").lower() or None, path, parse_word(text, place), text))
     return values, notes

@@ -50,9 +50,7 @@ def inherits(kind: str, name: str) -> bool:
     )
 
 
-def canonicalise(
-    nodes: dict[str, Node], path: str, problems: list[Problem], notes: list[str]
-) -> dict[str, Node]:
+def canonicalise(nodes: dict[str, Node], path: str, problems: list[Problem], notes: list[str]) -> dict[str, Node]:
     """The same mapping under canonical names."""
     result: dict[str, Node] = {}
     nodes = _read_precision_flags(nodes, path, problems, notes)
@@ -89,7 +87,9 @@ def _read_precision_flags(
     nodes: dict[str, Node], path: str, problems: list[Problem], notes: list[str]
 ) -> dict[str, Node]:
     """`bf16: true`, `fp16: true` as precision; `bf16: false` alone asks for fp32; `use_peft: true` for adapters."""
-    flags = {key: node for key, node in nodes.items() if key in ("bf16", "fp16", "use_peft") and _as_bool(node) is not None}
+    flags = {
+        key: node for key, node in nodes.items() if key in ("bf16", "fp16", "use_peft") and _as_bool(node) is not None
+    }
     if not flags:
         return nodes
     rest = {key: node for key, node in nodes.items() if key not in flags}

@@ -64,6 +64,8 @@ def load_recipe(
     checkpoint: Mapping[str, Any] | None = None,
     processes: int | None = None,
     check_machine: bool = True,
+    need_model: bool = True,
+    default_kind: str | None = None,
 ) -> LoadedRecipe:
     """Reads and checks a recipe.
 
@@ -76,6 +78,8 @@ def load_recipe(
         checkpoint: Settings of a checkpoint: a resolved recipe, or the settings of one stage.
         processes: Processes that share the batch; None: WORLD_SIZE, else 1.
         check_machine: Check that local files exist and that needed extras are installed.
+        need_model: Refuse training stages that have no model to start from.
+        default_kind: Kind of the one stage of a file that has neither `stages` nor `kind`.
 
     Raises:
         ConfigError: Something is wrong with it; RecipeError lists everything that is.
@@ -89,13 +93,15 @@ def load_recipe(
     words = parse_overrides(overrides, problems)
     if problems:
         raise RecipeError(problems, origin="command line")
+    if default_kind is not None and not {"stages", "kind", "method"} & root.value.keys():
+        root.value["kind"] = Node(default_kind, root.place, raw=default_kind)
     assembly = Assembly(root, origin=origin, default_name=name, problems=problems, notes=notes)
     assembly.add_environment(values)
     if checkpoint:
         assembly.add_checkpoint(build_node(checkpoint, Place(Layer.CHECKPOINT, "checkpoint")))
     assembly.add_overrides(words)
     processes = processes or _world_size(environment)
-    recipe = assembly.build(processes=processes, check_machine=check_machine)
+    recipe = assembly.build(processes=processes, check_machine=check_machine, need_model=need_model)
     if problems or recipe is None:
         raise RecipeError(problems, origin=origin)
     return LoadedRecipe(recipe, origin, text, assembly.sources, tuple(dict.fromkeys(notes)), processes)

@@ -28,17 +28,25 @@ def check_machine(settings: Settings, path: str, folder: Path) -> list[Problem]:
     problems = []
     for key, source in _local_sources(settings):
         if not _exists(source):
-            problems.append(Problem(f"{path}.{key}", f"there is no file or folder {source!r}", _find_remedy(source, folder)))
+            problems.append(
+                Problem(f"{path}.{key}", f"there is no file or folder {source!r}", _find_remedy(source, folder))
+            )
     template = getattr(settings, "chat_template", None)
     if template and template.endswith((".jinja", ".j2", ".jinja2")) and "{" not in template and not _exists(template):
-        problems.append(Problem(f"{path}.chat_template", f"there is no file {template!r}", _find_remedy(template, folder)))
+        problems.append(
+            Problem(f"{path}.chat_template", f"there is no file {template!r}", _find_remedy(template, folder))
+        )
     for sink in getattr(settings, "report_to", []):
         problems += _check_extra(f"{path}.report_to", sink, sink)
     if getattr(settings, "optim", None) == "adamw_8bit":
         problems += _check_extra(f"{path}.optim", "adamw_8bit", "bitsandbytes")
         if not has_cuda_device():
             problems.append(
-                Problem(f"{path}.optim", "is adamw_8bit, which needs a CUDA device", "set optim: adamw (or adafactor to save memory)")
+                Problem(
+                    f"{path}.optim",
+                    "is adamw_8bit, which needs a CUDA device",
+                    "set optim: adamw (or adafactor to save memory)",
+                )
             )
     return problems
 

@@ -40,7 +40,12 @@ def parse_overrides(words: Sequence[str], problems: list[Problem]) -> list[Overr
             problems.extend(secrets)
         elif not separator or not key or not all(key.split(".")):
             problems.append(
-                Problem(word or "''", "is not of the form key=value", "write e.g. seed=3 or stages.dpo.beta=0.05", str(COMMAND))
+                Problem(
+                    word or "''",
+                    "is not of the form key=value",
+                    "write e.g. seed=3 or stages.dpo.beta=0.05",
+                    str(COMMAND),
+                )
             )
         else:
             result.append(Override(word, tuple(key.split(".")), parse_word(value, COMMAND)))
@@ -89,11 +94,15 @@ def unknown_path(override: Override, names: Sequence[str]) -> Problem:
     """The problem of an override whose first word is neither a setting nor a stage."""
     head = override.parts[0]
     near = suggest(head, [*RECIPE_KEYS, *all_setting_names(), *names, *KEY_ALIASES, "stages"], 6)
-    targets = list(dict.fromkeys(w if w in all_setting_names() or w in RECIPE_KEYS else KEY_ALIASES.get(w, w) for w in near))
+    targets = list(
+        dict.fromkeys(w if w in all_setting_names() or w in RECIPE_KEYS else KEY_ALIASES.get(w, w) for w in near)
+    )
     if head in kind_names():
         remedy = f"this recipe has no stage of kind {head}; its stages are {', '.join(names)}"
     else:
-        remedy = describe_suggestions(targets[:2]) or f"write a setting, or STAGE.setting; the stages are {', '.join(names)}"
+        remedy = (
+            describe_suggestions(targets[:2]) or f"write a setting, or STAGE.setting; the stages are {', '.join(names)}"
+        )
     return Problem(
         ".".join(override.parts), f"there is no setting or stage {head!r} (in {override.text!r})", remedy, str(COMMAND)
     )

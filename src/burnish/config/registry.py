@@ -30,7 +30,10 @@ KINDS: dict[str, Kind] = {
     "reward": Kind("burnish.config.stages:RewardSettings", "burnish.methods.reward:Reward", "reward model from pairs"),
     "dpo": Kind("burnish.config.stages:DpoSettings", "burnish.methods.dpo:Dpo", "direct preference optimisation"),
     "evaluate": Kind(
-        "burnish.config.stages:EvaluateSettings", "burnish.evals.evaluate:run_evaluation", "held-out figures", trains=False
+        "burnish.config.stages:EvaluateSettings",
+        "burnish.evals.evaluate:run_evaluation",
+        "held-out figures",
+        trains=False,
     ),
 }
 

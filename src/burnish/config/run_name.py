@@ -30,7 +30,10 @@ def build_run_name(recipe: Recipe, model: str | None = None) -> str:
         pieces = list(string.Formatter().parse(recipe.run_name))
     except ValueError as error:
         raise ConfigError(
-            f"is not a template: {error}", where="run_name", found=recipe.run_name, remedy="write e.g. '{stage}_{model}'"
+            f"is not a template: {error}",
+            where="run_name",
+            found=recipe.run_name,
+            remedy="write e.g. '{stage}_{model}'",
         ) from None
     for literal, field, _, _ in pieces:
         parts.append(literal)
@@ -79,7 +82,8 @@ def _fill(field: str, values: dict[str, Any], recipe: Recipe) -> str:
             f"there is no field {{{field}}}",
             where="run_name",
             found=recipe.run_name,
-            remedy=near or "the fields are name, stage, stages, model, seed, epochs, train_percent, eval_percent and settings",
+            remedy=near
+            or "the fields are name, stage, stages, model, seed, epochs, train_percent, eval_percent and settings",
         )
     value = values[field]
     if isinstance(value, float):

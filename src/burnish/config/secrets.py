@@ -15,7 +15,9 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("a password in a URL", re.compile(r"\b[a-z][a-z0-9+.\-]*://[^\s/:@]+:[^\s/@]+@")),
     (
         "a key or token",
-        re.compile(r"(?i)\b(api_?key|wandb_api_key|hf_token|huggingface_token|password|secret)\s*[:=]\s*[\"']?[^\s\"'#]{8,}"),
+        re.compile(
+            r"(?i)\b(api_?key|wandb_api_key|hf_token|huggingface_token|password|secret)\s*[:=]\s*[\"']?[^\s\"'#]{8,}"
+        ),
     ),
 )
 

@@ -37,11 +37,15 @@ class DpoSettings(TrainSettings):
     kind: Literal["dpo"] = setting("dpo", "Preference optimisation.")
     learning_rate: float = setting(1e-6, "Peak learning rate.", gt=0)
     disable_dropout: bool = setting(True, "Switch all dropout off.")
-    loss_type: str | list[str] = setting("sigmoid", "sigmoid, hinge, ipo, or module:function; a list is mixed by loss_weights.")
+    loss_type: str | list[str] = setting(
+        "sigmoid", "sigmoid, hinge, ipo, or module:function; a list is mixed by loss_weights."
+    )
     loss_weights: list[float] | None = setting(None, "Weight of each loss type of a list; default 1 each.")
     beta: float = setting(0.1, "Strength of the pull towards the reference.", gt=0)
     label_smoothing: float = setting(0.0, "sigmoid: share of labels taken as flipped (cDPO).", ge=0, lt=0.5)
-    reference: str = setting("same", "Reference model: same (the policy as this stage received it), or a folder or hub id.")
+    reference: str = setting(
+        "same", "Reference model: same (the policy as this stage received it), or a folder or hub id."
+    )
     reference_mode: Literal["auto", "cached", "copy", "adapter"] = setting(
         "auto", "How the reference is kept: log-probs cached on disk, a frozen copy, or the base under a fresh adapter."
     )
@@ -52,11 +56,19 @@ class EvaluateSettings(Settings):
 
     kind: Literal["evaluate"] = setting("evaluate", "Evaluation.")
     name: str | None = setting(None, "Name of the stage; default: evaluate.")
-    of: list[str] = setting([], "Stages to evaluate ('base' = the model before all stages); default: base and every policy.")
+    of: list[str] = setting(
+        [], "Stages to evaluate ('base' = the model before all stages); default: base and every policy."
+    )
     model: str | None = setting(None, "Base model: bundled name, folder or hub id.")
-    data: str | None = setting(None, "Source for held-out loss and preference accuracy; default: each stage's own held-out data.")
-    tasks: list[str] = setting(["loss", "preferences"], "loss, preferences, win_rate, or a checkable set such as pocket/maths.")
-    judge: str | None = setting(None, "Reward stage that scores answers for win_rate; default: the recipe's reward stage.")
+    data: str | None = setting(
+        None, "Source for held-out loss and preference accuracy; default: each stage's own held-out data."
+    )
+    tasks: list[str] = setting(
+        ["loss", "preferences"], "loss, preferences, win_rate, or a checkable set such as pocket/maths."
+    )
+    judge: str | None = setting(
+        None, "Reward stage that scores answers for win_rate; default: the recipe's reward stage."
+    )
     max_items: int = setting(400, "Items per task at most.", ge=1)
     max_new_tokens: int = setting(128, "Tokens of a generated answer at most.", ge=1)
     samples: int = setting(6, "Sample answers shown side by side in the report.", ge=0)

@@ -45,7 +45,9 @@ class TrainSettings(DataSettings):
     untie_embeddings: bool = setting(False, "Untie input embedding and head, so that `top_k` freezes the embedding.")
     gradient_checkpointing: bool = setting(False, "Recompute activations in backward: less memory, more time.")
     attention: Attention = setting("auto", "Attention backend: auto, sdpa (packed), flex (CUDA, packed), padded.")
-    precision: Precision = setting("auto", "Compute type; trainable weights keep fp32 masters. auto = what the device does fast.")
+    precision: Precision = setting(
+        "auto", "Compute type; trainable weights keep fp32 masters. auto = what the device does fast."
+    )
     deterministic: bool = setting(True, "Bit-equal reruns where the device allows; off may be faster on CUDA.")
     devices: list[int] | None = setting(None, "CUDA devices to use, e.g. [0, 1].")
 
@@ -75,13 +77,18 @@ class TrainSettings(DataSettings):
 
     eval_steps: int = setting(-1, "Evaluate every N steps; -1 = only at the end, 0 = at the end of each epoch.", ge=-1)
     eval_on_start: bool = setting(False, "Evaluate before the first step too.")
-    save_steps: int = setting(-1, "Checkpoint every N steps; -1 = about four times a stage, 0 = at the end of each epoch.", ge=-1)
+    save_steps: int = setting(
+        -1, "Checkpoint every N steps; -1 = about four times a stage, 0 = at the end of each epoch.", ge=-1
+    )
     save_total_limit: int = setting(2, "Checkpoints to keep (newest, best and pinned ones always stay); 0 = all.", ge=0)
     save_dtype: Literal["auto", "source", "fp32", "bf16"] = setting(
-        "auto", "Type of the saved result: source = as the base was stored; auto = fp32 below 2 billion parameters, else source."
+        "auto",
+        "Type of the saved result: source = as the base was stored; auto = fp32 below 2 billion parameters, else source.",
     )
     logging_steps: int = setting(1, "Write metrics every N steps.", ge=1)
-    metric_for_best_model: str | None = setting(None, "Evaluation metric that names the best checkpoint; default eval_loss.")
+    metric_for_best_model: str | None = setting(
+        None, "Evaluation metric that names the best checkpoint; default eval_loss."
+    )
     greater_is_better: bool | None = setting(None, "Direction of that metric; default: False for losses, else True.")
     load_best_model_at_end: bool = setting(False, "The stage's result is the best checkpoint, not the last.")
     early_stopping_patience: int | None = setting(None, "Stop after this many evaluations without improvement.", ge=1)

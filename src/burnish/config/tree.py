@@ -179,7 +179,9 @@ class _Composer:
             mark = error.problem_mark or error.context_mark
             line = f":{mark.line + 1}" if mark else ""
             column = f" (column {mark.column + 1})" if mark else ""
-            remedy = "indent with spaces" if "'\\t'" in str(error) else "check indentation, colons and quotes near there"
+            remedy = (
+                "indent with spaces" if "'\\t'" in str(error) else "check indentation, colons and quotes near there"
+            )
             raise ConfigError(
                 f"this is not valid YAML: {error.problem or error.context}{column}",
                 where=f"{self.origin}{line}",

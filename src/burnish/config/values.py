@@ -157,7 +157,9 @@ class SettingsReader:
             try:
                 result.append(self.read(child, item, f"{path}.{i}"))
             except Unreadable as error:
-                raise Unreadable(f"item {i}: {error.message}" if len(nodes) > 1 else error.message, error.remedy) from None
+                raise Unreadable(
+                    f"item {i}: {error.message}" if len(nodes) > 1 else error.message, error.remedy
+                ) from None
         return result
 
     def _read_dict(self, node: Node, types_: tuple[Any, Any], path: str) -> dict[str, Any]:
@@ -186,7 +188,7 @@ class SettingsReader:
         if missing and len(self.problems) == before:
             raise Unreadable(f"has no {missing[0]!r}", f"add {missing[0]}: {cls.model_fields[missing[0]].description}")
         if any(field.is_required() and name not in values for name, field in cls.model_fields.items()):
-            values = {**values, **{name: "" for name in missing}}
+            values = {**values, **dict.fromkeys(missing, "")}
         if not children:
             self.sources[path] = _describe_place(node)
         return build_settings(cls, values, path, str(node.place), self.problems)
@@ -241,7 +243,9 @@ def _leads_to(target: str, known: Any) -> bool:
 def describe_type(annotation: Any, field: FieldInfo | None = None) -> str:
     """What a setting takes, in words: "a whole number ≥ 1 or auto"."""
     if isinstance(annotation, tuple):
-        return " or ".join(dict.fromkeys(describe_type(member, field) for member in annotation if member is not type(None)))
+        return " or ".join(
+            dict.fromkeys(describe_type(member, field) for member in annotation if member is not type(None))
+        )
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType):
         text = describe_type(get_args(annotation), field)
@@ -285,7 +289,11 @@ def _check_limits(value: Any, field: FieldInfo) -> None:
         bound = getattr(limit, name)
         inside = {"ge": value >= bound, "gt": value > bound, "le": value <= bound, "lt": value < bound}[name]
         if not inside:
-            nearest = f"the nearest valid value is {bound}" if name in ("ge", "le") else f"it may come near {bound}, not reach it"
+            nearest = (
+                f"the nearest valid value is {bound}"
+                if name in ("ge", "le")
+                else f"it may come near {bound}, not reach it"
+            )
             raise Unreadable(f"is {value}; it must be {describe_limits(field)}", nearest)
 
 

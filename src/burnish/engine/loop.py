@@ -125,7 +125,7 @@ class Trainer:
         self.save_every = self._resolve_save_steps()
         self.last_figures: dict[str, float] = {}
         self.last_evaluation: dict[str, float] = {}
-        self.whole = True  # False only while the optimizer moves parameters
+        self.whole = True  # False from the optimizer's step until the counters have followed
 
     def _resolve_save_steps(self) -> int:
         s, source = self.job.settings, self.source
@@ -222,9 +222,7 @@ class Trainer:
         if gradient.bad:
             return Update(False, float("nan"), 0.0)
         self.whole = False
-        update = run_update(self.state, self.parameters, self.job.settings, self.source.total_steps, gradient.state)
-        self.whole = True
-        return update
+        return run_update(self.state, self.parameters, self.job.settings, self.source.total_steps, gradient.state)
 
     # -- bookkeeping ------------------------------------------------------------------------------------------------
 
@@ -234,6 +232,7 @@ class Trainer:
         c.step += 1
         c.tokens += sum(g.tokens for g in data.groups)
         c.ledger = extend_ledger(c.ledger, data.groups)
+        self.whole = True
         if update.applied:
             c.bad_steps = 0
             self.last_figures = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from burnish.config.registry import LOSS_TYPES, load_object
 from burnish.errors import ConfigError
@@ -71,7 +71,7 @@ def load_loss_type(name: str) -> Callable[..., PairLoss]:
         raise ConfigError(
             f"loss type {name!r} is no function", where="loss_type", remedy="name a function: module:function"
         )
-    return function
+    return cast(Callable[..., PairLoss], function)
 
 
 def build_mix(loss_type: str | Sequence[str], weights: Sequence[float] | None, settings: Any) -> tuple[LossType, ...]:

@@ -29,7 +29,6 @@ class Dpo(Stateless):
     head = "lm"
     want = frozenset({"logprobs"})
     needs_reference = True
-    stateful = False
 
     def __init__(self, settings: DpoSettings) -> None:
         self.settings = settings

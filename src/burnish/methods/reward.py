@@ -26,7 +26,6 @@ class Reward(Stateless):
     name = "reward"
     head = "score"
     want = frozenset({"scores"})
-    stateful = False
 
     def __init__(self, settings: RewardSettings) -> None:
         self.settings = settings

@@ -23,7 +23,6 @@ class Sft(Stateless):
     name = "sft"
     head = "lm"
     want = frozenset({"logprobs"})
-    stateful = False
 
     def __init__(self, settings: SftSettings) -> None:
         self.settings = settings

@@ -47,6 +47,8 @@ def export_model(
         _save_full(built.model, built, folder, _choose_dtype(built, dtype), max_shard_size)
     elif not save_adapter(built.model, folder, base_model=loaded.name, revision=loaded.revision, earlier=earlier):
         _save_full(merge_copy(built.model), built, folder, _choose_dtype(built, dtype), max_shard_size)
+    for file in folder.glob("*.safetensors"):
+        _align(file)
     if head == "lm":
         _save_generation_config(loaded, folder, stop_ids)
     if tokenizer_source is not None:
@@ -63,19 +65,17 @@ def _choose_dtype(built: BuiltModel, dtype: ExportDtype | torch.dtype) -> torch.
 
 
 def _save_full(model: Any, built: BuiltModel, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
-    config = model.config
-    saved = {key: getattr(config, key, None) for key in built.loaded.dropout}
-    try:
-        for key, value in built.loaded.dropout.items():
-            setattr(config, key, value)
-        with quiet():
-            model.save_pretrained(str(folder), state_dict=_cast(model.state_dict(), dtype), max_shard_size=max_shard_size)
-    finally:
-        for key, value in saved.items():
-            setattr(config, key, value)
-    _edit_json(folder / "config.json", {"dtype": str(dtype).removeprefix("torch.")})
-    for file in folder.glob("*.safetensors"):
-        _align(file)
+    with quiet():
+        model.save_pretrained(str(folder), state_dict=_cast(model.state_dict(), dtype), max_shard_size=max_shard_size)
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
+    for path, rate in built.loaded.dropout.items():  # switched off for training, not for whoever trains this next
+        *parts, last = path.split(".")
+        part = config
+        for name in parts:
+            part = part.get(name, {})
+        part[last] = rate
+    write_json(file, config)
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -108,9 +108,9 @@ def _align(file: Path, step: int = 64) -> None:
     fresh.replace(file)
 
 
-def _edit_json(file: Path, changes: Mapping[str, Any]) -> None:
-    found = json.loads(file.read_text(encoding="utf-8")) | dict(changes)
-    file.write_text(json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_json(file: Path, fields: Mapping[str, Any]) -> None:
+    """A JSON object with sorted keys: the same bytes for the same content."""
+    file.write_text(json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _save_generation_config(loaded: LoadedFrom, folder: Path, stop_ids: Sequence[int]) -> None:
@@ -125,7 +125,7 @@ def _save_generation_config(loaded: LoadedFrom, folder: Path, stop_ids: Sequence
     ends = settings.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
     settings["eos_token_id"] = [*ends, *(i for i in dict.fromkeys(stop_ids) if i not in ends)]
-    target.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(target, settings)
 
 
 def save_tokenizer(
@@ -144,9 +144,10 @@ def save_tokenizer(
     if chat_template is None:
         return
     (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8")):
-        _edit_json(settings, {"chat_template": chat_template})
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "chat_template" in settings:
+        write_json(file, settings | {"chat_template": chat_template})
 
 
 def save_training_info(folder: Path, extra: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import difflib
 import importlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from transformers.utils import logging as hf_logging
 from burnish.config.train import TrainSettings
 from burnish.errors import ConfigError, ServiceError
 from burnish.models.adapters import base_of, build_lora, find_head_parameters, merge_adapter, seeded
+from burnish.models.dropout import disable_dropout as switch_off_dropout
 from burnish.models.folder import ModelFolder, inspect_model_folder, read_json
 from burnish.models.freeze import cast_trainable, compute_share, find_no_decay, freeze_all_but_top, untie_embeddings
 from burnish.models.reward_head import (
@@ -207,9 +208,7 @@ def load_model(
         dtype=DTYPES.get(base.dtype, torch.float32), fresh_head=head == "score" and not has_head,
     )  # fmt: skip
     load_dtype = torch.promote_types(dtype, torch.float32) if asked.kind == "adapter" else dtype
-    model = _load_weights(
-        base, source, head=head, dtype=load_dtype, trust=trust_remote_code, no_dropout=disable_dropout
-    )
+    model = _load_weights(base, source, head=head, dtype=load_dtype, trust=trust_remote_code)
     if head == "score":
         _finish_reward_model(model, source, seed=seed, std=head_init_std, trust=trust_remote_code)
     if asked.kind == "adapter":
@@ -217,6 +216,9 @@ def load_model(
         source.merged = True
         source.notes.append(f"adapter {asked.path} added to the weights of {name}")
     _own_weights(model, dtype)
+    if disable_dropout:
+        source.dropout = find_rates(model.config.to_dict())
+        switch_off_dropout(model)
     return model, source
 
 
@@ -282,13 +284,11 @@ def _load_config(folder: ModelFolder, trust: bool) -> Any:
 
 
 def _load_weights(
-    folder: ModelFolder, source: LoadedFrom, *, head: Head, dtype: torch.dtype, trust: bool, no_dropout: bool
+    folder: ModelFolder, source: LoadedFrom, *, head: Head, dtype: torch.dtype, trust: bool
 ) -> PreTrainedModel:
     if head == "score":
         check_reward_support(folder.config, str(folder.path))
     config = _load_config(folder, trust)
-    if no_dropout:
-        source.dropout = zero_dropout(config)
     auto: Any = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
     if head == "score":
         config.num_labels = 1
@@ -315,15 +315,14 @@ def _load_weights(
     return model
 
 
-def zero_dropout(config: Any) -> dict[str, float]:
-    """Set every dropout rate of a configuration to 0, also of its text part. Returns those that were not 0."""
+def find_rates(fields: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Every dropout rate above 0 in a configuration's fields, nested parts as "text_config.attention_dropout"."""
     found: dict[str, float] = {}
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        for key, value in part.to_dict().items():
-            is_rate = isinstance(value, float) and "drop" in key.lower()
-            if is_rate and value > 0:
-                found[key] = value
-                setattr(part, key, 0.0)
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            found |= find_rates(value, f"{prefix}{key}.")
+        elif isinstance(value, float) and value > 0 and "drop" in key.lower():
+            found[prefix + key] = value
     return found
 
 

@@ -6,9 +6,6 @@ attention moves the result.
 
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,14 +24,15 @@ _SIZES = {
     "qk_head_dim": 16, "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
     "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_k": 2, "moe_topk": 2, "top_k_experts": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
     "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "sliding_window": 4, "attention_chunk_size": 4,
-    "floor_scale": 4, "rotary_dim": 8, "word_embed_proj_dim": 64, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16,
+    "floor_scale": 4, "index_topk": 4, "rotary_dim": 8, "word_embed_proj_dim": 64, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16,
     "dim_model_base": 64, "max_position_embeddings": 64, "n_positions": 64, "max_seq_len": 64, "n_ctx": 64,
     "embedding_size": 64, "num_kv_shared_layers": 0, "first_k_dense_replace": 1, "local_attention": 4, "window_size": 4,
     "lru_width": 64, "attention_window_size": 4, "altup_num_inputs": 2, "laurel_rank": 8,
 }  # fmt: skip
 _GROUPS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "num_global_key_value_heads", "swa_num_key_value_heads")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type", "layer_pattern", "attn_types", "attention_layers")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_NOT_PER_LAYER = ("architectures", "rope_parameters")
 
 
 def build_twin(model: nn.Module, seed: int = 0) -> Any:
@@ -42,101 +40,88 @@ def build_twin(model: nn.Module, seed: int = 0) -> Any:
 
     The global generator's state is as before afterwards.
     """
-    config = copy.deepcopy(model.config)
-    for part in _each_config(config):
-        _shrink(part)
-    config._attn_implementation = "eager"
+    config: Any = model.config
+    fields = config.to_dict()
+    _shrink(fields)
+    config = type(config).from_dict(fields, attn_implementation="eager")
+    before = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
-        before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
             twin = type(model)(config)
         finally:
             torch.set_default_dtype(before)
         twin = twin.float().eval()
-        generator = torch.Generator().manual_seed(seed)
-        _randomise(twin, generator)
+        _randomise(twin, torch.Generator().manual_seed(seed))
     return twin
 
 
-def _each_config(config: Any) -> Iterator[Any]:
-    yield config
-    for name in getattr(config, "sub_configs", {}):
-        inner = getattr(config, name, None)
-        if inner is not None:
-            yield from _each_config(inner)
-
-
-def _shrink(config: Any) -> None:
-    """Cut one configuration in place."""
-    heads_before = next((getattr(config, n) for n in ("num_attention_heads", "n_head", "n_heads") if _is_int(config, n)), 1)
-    for name, value in _SIZES.items():
-        if _is_int(config, name) and getattr(config, name) > value:
-            setattr(config, name, value)
+def _shrink(fields: dict[str, Any]) -> None:
+    """Cut one configuration (as a dictionary) and those inside it, in place."""
+    heads = next((fields[n] for n in _HEADS if _is_int(fields.get(n))), 1)
+    for name in ("torch_dtype", "dtype", "transformers_version", "quantization_config"):
+        fields.pop(name, None)
+    _cut_sizes(fields)
     for name in _GROUPS:
-        if _is_int(config, name):
-            groups = getattr(config, name)
-            setattr(config, name, 1 if groups == 1 else 4 if groups >= heads_before else 2)
-    _cut_layers(config)
-    for name in [n for n in vars(config) if n.endswith("_token_id") or n.endswith("_token_index")]:
-        if getattr(config, name) is not None:  # the probe never draws the last token
-            setattr(config, name, VOCABULARY - 1)
-    _cut_rope(config)
-    for name in list(vars(config)):
-        if "drop" in name and isinstance(getattr(config, name), float):
-            setattr(config, name, 0.0)
+        if _is_int(fields.get(name)):
+            fields[name] = 1 if fields[name] == 1 else 4 if fields[name] >= heads else 2
+    _cut_layers(fields)
+    _cut_rope(fields)
+    for name, value in fields.items():
+        if isinstance(value, dict) and "model_type" in value:
+            _shrink(value)
+        elif name.endswith(("_token_id", "_token_index")) and value is not None:
+            fields[name] = VOCABULARY - 1  # the probe never draws the last token
+        elif "drop" in name and isinstance(value, float):
+            fields[name] = 0.0
 
 
-def _is_int(config: Any, name: str) -> bool:
-    value = getattr(config, name, None)
+def _cut_sizes(fields: dict[str, Any]) -> None:
+    for name, value in _SIZES.items():
+        if _is_int(fields.get(name)) and fields[name] > value:
+            fields[name] = value
+    if _is_int(fields.get("qk_rope_head_dim")) and "head_dim" in fields:  # latent attention rotates this part alone
+        fields["head_dim"] = fields["qk_rope_head_dim"]
+
+
+def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _cut_layers(config: Any) -> None:
+def _cut_layers(fields: dict[str, Any]) -> None:
     """As few layers as show every kind, at least 2."""
-    name = next((n for n in _LAYERS if _is_int(config, n)), None)
+    name = next((n for n in _LAYERS if _is_int(fields.get(n))), None)
     if name is None:
         return
-    depth = getattr(config, name)
-    keep = 2
-    lists = {n: list(getattr(config, n)) for n in _PER_LAYER if _is_layer_list(config, n, depth)}
-    for values in lists.values():
-        keep = max(keep, 1 + max(values.index(v) for v in set(map(_hashable, values))))
-    keep = min(max(keep, _first_dense(config) + 1), depth)
-    for n, values in lists.items():
-        with contextlib.suppress(AttributeError):  # some configurations derive the list from other fields
-            setattr(config, n, values[:keep])
-    setattr(config, name, keep)
-    if isinstance(getattr(config, "max_window_layers", None), int):
-        config.max_window_layers = min(config.max_window_layers, 1)
+    depth = fields[name]
+    lists = {n: v for n, v in fields.items() if isinstance(v, list) and len(v) == depth and n not in _NOT_PER_LAYER}
+    overrides = {int(layer): part for layer, part in (fields.get("per_layer_config") or {}).items()}
+    lists["per_layer_config"] = [str(overrides.get(i)) for i in range(depth)] if overrides else []
+    firsts = [values.index(value) for values in lists.values() for value in values]
+    firsts.append(fields.get("first_k_dense_replace") or 0)
+    keep = min(max(2, 1 + max(firsts)), depth)
+    fields.update({n: values[:keep] for n, values in lists.items() if values})
+    if overrides:
+        for part in overrides.values():
+            _cut_sizes(part)
+        fields["per_layer_config"] = {i: part for i, part in overrides.items() if i < keep}
+    fields[name] = keep
+    if _is_int(fields.get("max_window_layers")):
+        fields["max_window_layers"] = min(fields["max_window_layers"], 1)
 
 
-def _first_dense(config: Any) -> int:
-    return getattr(config, "first_k_dense_replace", None) or 0
-
-
-def _hashable(value: Any) -> Any:
-    return value
-
-
-def _is_layer_list(config: Any, name: str, depth: int) -> bool:
-    values = getattr(config, name, None)
-    return isinstance(values, list | tuple) and len(values) == depth
-
-
-def _cut_rope(config: Any) -> None:
+def _cut_rope(fields: dict[str, Any]) -> None:
     """Per-dimension factors (long-rope) are cut to the tiny head size."""
+    heads, hidden = fields.get("num_attention_heads") or 4, fields.get("hidden_size") or 64
+    size = fields.get("head_dim") or hidden // heads
     for name in ("rope_parameters", "rope_scaling"):
-        rope = getattr(config, name, None)
-        for part in _rope_parts(rope):
-            share = float(part.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0)) or 1.0)
-            heads = getattr(config, "num_attention_heads", 4)
-            size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 64) // heads
+        for part in _rope_parts(fields.get(name)):
+            share = float(part.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0)
             for key in ("short_factor", "long_factor"):
                 if isinstance(part.get(key), list):
                     part[key] = part[key][: int(size * share) // 2]
-            if isinstance(part.get("original_max_position_embeddings"), int):
+            if _is_int(part.get("original_max_position_embeddings")):
                 part["original_max_position_embeddings"] = min(part["original_max_position_embeddings"], 64)
 
 

@@ -1,0 +1,84 @@
+"""`burnish config schema`, `example`, `show`, `reference`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from burnish.cli.flags import SettingsCommand
+from burnish.config.registry import ALIASES, KINDS
+
+
+@click.group()
+def config() -> None:
+    """Schema, examples and resolved recipes."""
+
+
+@config.command()
+def schema() -> int:
+    """Print the JSON Schema of recipes (for editors)."""
+    from burnish.config.reference import build_schema
+
+    print(json.dumps(build_schema(), indent=2, ensure_ascii=False))
+    return 0
+
+
+@config.command()
+@click.argument("kind", type=click.Choice([*KINDS, *ALIASES]))
+def example(kind: str) -> int:
+    """Print a complete recipe of one stage: every setting with its default and what it does."""
+    from burnish.config.reference import render_example
+
+    print(render_example(kind), end="")
+    return 0
+
+
+@config.command(cls=SettingsCommand)
+@click.argument("words", nargs=-1, metavar="RECIPE [KEY=VALUE]...")
+@click.option("--all", "everything", is_flag=True, help="Defaults too.")
+@click.option("--json", "as_json", is_flag=True, help="The resolved recipe as JSON.")
+def show(words: tuple[str, ...], everything: bool, as_json: bool) -> int:
+    """Print the resolved recipe, with the source of each value that is not a default."""
+    from burnish.config.load import load_recipe
+    from burnish.config.reference import render_resolved
+
+    recipes = [word for word in words if "=" not in word]
+    if len(recipes) != 1:
+        raise click.UsageError("name one recipe\n  → a file, or the name of a bundled one")
+    loaded = load_recipe(recipes[0], overrides=[word for word in words if word not in recipes], check_machine=False)
+    for note in loaded.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if as_json:
+        record: dict[str, Any] = {"recipe": loaded.recipe.resolved(), "sources": dict(loaded.sources)}
+        print(json.dumps(record, indent=2, ensure_ascii=False))
+    else:
+        print(render_resolved(loaded, everything=everything), end="")
+    return 0
+
+
+@config.command()
+def recipes() -> int:
+    """List the bundled recipes."""
+    from burnish.config.bundled import bundled_recipes, read_summary
+
+    for name, recipe in bundled_recipes().items():
+        print(f"{name:<14} {read_summary(recipe)}")
+    return 0
+
+
+@config.command()
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="File; default: stdout.")
+def reference(output: Path | None) -> int:
+    """Write the page of all settings, made from the settings classes."""
+    from burnish.config.reference import render_settings_page
+
+    page = render_settings_page()
+    if output is None:
+        print(page, end="")
+    else:
+        output.write_text(page, encoding="utf-8")
+    return 0

@@ -1,0 +1,103 @@
+"""`burnish runs list`, `show`, `delete`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from burnish.errors import UsageError
+
+_root = click.option("--output-dir", metavar="DIR", default="runs", show_default=True, help="Folder of runs.")
+_json = click.option("--json", "as_json", is_flag=True, help="As JSON.")
+
+
+@click.group()
+def runs() -> None:
+    """List, show and delete runs."""
+
+
+@runs.command("list")
+@_root
+@_json
+def list_(output_dir: str, as_json: bool) -> int:
+    """List the runs, newest first."""
+    from burnish.artifacts.run_folder import list_runs
+
+    rows = list_runs(Path(output_dir))
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False, indent=2, default=str))
+        return 0
+    if not rows:
+        print(f"no runs in {output_dir}", file=sys.stderr)
+        return 0
+    table = [("NAME", "STATE", "STARTED", "STAGES")]
+    table += [(str(r["name"]), str(r["state"]), str(r.get("started") or "")[:19], _count_stages(r)) for r in rows]
+    print_table(table)
+    return 0
+
+
+@runs.command("show")
+@click.argument("name")
+@_root
+@_json
+def show(name: str, output_dir: str, as_json: bool) -> int:
+    """Show one run: its stages, their states and figures."""
+    from burnish.artifacts.run_folder import list_runs, load_stage
+
+    row = _find_run(list_runs(Path(output_dir)), name, output_dir)
+    folder = Path(str(row["path"]))
+    records = {stage["stage"]: load_stage(folder / stage["stage"]) or {} for stage in row["stages"]}
+    if as_json:
+        print(json.dumps({**row, "records": records}, ensure_ascii=False, indent=2, default=str))
+        return 0
+    for key in ("name", "recipe", "state", "created", "started", "ended", "seconds", "problem", "path"):
+        if row.get(key) is not None:
+            print(f"{key:<9} {row[key]}")
+    for stage in row["stages"]:
+        print(f"\n{stage['stage']}  {stage['state']}")
+        for key, value in (records[stage["stage"]].get("figures") or {}).items():
+            print(f"    {key:<32} {value:.6g}" if isinstance(value, float) else f"    {key:<32} {value}")
+    return 0
+
+
+@runs.command("delete")
+@click.argument("name")
+@_root
+@click.option("--yes", metavar="NAME", help="Type the name here instead of being asked.")
+def delete(name: str, output_dir: str, yes: str | None) -> int:
+    """Delete a run for good, after its name has been typed once more."""
+    from burnish.artifacts.deletion import delete_run, empty_trash
+
+    typed = yes if yes is not None else click.prompt(f"type {name!r} to delete {output_dir}/{name} for good", err=True)
+    if typed != name:
+        raise UsageError(f"{typed!r} is not {name!r}; nothing was deleted", remedy="type the run's name exactly")
+    print(f"deleted {delete_run(Path(output_dir), name)}")
+    empty_trash(Path(output_dir))
+    return 0
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    """Columns as wide as their widest cell."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _count_stages(row: dict[str, Any]) -> str:
+    if row.get("problem"):
+        return str(row["problem"])
+    return " ".join(f"{Path(stage['stage']).name}:{stage['state']}" for stage in row["stages"])
+
+
+def _find_run(rows: list[dict[str, Any]], name: str, root: str) -> dict[str, Any]:
+    for row in rows:
+        if row["name"] == name:
+            return row
+    from burnish.config.spelling import describe_suggestions, suggest
+
+    near = describe_suggestions(suggest(name, [str(row["name"]) for row in rows]))
+    raise UsageError(f"there is no run {name!r}", where=root, found=name, remedy=near or "see `burnish runs list`")

@@ -1,0 +1,254 @@
+"""The training loop: resume, guards, evaluation, best checkpoint, early stopping, signals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tests.engine.tiny import build_groups, build_method, build_policy, trainable
+
+from burnish import faults
+from burnish.artifacts.checkpoints import list_checkpoints
+from burnish.config.stages import DpoSettings, SftSettings
+from burnish.engine.loop import TrainJob, run_training
+from burnish.engine.runtime import Runtime
+from burnish.errors import InterruptedRun, NumericStop, ResourceError
+from burnish.track.metrics import read_metrics
+
+
+def make_job(folder: Path | None, name: str = "sigmoid", *, n: int = 20, held_out: int = 6, **changes) -> TrainJob:
+    options = {"learning_rate": 1e-2, "batch_size": 4, "num_train_epochs": 2.0, "seed": 5, "save_steps": 3} | changes
+    method, head, k, reference = build_method(name)
+    settings = DpoSettings(**options) if k == 2 else SftSettings(**options)
+    policy = build_policy(head, dtype=torch.float32)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    return TrainJob(
+        policy=policy,
+        method=method,
+        settings=settings,
+        train=build_groups(n, k=k, reference=reference),
+        held_out=build_groups(held_out, k=k, seed=9, reference=reference) if held_out else [],
+        trainable=trainable(policy),
+        runtime=Runtime(torch.device("cpu")),
+        stage_dir=folder,
+    )
+
+
+def digest(job: TrainJob) -> str:
+    chain = hashlib.sha256()
+    for name, parameter in sorted(job.trainable.items()):
+        chain.update(name.encode())
+        chain.update(parameter.detach().numpy().tobytes())
+    return chain.hexdigest()
+
+
+def finish(job: TrainJob) -> tuple[str, bytes]:
+    run_training(job)
+    assert job.stage_dir is not None
+    return digest(job), (job.stage_dir / "metrics.jsonl").read_bytes()
+
+
+@pytest.fixture
+def fault(monkeypatch: pytest.MonkeyPatch):
+    def arm(spec: str) -> None:
+        monkeypatch.setattr(faults, "_SPEC", spec)
+        monkeypatch.setattr(faults, "_ACTIVE", bool(spec))
+        faults._SEEN.clear()
+
+    return arm
+
+
+@pytest.mark.parametrize("name", ["sft", "sigmoid", "coupled"])
+@pytest.mark.parametrize("step", [1, 4, 7, 10])
+def test_s1_11_a_resumed_stage_ends_with_the_same_bits(tmp_path, name, step, fault):
+    """S1-11, S4-05: stopped after any step and resumed = never stopped: parameters and metrics byte for byte."""
+    expected = finish(make_job(tmp_path / "a", name, eval_steps=2))
+    fault(f"loop.after_step:{step}:raise")
+    job = make_job(tmp_path / "b", name, eval_steps=2)
+    with pytest.raises(RuntimeError, match="fault injected"):
+        run_training(job)
+    fault("")
+    resumed = make_job(tmp_path / "b", name, eval_steps=2)
+    resumed.resume = True
+    assert finish(resumed) == expected
+
+
+def test_r12_logging_evaluating_and_saving_move_nothing(tmp_path):
+    """R-12: other intervals of logging, evaluation and saving: the same parameters."""
+    a = finish(make_job(tmp_path / "a"))[0]
+    b = finish(make_job(tmp_path / "b", eval_steps=1, save_steps=1, logging_steps=5, eval_on_start=True))[0]
+    assert a == b
+
+
+def test_t37_global_random_state_is_left_alone(tmp_path):
+    """T-37: training draws from its own streams and puts the global one back."""
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    run_training(make_job(tmp_path / "a", n=8))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("place", ["step.nan_loss", "step.nan_logprobs", "step.nan_gradient"])
+def test_r05_a_nan_changes_no_parameter(tmp_path, place, fault):
+    """R-05, T-30: the step is skipped and logged with its rows; parameters, moments and schedule stay; training goes on."""
+    job = make_job(tmp_path / "a", num_train_epochs=1.0, max_steps=3)
+    seen: list[str] = []
+    job.on_step = lambda step, figures, seconds: seen.append(digest(job))
+    fault(f"{place}:2:nan")
+    outcome = run_training(job)
+    rows = read_metrics(tmp_path / "a" / "metrics.jsonl")[0]
+    assert (outcome.steps, outcome.updates) == (3, 2)
+    assert [r["kind"] for r in rows] == ["train", "skipped", "train", "eval"]
+    assert rows[1]["step"] == 2
+    assert all(r.startswith("row:") for r in rows[1]["rows"])
+    assert all(r["loss"] == r["loss"] and r["loss"] != 0 for r in rows if r["kind"] == "train")
+    twin = make_job(tmp_path / "b", num_train_epochs=1.0, max_steps=1)
+    run_training(twin)
+    assert seen[0] == digest(twin)
+
+
+def test_r05_three_bad_steps_in_a_row_stop_with_the_last_good_state(tmp_path):
+    """R-05: exit status 4, a remedy, and a checkpoint of the parameters before."""
+    job = make_job(tmp_path / "a", held_out=0)
+    before = digest(job)
+    for group in job.train:
+        for completion in group.completions:
+            completion.token_columns["ref_logprobs"][:] = float("nan")
+    with pytest.raises(NumericStop) as caught:
+        run_training(job)
+    assert caught.value.exit_code == 4
+    assert "row:" in caught.value.message
+    assert "learning_rate" in caught.value.remedy
+    assert digest(job) == before
+    assert [c.step for c in list_checkpoints(tmp_path / "a")] == [3]
+
+
+def test_max_bad_steps_one_stops_at_the_first(tmp_path, fault):
+    fault("step.nan_loss:2:nan")
+    with pytest.raises(NumericStop):
+        run_training(make_job(tmp_path / "a", max_bad_steps=1))
+
+
+def test_s1_10_retention_best_and_early_stopping(tmp_path):
+    """S1-10: save_total_limit keeps the newest and the best; load_best_model_at_end; early stopping really stops."""
+    job = make_job(
+        tmp_path / "a", num_train_epochs=20.0, learning_rate=0.05, eval_steps=2, save_steps=2, save_total_limit=1,
+        load_best_model_at_end=True, early_stopping_patience=2,
+    )  # fmt: skip
+    outcome = run_training(job)
+    assert outcome.stopped_early
+    assert outcome.steps < 100
+    rows = [r for r in read_metrics(tmp_path / "a" / "metrics.jsonl")[0] if r["kind"] == "eval"]
+    best = min(rows, key=lambda r: r["eval_loss"])
+    assert outcome.best_step == best["step"]
+    assert rows[-1]["step"] == outcome.steps == best["step"] + 4
+    assert {c.step for c in list_checkpoints(tmp_path / "a")} == {best["step"], outcome.steps}
+    twin = make_job(tmp_path / "b", num_train_epochs=20.0, learning_rate=0.05, max_steps=-1, held_out=0)
+    stopped = {}
+    twin.on_step = lambda step, figures, seconds: stopped.setdefault(step + 1, digest(twin))
+    run_training(twin)
+    assert digest(job) == stopped[best["step"]]
+
+
+@pytest.mark.parametrize(("every", "expected"), [(-1, [10]), (0, [5, 10]), (4, [4, 8, 10])])
+def test_s4_18_evaluation_intervals(tmp_path, every, expected):
+    """S4-18: −1 = only at the end, 0 = at epoch ends, N = every N steps."""
+    run_training(make_job(tmp_path / "a", eval_steps=every))
+    rows = read_metrics(tmp_path / "a" / "metrics.jsonl")[0]
+    assert [r["step"] for r in rows if r["kind"] == "eval"] == expected
+
+
+def test_eval_on_start(tmp_path):
+    run_training(make_job(tmp_path / "a", eval_on_start=True))
+    rows = read_metrics(tmp_path / "a" / "metrics.jsonl")[0]
+    assert (rows[0]["kind"], rows[0]["step"]) == ("eval", 0)
+
+
+def test_an_unknown_best_metric_says_which_there_are(tmp_path):
+    with pytest.raises(ResourceError, match="eval_loss"):
+        run_training(make_job(tmp_path / "a", metric_for_best_model="eval_bleu"))
+
+
+@pytest.mark.parametrize("budget", ["auto", 40, 15])
+def test_t33_evaluation_is_the_same_for_every_batch_size(tmp_path, budget):
+    """T-33: held-out figures are sums over the set, not means of batch means."""
+    found = run_training(make_job(tmp_path / str(budget), max_steps=1, micro_batch_tokens=10_000)).evaluation
+    again = run_training(make_job(tmp_path / f"{budget}b", max_steps=1, micro_batch_tokens=10_000))
+    assert found == again.evaluation
+    other = make_job(tmp_path / f"{budget}c", max_steps=1, micro_batch_tokens=10_000)
+    run_training(other)
+    from burnish.engine.evaluation import run_evaluation
+    from burnish.engine.step import StepContext
+
+    ctx = StepContext(other.policy, other.method, other.runtime, list(other.trainable.values()), seed=0)
+    small = run_evaluation(ctx, other.held_out, {}, budget=10_000 if budget == "auto" else budget, cap=None)
+    assert small == pytest.approx({k: v for k, v in found.items() if k != "step"}, rel=1e-5)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_s4_06_a_signal_saves_the_current_step(tmp_path, signum):
+    """S4-06, R-13: Ctrl-C and SIGTERM save the current step and say how to go on; resume ends with the same bits."""
+    expected = finish(make_job(tmp_path / "a"))
+    job = make_job(tmp_path / "b")
+    job.on_step = lambda step, figures, seconds: os.kill(os.getpid(), signum) if step == 3 else None
+    with pytest.raises(InterruptedRun) as caught:
+        run_training(job)
+    assert caught.value.exit_code == 128 + signum
+    assert list_checkpoints(tmp_path / "b")[-1].step == 4
+    again = make_job(tmp_path / "b")
+    again.resume = True
+    assert finish(again) == expected
+
+
+def test_r03_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, caplog):
+    """R-03: a flipped byte is found by the hash; the result is the same bits; with none left: an error, no fresh start."""
+    expected = finish(make_job(tmp_path / "a"))
+    run_training(make_job(tmp_path / "b", save_total_limit=0))
+    for step in (9, 10):
+        shutil.rmtree(tmp_path / "b" / f"checkpoint-{step}")
+    file = tmp_path / "b" / "checkpoint-6" / "optimizer.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    again = make_job(tmp_path / "b")
+    again.resume = True
+    assert finish(again)[0] == expected[0]
+    assert any("checkpoint-6" in r.message for r in caplog.records)
+    for ref in list_checkpoints(tmp_path / "b"):
+        (ref.path / "state.json").write_text("{}")
+    last = make_job(tmp_path / "b")
+    last.resume = True
+    with pytest.raises(ResourceError, match="damaged"):
+        run_training(last)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    run_training(make_job(tmp_path / "a", max_steps=3))
+    state = json.loads((tmp_path / "a" / "checkpoint-3" / "state.json").read_text())
+    assert state["counters"]["step"] == 3
+    other = make_job(tmp_path / "a")
+    other.trainable = dict(list(other.trainable.items())[:-1])
+    other.resume = True
+    with pytest.raises(ResourceError, match="do not fit"):
+        run_training(other)
+
+
+def test_s2_11_state_is_saved_when_training_fails(tmp_path):
+    """S2-11: an exception in the middle leaves a checkpoint of the current step."""
+    job = make_job(tmp_path / "a")
+
+    def fail(step, figures, seconds):
+        if step == 4:
+            raise ValueError("boom")
+
+    job.on_step = fail
+    with pytest.raises(ValueError, match="boom"):
+        run_training(job)
+    assert list_checkpoints(tmp_path / "a")[-1].step == 5
