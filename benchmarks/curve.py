@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from train_step import measure, note
-from workload import Plan, save_workload
+from train_step import measure, note, prepare
+from workload import Plan
 
 
 def build_points(base: Plan) -> list[tuple[str, str, Plan, bool]]:
@@ -36,7 +36,7 @@ def run_curve(base: Plan, data: Path, arguments: Namespace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="burnish-curve-") as name:
             folder = Path(name)
             rows = timed + plan.warmup_steps * plan.batch_size
-            facts = save_workload(folder, plan, data, rows, arguments.max_length)
+            facts = prepare(folder, plan, data, rows, arguments.max_length)
             note(f"{axis} {label}: {facts}")
             ours = measure("burnish", folder)
             point: dict[str, Any] = {

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,26 @@ from workload import Plan, Shape, find_data, load_workload, save_workload
 
 METHODS = ("dpo", "reward", "sft")
 SIDES = {"burnish": "burnish", "defaults": "trl", "tuned": "trl"}
+
+
+def run_prepare(out: Path, folder: Path) -> None:
+    """Write the workload in this process; `out` holds the order and gets the facts."""
+    order = json.loads(out.read_text(encoding="utf-8"))
+    plan = Plan(**{**order["plan"], "shape": Shape(**order["plan"]["shape"])})
+    facts = save_workload(folder, plan, Path(order["data"]), order["rows"], order["max_length"])
+    out.write_text(json.dumps(facts), encoding="utf-8")
+
+
+def prepare(folder: Path, plan: Plan, data: Path, rows: int, max_length: int) -> dict[str, Any]:
+    """Write the workload below `folder` in a process of its own.
+
+    This process must stay small: Linux carries the peak size of a parent over to the children that it starts.
+    """
+    out = folder / "order.json"
+    order = {"plan": asdict(plan), "data": str(data), "rows": rows, "max_length": max_length}
+    out.write_text(json.dumps(order), encoding="utf-8")
+    _start(["--worker", "prepare", "--folder", str(folder), "--out", str(out)])
+    return json.loads(out.read_text(encoding="utf-8"))
 
 
 def run_worker(side: str, mode: str, folder: Path, out: Path, profile: Path | None) -> None:
@@ -52,18 +72,22 @@ def measure(side: str, folder: Path, profile: Path | None = None) -> dict[str, A
     """Run one worker process for `side` ("burnish", "defaults", "tuned") and return its figures."""
     out = folder / "result.json"
     out.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--worker", SIDES[side], "--peer-mode", side]
-    command += ["--folder", str(folder), "--out", str(out)]
+    words = ["--worker", SIDES[side], "--peer-mode", side, "--folder", str(folder), "--out", str(out)]
     if profile:
-        command += ["--profile-out", str(profile)]
-    environment = dict(os.environ, PYTHONWARNINGS="ignore")
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode or not out.exists():
-        sys.stderr.write(done.stdout[-4000:] + done.stderr[-8000:])
-        raise SystemExit(f"the worker of side {side!r} ended with status {done.returncode}")
+        words += ["--profile-out", str(profile)]
+    _start(words)
     found = json.loads(out.read_text(encoding="utf-8"))
     note(f"  {side}: {found['seconds']:.2f} s, {found['gb']:.2f} GB, peak share {found['peak_share']:.2f}")
     return found
+
+
+def _start(words: list[str]) -> None:
+    environment = dict(os.environ, PYTHONWARNINGS="ignore")
+    command = [sys.executable, __file__, *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        sys.stderr.write(done.stdout[-4000:] + done.stderr[-8000:])
+        raise SystemExit(f"the worker ({' '.join(words[:4])}) ended with status {done.returncode}")
 
 
 def note(text: str) -> None:
@@ -125,7 +149,7 @@ def run_method(plan: Plan, arguments: argparse.Namespace, data: Path) -> dict[st
     with tempfile.TemporaryDirectory(prefix="burnish-bench-") as name:
         folder = Path(name)
         rows = arguments.rows + plan.warmup_steps * plan.batch_size
-        facts = save_workload(folder, plan, data, rows, arguments.max_length)
+        facts = prepare(folder, plan, data, rows, arguments.max_length)
         note(f"{plan.method}: {facts}")
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         for _ in range(arguments.alternations):
@@ -164,6 +188,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     arguments = build_parser().parse_args()
+    if arguments.worker == "prepare":
+        run_prepare(Path(arguments.out), Path(arguments.folder))
+        return 0
     if arguments.worker:
         profile = Path(arguments.profile_out) if arguments.profile_out else None
         run_worker(arguments.worker, arguments.peer_mode, Path(arguments.folder), Path(arguments.out), profile)

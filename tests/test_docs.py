@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 
@@ -117,3 +118,32 @@ def test_the_readme_links_stay_inside_the_package_page():
     """The README is the package's page elsewhere too, so images must be files of the repository that exist."""
     for link in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")):
         assert (ROOT / link).is_file(), link
+
+
+USER_PAGES = [p for p in PAGES if p.name not in ("CHANGELOG.md", "coverage.md") and "decisions" not in p.parts]
+
+
+@pytest.mark.parametrize("page", USER_PAGES, ids=page_name)
+def test_commands_of_the_pages_exist(page: Path):
+    from burnish.cli.main import ORDER, cli
+
+    for first, second in re.findall(
+        r"(?:^ {4}|`|&& )burnish ([a-z]+)(?: ([a-z]+)\b)?", page.read_text("utf-8"), re.MULTILINE
+    ):
+        assert first in ORDER, f"{page_name(page)}: burnish {first}"
+        command = cli.get_command(click.Context(cli), first)
+        if isinstance(command, click.Group) and second:
+            assert second in command.commands, f"{page_name(page)}: burnish {first} {second}"
+
+
+@pytest.mark.parametrize("page", USER_PAGES, ids=page_name)
+def test_recipes_of_the_pages_are_valid(page: Path, tmp_path: Path):
+    from burnish.config.load import load_recipe
+
+    for number, block in enumerate(
+        re.findall(r"^```yaml\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    ):
+        if "stages:" in block and re.search(r"^name:", block, re.MULTILINE):
+            file = tmp_path / f"{number}.yaml"
+            file.write_text(block, encoding="utf-8")
+            load_recipe(file, env={}, check_machine=False)

@@ -12,7 +12,6 @@ from burnish.artifacts.folder import (
     DamagedFolder,
     FolderWriter,
     Manifest,
-    load_manifest,
     temporary_name,
     verify_folder,
 )
@@ -173,13 +172,12 @@ def _scan(stage_dir: Path, run_id: str | None) -> tuple[list[CheckpointRef], lis
             continue
         named = _NAME.fullmatch(folder.name)
         try:
-            manifest = load_manifest(folder)
-            if not _is_checkpoint(manifest):
-                continue
-            verify_folder(folder, sizes_only=True)
+            manifest = verify_folder(folder, sizes_only=True)
         except DamagedFolder as exc:
             if named:
                 problems.append((int(named[1]), f"{folder.name}: {exc.message}"))
+            continue
+        if not _is_checkpoint(manifest):
             continue
         ref = CheckpointRef(folder, manifest)
         if run_id is not None and ref.run_id != run_id:

@@ -69,7 +69,7 @@ class Manifest:
         return sum(entry.size for entry in self.files.values())
 
     def to_bytes(self) -> bytes:
-        """JSON whose last key is the SHA-256 of all the text before it, so that a flipped byte of the manifest shows too."""
+        """JSON whose last key is the SHA-256 of all the text before it: a flipped byte of the manifest shows too."""
         body: dict[str, Any] = {
             "format": self.format,
             "kind": self.kind,

@@ -74,7 +74,7 @@ def recipes() -> int:
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="File; default: stdout.")
 def reference(output: Path | None) -> int:
     """Write the page of all settings, made from the settings classes."""
-    from burnish.config.reference import render_settings_page
+    from burnish.config.settings_page import render_settings_page
 
     page = render_settings_page()
     if output is None:

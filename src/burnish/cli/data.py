@@ -26,9 +26,7 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
             click.argument("words", nargs=-1, metavar="SOURCE [KEY=VALUE]..."),
             click.option("--for", "kind", type=click.Choice(_CHOICES), required=True, help="Kind of stage."),
             click.option("--model", metavar="MODEL", help="Model whose tokenizer and chat template are used."),
-            click.option(
-                "--limit", type=click.IntRange(min=1), default=None, help="Rows to show, or problems to list."
-            ),
+            click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Rows to show, or problems to list."),
             click.option("--json", "as_json", is_flag=True, help="Results as JSON on stdout."),
             click.option("--verbose", is_flag=True, help="Show tracebacks."),
         ]
@@ -59,7 +57,7 @@ def stats(words: tuple[str, ...], kind: str, model: str | None, limit: int | Non
 
 
 def _call(target: str, words: tuple[str, ...], kind: str, model: str | None, limit: int, as_json: bool) -> int:
-    from burnish.cli.stages import _place_word
+    from burnish.cli.stages import place_word
     from burnish.cli.tokens import export_tokens
     from burnish.config.load import load_recipe
 
@@ -68,7 +66,7 @@ def _call(target: str, words: tuple[str, ...], kind: str, model: str | None, lim
         raise click.UsageError(
             f"several sources are named: {', '.join(sources)}\n  → name one; settings are written key=value"
         )
-    overrides = [_place_word(word) for word in words if word not in sources]
+    overrides = [place_word(word) for word in words if word not in sources]
     if sources:
         overrides.append(f"stages.0.data={sources[0]}")
     elif not any(word.startswith("stages.0.data") for word in overrides):

@@ -155,7 +155,7 @@ def report_failure(error: BaseException, *, verbose: bool = False) -> int:
         return 5
     traceback.print_exception(error)
     print(
-        f"error: {type(error).__name__}: {error}\n  → this is a fault in burnish; please report it with the lines above",
+        f"error: {type(error).__name__}: {error}\n  → this is a fault in burnish; please report it with these lines",
         file=sys.stderr,
     )
     return 1

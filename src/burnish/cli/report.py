@@ -18,5 +18,5 @@ def report(run: str, output_dir: str) -> int:
     folder = Path(run) if (Path(run) / "run.json").is_file() else Path(output_dir) / run
     if not (folder / "run.json").is_file():
         raise UsageError(f"there is no run {run!r}", where=output_dir, found=run, remedy="see `burnish runs list`")
-    print(load_object("burnish.report.render:render_report")(folder))
+    print(load_object("burnish.report.html:render_report")(folder))
     return 0

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,18 @@ def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that `run` and the stage verbs have in common."""
     options = [
         click.option("--config", "config_file", metavar="FILE", help="The recipe as an option instead of an argument."),
-        click.option("--model-index", type=click.IntRange(min=0), help="Only this model of `models`, from 0."),
+        click.option(
+            "--model-index", type=click.IntRange(min=0), metavar="N", help="Only this model of `models`, from 0."
+        ),
         click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, do nothing."),
         click.option("--output-dir", metavar="DIR", help="Folder of runs (default: the recipe's, runs)."),
         click.option("--run-name", metavar="NAME", help="Name of the run's folder; {stage}, {model} … are filled in."),
         click.option("--resume", is_flag=True, help="Insist: exit 2 if there is nothing to resume."),
         click.option("--fresh", is_flag=True, help="Start over; the old results move to superseded/."),
         click.option("--allow-change", metavar="KEY", multiple=True, help="Continue although KEY changed; recorded."),
-        click.option("--num-processes", type=click.IntRange(min=1), default=1, help="Processes on this machine."),
+        click.option(
+            "--num-processes", type=click.IntRange(min=1), default=1, metavar="N", help="Processes on this machine."
+        ),
         click.option("--after", metavar="COMMAND", help="Run this when the run is over, whatever its outcome."),
         click.option("--json", "as_json", is_flag=True, help="Results as JSON on stdout."),
         click.option("--verbose", is_flag=True, help="Say more; show tracebacks."),
@@ -148,7 +153,7 @@ def _execute(
             f"--model-index {options.model_index}: the recipe has {len(models)} model{'s' * (len(models) > 1)}\n"
             f"  → use 0 to {len(models) - 1}"
         )
-    if os.environ.get("RANK", "0") == "0" and not (options.num_processes > 1 and not options.dry_run and not launched):
+    if options.dry_run:  # a real run has them in its log
         for note in loaded.notes:
             print(f"note: {note}", file=sys.stderr)
     export_tokens()
@@ -156,7 +161,7 @@ def _execute(
         return load_object("burnish.pipeline.launch:launch")(
             child_arguments(click.get_current_context().find_root().obj), options.num_processes
         )
-    return load_object("burnish.pipeline.run:run_recipe")(loaded, options)
+    return load_object("burnish.pipeline.run:run_recipe")(loaded, replace(options, output_dir=None, run_name=None))
 
 
 def child_arguments(arguments: Sequence[str]) -> list[str]:

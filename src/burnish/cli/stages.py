@@ -61,7 +61,7 @@ def _run_verb(
     flags: dict[str, Any],
 ) -> int:
     options = build_options(**flags, resume_from=resume_from)
-    overrides = [_place_word(item) for item in words]
+    overrides = [place_word(item) for item in words]
     checkpoint = load_checkpoint_settings(resume_from, kind) if resume_from else None
     if config_file is not None:
         return execute(config_file, overrides, options, checkpoint=checkpoint, default_kind=word)
@@ -71,7 +71,7 @@ def _run_verb(
     return execute(recipe, overrides, options, checkpoint=checkpoint)
 
 
-def _place_word(word: str) -> str:
+def place_word(word: str) -> str:
     """`beta=0.05` belongs to the one stage; what belongs to the recipe stays there."""
     from burnish.config.aliases import KEY_ALIASES
 

@@ -85,25 +85,24 @@ def _check_evaluation(stage: EvaluateSettings, order: dict[str, int], by_name: d
             problem = _check_earlier(f"{path}.of", target, str(stage.name), order, by_name, extra=[BASE])
             if problem is not None:
                 problems.append(problem)
+    rewards = [name for name in _earlier(str(stage.name), order, by_name) if _is_reward(by_name[name])]
     if stage.judge is not None:
         problem = _check_earlier(f"{path}.judge", stage.judge, str(stage.name), order, by_name)
         judge = by_name.get(stage.judge)
-        rewards = [name for name in _earlier(str(stage.name), order, by_name) if _is_reward(by_name[name])]
         if problem is None and not _is_reward(judge):
             problem = Problem(
                 f"{path}.judge", f"is {stage.judge!r}, which is no reward stage", _list_choices("judge with", rewards)
             )
         if problem is not None:
             problems.append(problem)
-    elif "win_rate" in stage.tasks:
-        if not any(_is_reward(by_name[name]) for name in _earlier(str(stage.name), order, by_name)):
-            problems.append(
-                Problem(
-                    f"{path}.tasks",
-                    "win_rate needs a judge, but no reward stage comes before",
-                    "add a stage {kind: reward, …} before it, or take win_rate out of tasks",
-                )
+    elif "win_rate" in stage.tasks and not rewards:
+        problems.append(
+            Problem(
+                f"{path}.tasks",
+                "win_rate needs a judge, but no reward stage comes before",
+                "add a stage {kind: reward, …} before it, or take win_rate out of tasks",
             )
+        )
     return problems
 
 

@@ -8,7 +8,7 @@ from burnish.config.base import Settings, setting
 
 
 class DataSource(Settings):
-    """One source of rows: a file, a folder, a bundled set or a hub data set. A plain string in a recipe means `source`."""
+    """One source of rows: a file, a folder, a bundled set or a hub data set. A plain string means `source`."""
 
     source: str = setting(
         ..., "File, folder, glob, bundled set (pocket/chat) or hub id; an existing local path comes first."
@@ -43,7 +43,7 @@ class DataSettings(Settings):
     max_eval_samples: int | None = setting(None, "Evaluate on at most this many held-out rows.", ge=1)
     slice_share: float | None = setting(
         None,
-        "Use only this share of the source's prompts; stages with disjoint [offset, offset + share) never share a prompt.",
+        "Use this share of the source's prompts; stages with disjoint [offset, offset + share) never share a prompt.",
         gt=0,
         le=1,
     )

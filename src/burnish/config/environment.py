@@ -63,9 +63,7 @@ def read_environment(
         stage, separator, rest = upper[len(PREFIX) - 1 :].partition("__")
         path = tuple(part.lower() for part in rest.split("__") if part)
         if not separator or not path:
-            notes.append(
-                f"{variable} is not read: a setting is written BURNISH__SETTING or BURNISH_STAGE__SETTING (two underscores)"
-            )
+            notes.append(f"{variable} is not read: settings are written BURNISH__SETTING or BURNISH_STAGE__SETTING")
             continue
         values.append(EnvironmentValue(variable, stage.strip("_").lower() or None, path, parse_word(text, place), text))
     return values, notes

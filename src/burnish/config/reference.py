@@ -1,23 +1,19 @@
-"""What there is to set: JSON Schema, complete examples, resolved recipes and the page of all settings."""
+"""What there is to set: JSON Schema, complete examples and resolved recipes."""
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic.fields import FieldInfo
 
-from burnish.config.aliases import KEY_ALIASES, VALUE_ALIASES
 from burnish.config.base import Settings
-from burnish.config.data import DataSettings, DataSource
 from burnish.config.keys import inherits, settings_class
 from burnish.config.load import LoadedRecipe
 from burnish.config.recipe import Recipe
 from burnish.config.registry import ALIASES, KINDS
-from burnish.config.train import LoraSettings, TrainSettings
-from burnish.config.values import describe_limits
+from burnish.config.train import LoraSettings
 
 SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
 
@@ -76,9 +72,8 @@ def render_example(kind: str) -> str:
     if canonical != "evaluate":
         source = "pocket/chat" if canonical == "sft" else "pocket/preferences"
         lines.append(f"    data: {source}{' ' * 10}# {cls.model_fields['data'].description}")
-    for owner, names in _group_fields(cls):
-        lines.append("")
-        lines.append(f"    # {_title(owner)}")
+    for owner, names in group_fields(cls):
+        lines += ["", f"    # {_title(owner)}"]
         for name in names:
             if name in ("kind", "data", "model") or name in _fixed(kind):
                 continue
@@ -156,97 +151,7 @@ def format_default(field: FieldInfo) -> str:
     return format_yaml(field.default)
 
 
-def render_settings_page() -> str:
-    """The page of all settings (docs/settings.md), made from the classes."""
-    parts = [_PAGE_HEAD]
-    parts += ["## Recipe", "", *_table(Recipe, list(Recipe.model_fields)), ""]
-    for kind in KINDS:
-        cls = settings_class(kind)
-        own = [name for owner, names in _group_fields(cls) for name in names if owner is cls]
-        aliases = [f"`{alias}`" for alias, target in ALIASES.items() if target.kind == kind]
-        also = f" Also as kind {', '.join(aliases)}." if aliases else ""
-        parts += [f"## Stage: {kind}", "", f"{(cls.__doc__ or '').strip()}{also}", "", *_table(cls, own), ""]
-    shared = list(TrainSettings.__annotations__)
-    parts += ["## Every training stage", "", *_table(TrainSettings, shared), ""]
-    parts += ["## Adapters (`lora`)", "", *_table(LoraSettings, list(LoraSettings.model_fields)), ""]
-    parts += ["## Data", "", *_table(DataSettings, list(DataSettings.model_fields)), ""]
-    parts += ["## A data source", "", _SOURCE_TEXT, "", *_table(DataSource, list(DataSource.model_fields)), ""]
-    parts += ["## Other names", "", _ALIAS_TEXT, "", "| written | means |", "|---|---|"]
-    parts += [f"| `{alias}` | `{target}` |" for alias, target in sorted(KEY_ALIASES.items())]
-    parts += [
-        f"| `{key}: {written}` | `{key}: {value}` |"
-        for key, table in sorted(VALUE_ALIASES.items())
-        for written, value in sorted(table.items())
-    ]
-    parts += [
-        "| `bf16: true`, `fp16: true` | `precision: bf16`, `precision: fp16` |",
-        "| `use_peft: true` | `lora: {}` |",
-    ]
-    return "\n".join(parts) + "\n"
-
-
-_PAGE_HEAD = """# Settings
-
-<!-- Made by `burnish config reference --output docs/settings.md`; change the settings classes, not this page. -->
-
-A recipe is a YAML (or JSON) file. Any stage setting written at the top is the default of every stage that has it and
-does not set it. `burnish config example KIND` prints a complete recipe, `burnish config show RECIPE` what a recipe means.
-
-**Precedence.** Defaults < `.env` < environment < checkpoint (`--resume_from`) < file < command line. On the command line,
-`stages.dpo.beta=0.05`, `stages.2.beta=0.05` (positions from 0) or `dpo.beta=0.05` reach one stage; `beta=0.05` reaches every
-stage that has the setting, also where the file sets it in the stage.
-
-**Environment.** `BURNISH__SEED=3` is `seed: 3` at the top, `BURNISH_DPO__BETA=0.05` is `beta` of the stage `dpo` (or of all
-stages of that kind), `BURNISH_DPO__LORA__R=8` is `lora: {r: 8}`. Case does not matter; write `_` for the `-` of a stage's name.
-From `.env`, only these and the tokens `HF_TOKEN`, `HUGGINGFACE_TOKEN` and `WANDB_API_KEY` are read.
-
-**Values.** YAML 1.2: `1e-5` is a number, `no` and `2024-01-01` are text. A switch also takes `on`, `off`, `yes`, `no`. Where text is
-asked for, an unquoted `001` stays `001`. Where a list is asked for, a single value will do (`report_to: wandb`); on the command
-line and in the environment, commas separate items.
-
-**Names.** A stage without `name:` is called by its kind; a second `dpo` is `dpo-2`.
-
-**The run's folder** is `output_dir/run_name`. `run_name` may contain `{name}`, `{stage}` (last training stage), `{stages}`,
-`{model}`, `{seed}`, `{epochs}`, `{train_percent}`, `{eval_percent}` (also `{train%}`, `{eval%}`), any setting of the last training stage
-(`{learning_rate}`) and any setting of a stage (`{dpo.beta}`).
-"""
-_SOURCE_TEXT = "`data: FILE` means `data: {source: FILE}`; a list of sources is a mixture."
-_ALIAS_TEXT = "Names from TRL and transformers are accepted; burnish prints the canonical one."
-
-
-def _table(cls: type[Settings], names: list[str]) -> list[str]:
-    rows = ["| setting | default | values | what it does |", "|---|---|---|---|"]
-    for name in names:
-        field = cls.model_fields[name]
-        default = "required" if field.is_required() else f"`{format_default(field)}`"
-        cells = (f"`{name}`", default, describe_values(field), field.description or "")
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return rows
-
-
-def describe_values(field: FieldInfo) -> str:
-    """What a setting takes, for a table."""
-    text = _describe(field.annotation)
-    limits = describe_limits(field)
-    return f"{text} {limits}".strip()
-
-
-def _describe(annotation: Any) -> str:
-    if get_origin(annotation) in (Union, types.UnionType):
-        members = [member for member in get_args(annotation) if member is not type(None)]
-        return " or ".join(dict.fromkeys(_describe(member) for member in members))
-    if get_origin(annotation) is Literal:
-        return ", ".join(f"`{word}`" for word in get_args(annotation))
-    if get_origin(annotation) is list:
-        return f"list of {_describe(get_args(annotation)[0])}"
-    if get_origin(annotation) is dict:
-        return "mapping"
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return {"LoraSettings": "`lora` settings", "DataSource": "source"}.get(annotation.__name__, "stage")
-    return {int: "integer", float: "number", bool: "true, false", str: "text"}.get(annotation, "stage")
-
-
-def _group_fields(cls: type[Settings]) -> list[tuple[type[Settings], list[str]]]:
+def group_fields(cls: type[Settings]) -> list[tuple[type[Settings], list[str]]]:
     """The settings of a class by the class that has them to itself first, the kind's own before those it shares."""
     owners: list[tuple[type[Settings], list[str]]] = []
     seen: set[str] = set()

@@ -6,6 +6,7 @@ import re
 import string
 from typing import Any
 
+from burnish.config.data import DataSource
 from burnish.config.recipe import Recipe
 from burnish.config.spelling import describe_suggestions, suggest
 from burnish.errors import ConfigError
@@ -72,7 +73,7 @@ def _collect_fields(recipe: Recipe, model: str | None) -> dict[str, Any]:
 
 
 def _fill(field: str, values: dict[str, Any], recipe: Recipe) -> str:
-    stage, dot, setting = field.partition(".")
+    stage, dot, _ = field.partition(".")
     if dot and stage in recipe.stage_names():
         found = recipe.stage(stage).model_dump()
         values = {f"{stage}.{key}": value for key, value in found.items()}
@@ -100,6 +101,6 @@ def _train_percent(stage: Any) -> float:
     share = getattr(stage, "slice_share", None)
     if share is not None:
         return round(100 * share, 4)
-    split = getattr(getattr(stage, "data", None), "split", None)
-    match = _SLICE_PERCENT.search(split or "")
+    data = getattr(stage, "data", None)
+    match = _SLICE_PERCENT.search((data.split if isinstance(data, DataSource) else None) or "")
     return float(match.group(1)) if match else 100.0

@@ -83,7 +83,7 @@ class TrainSettings(DataSettings):
     save_total_limit: int = setting(2, "Checkpoints to keep (newest, best and pinned ones always stay); 0 = all.", ge=0)
     save_dtype: Literal["auto", "source", "fp32", "bf16"] = setting(
         "auto",
-        "Type of the saved result: source = as the base was stored; auto = fp32 below 2 billion parameters, else source.",
+        "Type of the saved result: source = as the base was stored; auto = fp32 below 2 B parameters, else source.",
     )
     logging_steps: int = setting(1, "Write metrics every N steps.", ge=1)
     metric_for_best_model: str | None = setting(

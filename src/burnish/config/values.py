@@ -14,7 +14,7 @@ from burnish.config.aliases import FOREIGN_KEYS, KEY_ALIASES, NESTED_ALIASES, VA
 from burnish.config.base import Settings
 from burnish.config.problems import Problem, format_value
 from burnish.config.spelling import describe_suggestions, suggest
-from burnish.config.tree import Layer, Node
+from burnish.config.tree import Layer, Node, read_scalar
 
 YES = {"true", "yes", "on", "y"}
 NO = {"false", "no", "off", "n"}
@@ -144,8 +144,6 @@ class SettingsReader:
         if isinstance(node.value, list):
             nodes = node.value
         elif _is_comma_list(node):
-            from burnish.config.tree import read_scalar
-
             words = [word.strip() for word in str(node.raw).split(",") if word.strip()]
             nodes = [Node(read_scalar(word), node.place, raw=word) for word in words]
         elif isinstance(node.value, str) and node.value.lower() == "none":
@@ -350,7 +348,7 @@ def _read_literal(node: Node, words: tuple[Any, ...]) -> Any:
         if str(word).lower() == str(node.raw or node.value).strip().lower():
             return word
     near = suggest(str(node.value), map(str, words))
-    allowed = f"write one of {', '.join(map(str, words))}" if len(words) > 1 else f"write {words[0]}"
+    allowed = f"write {'one of ' if len(words) > 1 else ''}{', '.join(map(str, words))}"
     found = "has no value" if node.value is None else f"is {format_value(node.value)}"
     raise Unreadable(found, f"{describe_suggestions(near)} ({allowed})" if near else allowed)
 
@@ -359,17 +357,11 @@ def _describe_found(node: Node) -> str:
     if node.value is None:
         return "has no value"
     if isinstance(node.value, str):
-        quoted = " in quotes" if node.raw is None and not isinstance(_scalar(node.value), str) else ""
+        quoted = " in quotes" if node.raw is None and not isinstance(read_scalar(node.value), str) else ""
         return f"is the text {format_value(node.value)}{quoted}"
     if isinstance(node.value, dict | list):
         return f"is {_name_shape(node.value)}"
     return f"is {format_value(node.value)}"
-
-
-def _scalar(text: str) -> Any:
-    from burnish.config.tree import read_scalar
-
-    return read_scalar(text)
 
 
 def _name_shape(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from burnish.data import hh
 from burnish.data.messages import Message, check_messages, check_order, check_text, from_sharegpt, parse_tools
-from burnish.data.problems import SKIP_REMEDY, RowError
+from burnish.data.problems import SKIP_REMEDY, RowDropped, RowError, row_name
 from burnish.data.readers import Row
 from burnish.data.strict_json import describe
 from burnish.data.template import Segment
@@ -54,8 +54,8 @@ class Example:
 
     @property
     def place(self) -> str:
-        """`file:line`."""
-        return f"{self.file}:{self.line}"
+        """The row's short name, `file:line`."""
+        return row_name(self.file, self.line)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,9 @@ def _recognise(data: Mapping[str, Any], reading: Reading) -> Shape:
             near = difflib.get_close_matches(reading.format, SHAPES, 1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise RowError(
-                f"unknown data.format {reading.format!r}", kind="format", remedy=f"{hint}known are auto, instruct, {', '.join(SHAPES)}"
+                f"unknown data.format {reading.format!r}",
+                kind="format",
+                remedy=f"{hint}known are auto, instruct, {', '.join(SHAPES)}",
             )
         missing = [name for name in shape.columns if name not in data]
         if missing:
@@ -246,9 +248,15 @@ def _plain(row: Row, reading: Reading, prompt: str, completions: list[str]) -> E
     if reading.strip_think:
         completions = [strip_think(c) for c in completions]
     if reading.format == "instruct":
-        answers = [[{"role": "assistant", "content": c}] for c in completions]
-        return _chat(row, reading, [{"role": "user", "content": prompt}], answers)
+        messages = [{"role": "user", "content": prompt}]
+        _insert_system(row, reading, messages)
+        return _chat(row, reading, messages, [[{"role": "assistant", "content": c}] for c in completions])
     return Example(row.file, row.line, "plain", prompt, list(completions), key_text(prompt), key_text(prompt))
+
+
+def _insert_system(row: Row, reading: Reading, messages: list[Message]) -> None:
+    if isinstance(row.data.get("system"), str) and row.data["system"].strip():
+        messages.insert(0, {"role": "system", "content": _text(row, "system", reading)})
 
 
 def _conversation(row: Row, reading: Reading, messages: list[Message], name: str) -> Example:
@@ -283,18 +291,18 @@ def _read_alpaca(row: Row, reading: Reading) -> Example:
     if row.data.get("input"):
         question = f"{question}\n\n{_text(row, 'input', reading)}"
     messages = [{"role": "user", "content": question}]
-    if isinstance(row.data.get("system"), str) and row.data["system"].strip():
-        messages.insert(0, {"role": "system", "content": _text(row, "system", reading)})
+    _insert_system(row, reading, messages)
     answer = {"role": "assistant", "content": _text(row, "output", reading)}
     return _chat(row, reading, messages, [[answer]])
 
 
 def _read_question(row: Row, reading: Reading) -> Example:
     question, answer = _text(row, "question", reading), _text(row, "answer", reading)
-    example = _chat(
-        row, reading, [{"role": "user", "content": question}], [[{"role": "assistant", "content": answer}]]
-    )
-    example.extra = {"answer": answer.rpartition("####")[2].strip() if "####" in answer else answer, "reference": answer}
+    example = _chat(row, reading, [{"role": "user", "content": question}], [[{"role": "assistant", "content": answer}]])
+    example.extra = {
+        "answer": answer.rpartition("####")[2].strip() if "####" in answer else answer,
+        "reference": answer,
+    }
     return example
 
 
@@ -407,7 +415,7 @@ def _read_hh(row: Row, reading: Reading) -> Example:
     turns = hh.split_turns(pair.prompt)[:-1]
     prompt = hh.to_messages(turns)
     if not any(m["role"] == "user" and m["content"] for m in prompt):
-        raise hh.HHDrop("the prompt is empty", "hh: empty", "chosen")
+        raise RowDropped("the prompt is empty", kind="hh: empty", field="chosen")
     answers = [hh.first_answer(text) for text in (pair.chosen, pair.rejected)]
     messages = [[{"role": "assistant", "content": _one_answer(text)}] for text in answers]
     example = _chat(row, reading, prompt, messages)
@@ -458,7 +466,9 @@ def _read_judged(row: Row, reading: Reading) -> Example:
     if reading.chat:
         return example
     tags = {"user": hh.HUMAN, "assistant": hh.ASSISTANT}
-    text = "".join(f"{tags.get(m['role'], chr(10) * 2 + m['role'].capitalize() + ':')} {m['content']}" for m in example.prompt)
+    text = "".join(
+        f"{tags.get(m['role'], chr(10) * 2 + m['role'].capitalize() + ':')} {m['content']}" for m in example.prompt
+    )
     example.form, example.prompt = "hh", text + hh.ASSISTANT
     example.completions = [[Segment(" " + c[-1]["content"].lstrip(), True)] for c in example.completions]
     return example
@@ -476,16 +486,34 @@ _ONE = frozenset({"completion", "prompt"})
 SHAPES: dict[str, Shape] = {
     shape.name: shape
     for shape in (
-        Shape("tokenised_pair", ("input_ids_chosen", "input_ids_rejected"), frozenset({"completion", "pair"}), _read_tokenised, "token ids of both answers with their prompt"),
+        Shape(
+            "tokenised_pair",
+            ("input_ids_chosen", "input_ids_rejected"),
+            frozenset({"completion", "pair"}),
+            _read_tokenised,
+            "token ids of both answers with their prompt",
+        ),
         Shape("tokenised", ("input_ids",), frozenset({"completion"}), _read_tokenised, "token ids, optional labels"),
         Shape("judged", ("prompt_messages", "chosen", "rejected"), _ANY, _read_judged, "judged rollouts"),
         Shape("rollout", ("prompt_messages",), frozenset({"prompt"}), _read_judged, "prompts of rollouts"),
         Shape("hh", ("chosen", "rejected"), _ANY, _read_hh, "raw HH-RLHF dialogues"),
-        Shape("preference", ("chosen", "rejected"), frozenset({"completion", "pair"}), _read_pair, "a better and a worse answer, texts or messages"),
+        Shape(
+            "preference",
+            ("chosen", "rejected"),
+            frozenset({"completion", "pair"}),
+            _read_pair,
+            "a better and a worse answer, texts or messages",
+        ),
         Shape("messages", ("messages",), _ONE, _read_messages, "a conversation of role and content"),
         Shape("sharegpt", ("conversations",), _ONE, _read_sharegpt, "a conversation of from and value"),
         Shape("alpaca", ("instruction", "output"), _ONE, _read_alpaca, "instruction, input, output"),
-        Shape("prompt_completion", ("prompt", "completion"), frozenset({"completion"}), _read_completion, "prompt and completion, texts or messages"),
+        Shape(
+            "prompt_completion",
+            ("prompt", "completion"),
+            frozenset({"completion"}),
+            _read_completion,
+            "prompt and completion, texts or messages",
+        ),
         Shape("question_answer", ("question", "answer"), _ONE, _read_question, "question and worked answer (####)"),
         Shape("prompt", ("prompt",), frozenset({"prompt"}), _read_prompt, "a prompt, text or messages"),
         Shape("text", ("text",), frozenset({"completion"}), _read_text, "plain text, all of it trained on"),

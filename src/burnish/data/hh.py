@@ -10,18 +10,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from burnish.data.problems import RowError
+from burnish.data.problems import RowDropped
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _TAG = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
-
-
-class HHDrop(RowError):
-    """A row that the rules of the format drop; counted and named, but no reason to stop."""
-
-    def __init__(self, message: str, kind: str, field: str) -> None:
-        super().__init__(message, kind=kind, field=field, remedy="nothing to do: such rows are left out, as the format's rules say")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +43,16 @@ def parse_pair(chosen: str, rejected: str) -> HHPair:
     """The common prompt and the two answers.
 
     Raises:
-        HHDrop: The rules drop this row.
+        RowDropped: The rules drop this row.
     """
     chosen, rejected = _normalise(chosen), _normalise(rejected)
     prompt, answer = _cut(chosen, "chosen")
     if not rejected.startswith(prompt):
-        raise HHDrop("rejected does not begin with the prompt of chosen", "hh: not prefixed", "rejected")
+        raise RowDropped("rejected does not begin with the prompt of chosen", kind="hh: not prefixed", field="rejected")
     pair = HHPair(prompt, answer, _without_newline(rejected[len(prompt) :]))
     for field, text in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         if not first_answer(text).strip():
-            raise HHDrop("the answer is empty", "hh: empty", field)
+            raise RowDropped("the answer is empty", kind="hh: empty", field=field)
     return pair
 
 
@@ -67,17 +60,17 @@ def parse_dialogue(text: str, field: str = "chosen") -> list[Turn]:
     """The turns of a dialogue, without a trailing human turn.
 
     Raises:
-        HHDrop: No assistant turn, or an empty last one.
+        RowDropped: No assistant turn, or an empty last one.
     """
     turns = split_turns(_normalise(text))
     while turns and turns[-1].role == "user":
         turns.pop()
     if not turns:
-        raise HHDrop("the dialogue has no assistant turn", "hh: no answer", field)
+        raise RowDropped("the dialogue has no assistant turn", kind="hh: no answer", field=field)
     if turns[0].role != "user":
-        raise HHDrop("the prompt is empty", "hh: empty", field)
+        raise RowDropped("the prompt is empty", kind="hh: empty", field=field)
     if not turns[-1].text.strip():
-        raise HHDrop("the answer is empty", "hh: empty", field)
+        raise RowDropped("the answer is empty", kind="hh: empty", field=field)
     return turns
 
 
@@ -85,11 +78,11 @@ def split_turns(text: str) -> list[Turn]:
     """The turns of a text that begins with a tag; text before the first tag is an error.
 
     Raises:
-        HHDrop: It does not begin with a tag.
+        RowDropped: It does not begin with a tag.
     """
     tags = list(_TAG.finditer(text))
     if not tags or text[: tags[0].start()].strip():
-        raise HHDrop("the dialogue does not begin with a Human: or Assistant: tag", "hh: no tag", "")
+        raise RowDropped("the dialogue does not begin with a Human: or Assistant: tag", kind="hh: no tag", field="")
     ends = [tag.start() for tag in tags[1:]] + [len(text)]
     return [Turn(_ROLES[tag.group(1)], text[tag.end() : end]) for tag, end in zip(tags, ends)]
 
@@ -132,7 +125,7 @@ def _without_newline(text: str) -> str:
 def _cut(text: str, field: str) -> tuple[str, str]:
     head, tag, answer = text.rpartition(ASSISTANT)
     if not tag:
-        raise HHDrop("there is no Assistant: turn", "hh: no answer", field)
+        raise RowDropped("there is no Assistant: turn", kind="hh: no answer", field=field)
     if not head.strip():
-        raise HHDrop("the prompt is empty", "hh: empty", field)
+        raise RowDropped("the prompt is empty", kind="hh: empty", field=field)
     return head + tag, _without_newline(answer)

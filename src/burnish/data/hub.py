@@ -39,7 +39,9 @@ def _load(repo: str, subset: str | None) -> Any:
 
         raise unreachable(repo, error) from error
     except ValueError as error:
-        raise DataError(f"the hub data set cannot be read: {str(error)[:300]}", where=repo, remedy="set data.subset") from error
+        raise DataError(
+            f"the hub data set cannot be read: {str(error)[:300]}", where=repo, remedy="set data.subset"
+        ) from error
 
 
 def hub_splits(repo: str, subset: str | None) -> list[str]:

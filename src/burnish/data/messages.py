@@ -13,7 +13,9 @@ from burnish.data.strict_json import describe
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-ORDER = "accepted: an optional system message, then user and assistant in turn (tool messages after an assistant's call)"
+ORDER = (
+    "accepted: an optional system message, then user and assistant in turn (tool messages after an assistant's call)"
+)
 SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -78,7 +80,9 @@ def _from_csv(value: str, field: str) -> Any:
 
 def _check_message(item: Any, field: str, strip_control: bool) -> Message:
     if not isinstance(item, dict):
-        raise RowError(f'expected an object like {{"role": …, "content": …}}, found {describe(item)}', kind="type", field=field)
+        raise RowError(
+            f'expected an object like {{"role": …, "content": …}}, found {describe(item)}', kind="type", field=field
+        )
     role = item.get("role")
     if role not in ROLES:
         raise RowError(
@@ -122,7 +126,10 @@ def check_order(messages: Sequence[Message], field: str, *, final: str | None = 
         if role not in _followers(before):
             after = f"after {before}" if before else "first"
             raise RowError(
-                f"{role} cannot come {after}; {ORDER}", kind="role order", field=f"{field}[{i}].role", remedy=SKIP_REMEDY
+                f"{role} cannot come {after}; {ORDER}",
+                kind="role order",
+                field=f"{field}[{i}].role",
+                remedy=SKIP_REMEDY,
             )
         before = role
     if final is not None and before != final:
@@ -158,7 +165,9 @@ def from_sharegpt(value: Any, field: str, *, system: Any = None, strip_control: 
             messages.append(_check_message(turn, f"{field}[{i}]", strip_control))
             continue
         if not isinstance(turn, dict) or "from" not in turn:
-            raise RowError(f'expected {{"from": …, "value": …}}, found {describe(turn)}', kind="type", field=f"{field}[{i}]")
+            raise RowError(
+                f'expected {{"from": …, "value": …}}, found {describe(turn)}', kind="type", field=f"{field}[{i}]"
+            )
         role = SHAREGPT_ROLES.get(str(turn["from"]).lower())
         if role is None:
             known = ", ".join(SHAREGPT_ROLES)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -40,8 +41,19 @@ class Problem:
         """The place, `file:line`."""
         return f"{self.file}:{self.line}" if self.line is not None else self.file
 
+    @property
+    def row(self) -> str:
+        """The row's short name, as groups bear it: the file's last part and the line."""
+        return row_name(self.file, self.line)
+
     def __str__(self) -> str:
         return f"{self.where}: {self.field + ': ' if self.field else ''}{self.message}"
+
+
+def row_name(file: str, line: int | None) -> str:
+    """The short name of a row: the file's last part and the line."""
+    name = file.rpartition("/")[2]
+    return f"{name}:{line}" if line is not None else name
 
 
 class RowError(ValueError):
@@ -54,6 +66,15 @@ class RowError(ValueError):
     def at(self, file: str, line: int | None) -> Problem:
         """The problem at its place."""
         return Problem(file, line, self.field, self.message, self.remedy, self.kind)
+
+
+class RowDropped(RowError):
+    """A row that the rules of its format leave out (a tie, say): counted and named, but no reason to stop."""
+
+    def __init__(self, message: str, *, kind: str, field: str = "") -> None:
+        super().__init__(
+            message, kind=kind, field=field, remedy="nothing to do: the format's rules leave such rows out"
+        )
 
 
 class DataProblems(DataError):
@@ -75,7 +96,7 @@ class DataProblems(DataError):
 
 @dataclass(slots=True)
 class ProblemLog:
-    """Collects problems: the first `listed` ones in full, all of them by kind."""
+    """Collects problems: the first `listed` ones in full, all of them by kind; `on_refused` hears of every row."""
 
     on_error: Literal["raise", "skip"] = "raise"
     listed: int = LISTED
@@ -85,10 +106,22 @@ class ProblemLog:
     fatal: list[Problem] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
     dropped: list[Problem] = field(default_factory=list)
+    on_refused: Callable[[Problem], None] | None = None
+
+    @contextmanager
+    def counting(self, refuse: Callable[[Problem], None]) -> Iterator[None]:
+        """Tell `refuse` of every row that is refused within the block."""
+        before, self.on_refused = self.on_refused, refuse
+        try:
+            yield
+        finally:
+            self.on_refused = before
 
     def drop(self, problem: Problem) -> None:
         """Record a row that the rules of its format leave out; named and counted, never raised."""
         self.dropped.append(problem)
+        if self.on_refused:
+            self.on_refused(problem)
 
     def add(self, problem: Problem) -> None:
         """Record a problem."""
@@ -98,6 +131,8 @@ class ProblemLog:
             self.fatal.append(problem)
         if len(self.problems) < self.listed:
             self.problems.append(problem)
+        if self.on_refused and not problem.fatal:
+            self.on_refused(problem)
 
     def note(self, file: str, text: str) -> None:
         """Record something that was accepted but should be said (a byte-order mark, say), once a file and text."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from burnish.data.problems import Problem
+
 NAMED = 5
 
 
@@ -70,6 +72,10 @@ class SplitReport:
     sources: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def refuse(self, problem: Problem) -> None:
+        """Count a malformed row."""
+        self.malformed.add(f"{problem.row} ({problem.message})")
+
     @property
     def tokens(self) -> int:
         """Tokens of prompts (each once) and completions."""
@@ -134,6 +140,8 @@ class DataReport:
         """The report that `to_json` gave."""
         splits: dict[str, SplitReport] = {}
         for name, values in data["splits"].items():
-            named = {k: Named(**v) if isinstance(v, dict) and set(v) == {"count", "rows"} else v for k, v in values.items()}
+            named = {
+                k: Named(**v) if isinstance(v, dict) and set(v) == {"count", "rows"} else v for k, v in values.items()
+            }
             splits[name] = SplitReport(**named)
         return cls(splits, data["held_out_from"], list(data["notes"]))

@@ -26,7 +26,9 @@ class Split:
     @property
     def needs_total(self) -> bool:
         """The bounds depend on the number of rows."""
-        return any(bound is not None and (bound.endswith("%") or bound.startswith("-")) for bound in (self.start, self.stop))
+        return any(
+            bound is not None and (bound.endswith("%") or bound.startswith("-")) for bound in (self.start, self.stop)
+        )
 
     def span(self, total: int | None) -> tuple[int, int | None]:
         """First position and the one behind the last; percentages are rounded to the nearest row.
@@ -57,7 +59,9 @@ def parse_split(text: str | None) -> Split:
     name, start, stop = found.groups()
     for bound in (start, stop):
         if bound and not bound.endswith("%") and "." in bound:
-            raise DataError(f"{bound} in {text!r} is not a whole row number", where="data.split", remedy="write train[:100]")
+            raise DataError(
+                f"{bound} in {text!r} is not a whole row number", where="data.split", remedy="write train[:100]"
+            )
         if bound and bound.endswith("%") and abs(float(bound[:-1])) > 100:
             raise DataError(f"{bound} in {text!r} is over 100 %", where="data.split", remedy="write at most 100%")
     return Split(name, start, stop)

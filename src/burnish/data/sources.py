@@ -137,7 +137,9 @@ def _local_files(text: str) -> dict[str, list[tuple[Path, str]]] | None:
         files = [(p, str(p)) for p in matches if p.is_file() and file_kind(p)]
         if not files:
             raise DataError(
-                f"no file matches; accepted are {ACCEPTED}", where=text, remedy="check the pattern (quote it in a shell)"
+                f"no file matches; accepted are {ACCEPTED}",
+                where=text,
+                remedy="check the pattern (quote it in a shell)",
             )
         return {"train": files}
     return None
@@ -192,8 +194,7 @@ def _looks_like_path(text: str) -> bool:
         or text.startswith((".", "~"))
         or text.count("/") != 1
         or file_kind(path) is not None
-        or path.parent.is_dir()
-        and str(path.parent) != "."
+        or (path.parent.is_dir() and str(path.parent) != ".")
     )
 
 

@@ -63,14 +63,15 @@ def encode_examples(
     """Groups of the examples, in their order; what is left out goes to the log and the report."""
     groups: list[Group] = []
     names: set[str] = set()
-    for start in range(0, len(examples), BATCH):
-        chunk = examples[start : start + BATCH]
-        for example, turns in _drafts(chunk, encoding, log, report):
-            made = [_finish(example, turn, draft, encoding, log, report) for turn, draft in turns]
-            kept = [group for group in made if group is not None]
-            report.kept += bool(kept)
-            for group in kept:
-                groups.append(_unique(group, names))
+    with log.counting(report.refuse):
+        for start in range(0, len(examples), BATCH):
+            chunk = examples[start : start + BATCH]
+            for example, turns in _drafts(chunk, encoding, log, report):
+                made = [_finish(example, turn, draft, encoding, log, report) for turn, draft in turns]
+                kept = [group for group in made if group is not None]
+                report.kept += bool(kept)
+                for group in kept:
+                    groups.append(_unique(group, names))
     for group in groups:
         report.prompt_tokens += len(group.prompt)
         report.completion_tokens += sum(len(c.ids) for c in group.completions)
@@ -295,7 +296,8 @@ def _finish(
         id=_group_id(example, turn),
         prompt=np.asarray(fit.draft.prompt, dtype=np.int32),
         completions=tuple(
-            Completion(np.asarray(t.ids, dtype=np.int32), np.asarray(t.mask, dtype=np.bool_)) for t in fit.draft.completions
+            Completion(np.asarray(t.ids, dtype=np.int32), np.asarray(t.mask, dtype=np.bool_))
+            for t in fit.draft.completions
         ),
         columns=dict(example.columns),
         tags={"source": example.source},
@@ -324,5 +326,4 @@ def _identical(example: Example, encoding: Encoding, log: ProblemLog, report: Sp
 
 
 def _group_id(example: Example, turn: int | None) -> str:
-    name = f"{example.file.rpartition('/')[2]}:{example.line}"
-    return name if turn is None else f"{name}#{turn + 1}"
+    return example.place if turn is None else f"{example.place}#{turn + 1}"

@@ -345,9 +345,7 @@ class Trainer:
             meta = {**self.job.stamp, "threads": torch.get_num_threads(), "ranks": self.job.runtime.world}
             save_checkpoint(stage_dir, self.state, meta)
             best = self.state.counters.best_step if self.job.settings.load_best_model_at_end else None
-            prune_checkpoints(
-                stage_dir, self.job.settings.save_total_limit, best=best, newest=self.state.counters.step
-            )
+            prune_checkpoints(stage_dir, self.job.settings.save_total_limit, best=best, newest=self.state.counters.step)
         self.job.runtime.barrier()
 
     def _resume(self) -> int | None:

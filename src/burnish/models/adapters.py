@@ -23,6 +23,7 @@ from burnish.errors import ConfigError
 from burnish.models.folder import inspect_model_folder
 
 ADAPTER = "default"
+RIGHT_BASE = "set base_model_name_or_path in adapter_config.json to the model it was trained on"
 TASK_TYPES = {"lm": "CAUSAL_LM", "score": "SEQ_CLS"}
 
 _QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -206,15 +207,14 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     except (ValueError, RuntimeError, KeyError) as e:
         raise ConfigError(
             f"the adapter does not fit {type(model).__name__}: {str(e).splitlines()[0]}",
-            where=str(folder), remedy="set base_model_name_or_path in adapter_config.json to the model it was trained on",
+            where=str(folder), remedy=RIGHT_BASE,
         ) from None  # fmt: skip
     expected = set(peft.get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False))
     if expected != found.tensors:
         odd = sorted(expected ^ found.tensors)
         raise ConfigError(
             f"the adapter does not fit {type(model).__name__}: {odd[0]} is on one side only ({len(odd)} such tensors)",
-            where=str(folder), found=odd[:8],
-            remedy="set base_model_name_or_path in adapter_config.json to the model it was trained on",
+            where=str(folder), found=odd[:8], remedy=RIGHT_BASE,
         )  # fmt: skip
     merged = wrapped.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
     return merged.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""Writing a result that plain transformers (or PEFT) loads: weights, configuration, tokenizer, chat template; nothing more."""
+"""Writing a result that plain transformers or PEFT loads: weights, configuration, tokenizer, template; nothing more."""
 
 from __future__ import annotations
 
@@ -14,13 +14,10 @@ from torch import Tensor
 
 from burnish.errors import ConfigError
 from burnish.models.adapters import is_peft, merge_copy, save_adapter
+from burnish.models.fingerprint import TOKENIZER_FILES
 from burnish.models.load import BuiltModel, Head, LoadedFrom, load_tokenizer, quiet
 from burnish.models.reward_head import PadToken, save_tokenizer_with_pad
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "vocab.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 TRAINING_INFO = ("base_model_path", "training_config", "model_type", "dataset_name", "train_samples", "eval_samples")
 ExportDtype = Literal["source", "masters"]
 
@@ -37,7 +34,7 @@ def export_model(
         tokenizer_source: Folder of the tokenizer; None writes none.
         head: "lm" or "score".
         extra: Goes into training_info.pt; of the keys in TRAINING_INFO those that are missing become None.
-        dtype: Type of full weights: "source" = as the base is stored (bf16 stays bf16), "masters" = as they were trained.
+        dtype: Type of full weights: "source" = as the base is stored (bf16 stays bf16), "masters" = as trained.
         chat_template: The template that this stage used; None keeps the tokenizer's own.
         stop_ids: End-of-turn ids that `generate` must stop at, added to the generation settings.
     """
@@ -65,8 +62,17 @@ def _choose_dtype(built: BuiltModel, dtype: ExportDtype | torch.dtype) -> torch.
 
 
 def _save_full(model: Any, built: BuiltModel, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
-    with quiet():
-        model.save_pretrained(str(folder), state_dict=_cast(model.state_dict(), dtype), max_shard_size=max_shard_size)
+    generation = getattr(model, "generation_config", None)
+    try:
+        if generation is not None:  # saving checks it, and many a model's own does not pass; it is copied instead
+            model.generation_config = type(generation)()
+        with quiet():
+            tensors = _cast(model.state_dict(), dtype)
+            model.save_pretrained(str(folder), state_dict=tensors, max_shard_size=max_shard_size)
+    finally:
+        if generation is not None:
+            model.generation_config = generation
+    (folder / "generation_config.json").unlink(missing_ok=True)
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
     for path, rate in built.loaded.dropout.items():  # switched off for training, not for whoever trains this next
@@ -116,8 +122,8 @@ def write_json(file: Path, fields: Mapping[str, Any]) -> None:
 def _save_generation_config(loaded: LoadedFrom, folder: Path, stop_ids: Sequence[int]) -> None:
     """The base's own generation settings (an exported adapter has none otherwise), with further ids to stop at."""
     target = folder / "generation_config.json"
-    own = loaded.base / "generation_config.json"
-    if own.is_file():
+    own = next((f for f in (loaded.folder / target.name, loaded.base / target.name) if f.is_file()), None)
+    if own is not None:
         shutil.copyfile(own, target)
     if not stop_ids:
         return
@@ -131,7 +137,7 @@ def _save_generation_config(loaded: LoadedFrom, folder: Path, stop_ids: Sequence
 def save_tokenizer(
     source: Path, folder: Path, *, pad: PadToken | None = None, chat_template: str | None = None
 ) -> None:
-    """Copy a tokenizer's files as they are; only a reward model's new padding token or another chat template change them."""
+    """Copy a tokenizer's files as they are, but for a reward model's new padding token and another chat template."""
     if pad is not None and pad.changes_tokenizer:
         tokenizer = load_tokenizer(source)
         if tokenizer is None:
@@ -156,7 +162,7 @@ def save_training_info(folder: Path, extra: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: A value that is no plain number, text, list or dict.
     """
-    info = {key: None for key in TRAINING_INFO} | {k: _plain(v, k) for k, v in extra.items()}
+    info = dict.fromkeys(TRAINING_INFO) | {k: _plain(v, k) for k, v in extra.items()}
     torch.save(info, folder / "training_info.pt")
 
 

@@ -1,7 +1,7 @@
 """What a model's content is, as one hash; without torch.
 
-Two folders have the same fingerprint if they hold the same weights, configuration and tokenizer, whatever their names and
-dates. Generation settings, notes and records of training do not count.
+Two folders have the same fingerprint if they hold the same weights, configuration and tokenizer, whatever their names
+and dates. Generation settings, notes and records of training do not count.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from pathlib import Path
 from burnish.errors import ConfigError
 
 CONFIGS = ("config.json", "adapter_config.json")
-TOKENIZERS = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "vocab.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "chat_template.jinja",
+    "chat_template.json",
 )  # fmt: skip
 
 _KNOWN: dict[tuple[str, int, int, int], str] = {}
@@ -36,7 +37,7 @@ def fingerprint_model(folder: str | Path) -> str:
     weights = sorted(p for p in path.glob("*.safetensors") if p.is_file()) if path.is_dir() else []
     if not weights:
         raise ConfigError("no safetensors weights here", where=str(path), remedy="give a model folder")
-    small = [path / n for n in (*CONFIGS, *TOKENIZERS) if (path / n).is_file()]
+    small = [path / n for n in (*CONFIGS, *TOKENIZER_FILES) if (path / n).is_file()]
     total = hashlib.sha256(b"burnish model 1\n")
     for file, digest in zip([*weights, *small], hash_files([*weights, *small]), strict=True):
         if file.name == "adapter_config.json":

@@ -1,4 +1,4 @@
-"""What lies in a model folder, read without torch: its kind, its weight files, their type; nothing is executed or unpickled.
+"""What lies in a model folder, read without torch: its kind, weight files and their type; nothing is run or unpickled.
 
 Pickled weights are refused, safetensors headers are checked against the file before any tensor is mapped.
 """
@@ -83,7 +83,7 @@ def inspect_model_folder(folder: str | Path) -> ModelFolder:
         there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         raise ConfigError(
             f"no config.json here, so this is no model folder (found: {there})",
-            where=str(path), remedy="give the folder that holds config.json and the weights (a stage's result is its final/)",
+            where=str(path), remedy="give the folder with config.json and the weights (a stage's result is its final/)",
         )  # fmt: skip
     config = read_json(path / "config.json")
     return _with_weights(path, find_kind(config, path), config, _find_weight_files(path))
@@ -98,7 +98,7 @@ def find_kind(config: dict[str, Any], path: Path) -> Kind:
         return "lm"
     raise ConfigError(
         f"{names[0]} is neither a causal language model nor a sequence-classification (reward) model",
-        where=str(path / "config.json"), found=names, remedy="use a decoder model such as Llama, Qwen, Mistral or GPT-2",
+        where=str(path / "config.json"), found=names, remedy="use a decoder such as Llama, Qwen, Mistral or GPT-2",
     )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def _with_weights(path: Path, kind: Kind, config: dict[str, Any], files: list[Pa
         pickles = sorted(p.name for pattern in PICKLES for p in path.glob(pattern) if p.name != "training_info.pt")
         if pickles:
             raise ConfigError(
-                f"the weights are pickled ({pickles[0]}); reading a pickle can run any code, so only safetensors is read",
+                f"the weights are pickled ({pickles[0]}); a pickle can run any code, so only safetensors is read",
                 where=str(path), found=pickles, remedy=CONVERT,
             )  # fmt: skip
         raise ConfigError(

@@ -123,13 +123,13 @@ def freeze_all_but_top(model: PreTrainedModel, top_k: int, *, head: str) -> list
     ]
     if head == "lm" and is_tied(model):
         notes.append(
-            "the input embedding is tied to the head and trains too (untie_embeddings: true gives the head its own weights)"
+            "the input embedding is tied to the head and trains too (untie_embeddings: true gives the head its own)"
         )
     return notes
 
 
 def find_no_decay(model: nn.Module, names: list[str]) -> frozenset[str]:
-    """Of these parameter names those that weight decay leaves alone: biases and what belongs to norms (one dimension)."""
+    """Of these parameters those that weight decay leaves alone: biases, norms, whatever has one dimension."""
     parameters = dict(model.named_parameters())
     norms = {
         f"{prefix}.{name}" if prefix else name

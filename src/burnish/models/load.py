@@ -1,14 +1,13 @@
 """Loading models: what may be loaded, in which type, what of it trains; and a clear word where it may not.
 
-Only safetensors is read, code from a model's repository runs only when `trust_remote_code` is set, and the global random
-state is the same after loading as before.
+Only safetensors is read, code from a model's repository runs only when `trust_remote_code` is set, and the global
+random state is the same after loading as before.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -126,18 +125,19 @@ def resolve_model_path(name: str, *, revision: str | None = None) -> str:
                 where="revision", found=revision, remedy="remove revision, or give a hub id as model",
             )  # fmt: skip
         return str(local.resolve())
-    if _HUB_ID.match(name) and not name.startswith(".") and not os.path.isabs(name):
+    if _HUB_ID.match(name):
         return name
     parent = local.parent
     near = difflib.get_close_matches(local.name, [p.name for p in parent.iterdir()] if parent.is_dir() else [], n=1)
     raise ConfigError(
         f"there is no model {name!r}: no such folder",
-        where="model", found=name, remedy=f"did you mean {parent / near[0]}?" if near else "give a folder, a bundled model or a hub id",
+        where="model", found=name,
+        remedy=f"did you mean {parent / near[0]}?" if near else "give a folder, a bundled model or a hub id",
     )  # fmt: skip
 
 
 def fetch_model_folder(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
-    """The local folder of a resolved model: itself, or the hub's snapshot (no pickles; offline it must be in the cache)."""
+    """The local folder of a resolved model: itself, or the hub's snapshot, without pickles (offline: from the cache)."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
@@ -177,10 +177,11 @@ def quiet() -> Iterator[None]:
 
 
 def load_model(
-    path: str, *, head: Head, dtype: torch.dtype, seed: int = 0, head_init_std: float = 0.02, revision: str | None = None,
-    trust_remote_code: bool = False, disable_dropout: bool = False, need_trained_head: bool = False,
+    path: str, *, head: Head, dtype: torch.dtype, seed: int = 0, head_init_std: float = 0.02,
+    revision: str | None = None, trust_remote_code: bool = False, disable_dropout: bool = False,
+    need_trained_head: bool = False,
 ) -> tuple[PreTrainedModel, LoadedFrom]:  # fmt: skip
-    """Load a model folder (or hub id, or PEFT folder: base + adapter, added to the weights) as a language or reward model.
+    """Load a model folder, hub id or PEFT folder (base + adapter, added to the weights) as language or reward model.
 
     Args:
         path: As `resolve_model_path` gave it.
@@ -279,7 +280,8 @@ def _load_config(folder: ModelFolder, trust: bool) -> Any:
         hint = f"; the nearest that it knows: {', '.join(near)}" if near else ""
         raise ConfigError(
             f"transformers cannot read the configuration (model_type {name!r}): {str(e).splitlines()[0][:200]}",
-            where=str(folder.path / "config.json"), found=name, remedy=f"use an architecture that transformers has{hint}",
+            where=str(folder.path / "config.json"), found=name,
+            remedy=f"use an architecture that transformers has{hint}",
         ) from None  # fmt: skip
 
 
@@ -301,7 +303,7 @@ def _load_weights(
         except (ValueError, OSError, RuntimeError, KeyError) as e:
             raise ConfigError(
                 f"the model cannot be loaded: {str(e).splitlines()[0][:300]}",
-                where=str(folder.path), remedy="check that the folder is complete and that transformers knows the model",
+                where=str(folder.path), remedy="check that the folder is complete and its configuration right",
             ) from e  # fmt: skip
     new_head = head == "score" and folder.kind != "score"
     missing = sorted(n for n in info["missing_keys"] if not (new_head and n.startswith("score.")))
@@ -310,7 +312,8 @@ def _load_weights(
         what = "are missing" if missing else "have another shape than the configuration says"
         raise ConfigError(
             f"{len(wrong)} weights {what} (first: {wrong[0]})",
-            where=str(folder.path), found=wrong[:8], remedy="fetch or export the model again; config.json and weights differ",
+            where=str(folder.path), found=wrong[:8],
+            remedy="fetch or export the model again; config.json and weights differ",
         )  # fmt: skip
     return model
 
@@ -333,7 +336,15 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any | No
     ):
         return None
     with quiet():
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+        try:
+            return AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        except (ValueError, OSError, KeyError, TypeError) as e:
+            raise ConfigError(
+                f"the tokenizer cannot be loaded: {str(e).splitlines()[0][:200]}",
+                where=str(folder), remedy="fetch the model again; one with code of its own needs trust_remote_code: true",
+            ) from None  # fmt: skip
 
 
 def _finish_reward_model(model: PreTrainedModel, source: LoadedFrom, *, seed: int, std: float, trust: bool) -> None:
@@ -341,14 +352,14 @@ def _finish_reward_model(model: PreTrainedModel, source: LoadedFrom, *, seed: in
     if source.fresh_head:
         init_score_head(model, seed=seed, std=std)
         source.notes.append(f"new score head: N(0, {std}²), seed {seed}")
-    folder = source.folder if load_tokenizer(source.folder) is not None else source.base
-    file = source.base / "generation_config.json"
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust)
-    source.pad = choose_pad_token(model, tokenizer, read_json(file) if file.is_file() else None)
+    folders = dict.fromkeys((source.folder, source.base))
+    file = next((f / "generation_config.json" for f in folders if (f / "generation_config.json").is_file()), None)
+    tokenizer = next((t for f in folders if (t := load_tokenizer(f, trust_remote_code=trust)) is not None), None)
+    source.pad = choose_pad_token(model, tokenizer, read_json(file) if file else None)
     set_pad_token(model, source.pad)
     if source.pad.changes_tokenizer:
         source.notes.append(
-            f"padding token of the reward model: {source.pad.token} (id {source.pad.id}); the tokenizer's own could end a text"
+            f"padding token of the reward model: {source.pad.token} (id {source.pad.id}); the tokenizer's own is no pad"
         )
 
 
@@ -386,8 +397,8 @@ def _check_settings(s: TrainSettings) -> None:
 
 
 def find_frozen_dtype(s: TrainSettings, stored: torch.dtype, compute: torch.dtype, masters: torch.dtype) -> torch.dtype:
-    """The type of what does not train. Under an adapter: the compute type. Under top_k, where frozen weights are exported
-    as well: the compute type if that loses nothing, else the masters'. fp16 only where the weights are stored so."""
+    """The type of what does not train. Under an adapter: the compute type. Under top_k, where frozen weights are
+    exported as well: the compute type if that loses nothing, else the masters'. fp16 only where it is stored so."""
     if compute not in (torch.bfloat16, torch.float16):
         return masters
     if stored == compute or (s.lora is not None and compute == torch.bfloat16):
@@ -434,8 +445,8 @@ def build_model(
     trainable = {n: p for n, p in sorted(trained.named_parameters()) if p.requires_grad}
     share = compute_share(trained)
     return BuiltModel(
-        model=trained, head=head, trainable=trainable, notes=[*notes, str(share)], fresh_adapter=settings.lora is not None,
-        share=share.value, head_parameters=find_head_parameters(trained) if head == "score" else frozenset(),
+        model=trained, head=head, trainable=trainable, notes=[*notes, str(share)],
+        fresh_adapter=settings.lora is not None, share=share.value, head_parameters=find_head_parameters(trained) if head == "score" else frozenset(),
         no_decay=find_no_decay(trained, list(trainable)), loaded=loaded,
     )  # fmt: skip
 

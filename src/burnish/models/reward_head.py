@@ -1,8 +1,8 @@
 """Reward models in transformers' own layout: a backbone, and `score`, one linear output without bias.
 
-Plain transformers reads the score at the rightmost token that is not `config.pad_token_id`. burnish reads it at the last
-token of the completion. Both agree, under padding on either side, exactly when no completion can end in the padding token;
-`choose_pad_token` finds a token for which that holds by construction and never takes the end-of-sequence token.
+Plain transformers reads the score at the rightmost token that is not `config.pad_token_id`. burnish reads it at the
+completion's last token. Both agree, under padding on either side, exactly when no completion can end in the padding
+token; `choose_pad_token` finds one for which that holds by construction, and never takes an end-of-sequence token.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def find_score(model: nn.Module) -> nn.Linear:
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise ConfigError(
             f"{type(model).__name__} has no linear `score` head with one output",
-            where="model", found=type(head).__name__, remedy="train a reward model with burnish (kind: reward) and use that",
+            where="model", found=type(head).__name__, remedy="use a reward model that a stage of kind reward trained",
         )  # fmt: skip
     return head
 
@@ -151,8 +151,8 @@ def choose_pad_token(
     if renamed is not None:
         return PadToken(renamed, NEW_PAD, "renamed")
     raise ConfigError(
-        "no padding token can be found that a completion never ends in: padding equals the end token, and nothing is unused",
-        where="model", remedy="add a padding token to the tokenizer and a row to the embedding, save both, and use that folder",
+        "no padding token can be found that a completion never ends in: nothing in the vocabulary is unused",
+        where="model", remedy="add a padding token to the tokenizer and a row to the embedding, and save both",
     )  # fmt: skip
 
 

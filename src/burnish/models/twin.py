@@ -24,7 +24,7 @@ _SIZES = {
     "qk_head_dim": 16, "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
     "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_k": 2, "moe_topk": 2, "top_k_experts": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
     "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "sliding_window": 4, "attention_chunk_size": 4,
-    "floor_scale": 4, "index_topk": 4, "rotary_dim": 8, "word_embed_proj_dim": 64, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16,
+    "floor_scale": 4, "mamba_n_heads": 8, "mamba_d_head": 16, "index_topk": 4, "rotary_dim": 8, "word_embed_proj_dim": 64, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16,
     "dim_model_base": 64, "max_position_embeddings": 64, "n_positions": 64, "max_seq_len": 64, "n_ctx": 64,
     "embedding_size": 64, "num_kv_shared_layers": 0, "first_k_dense_replace": 1, "local_attention": 4, "window_size": 4,
     "lru_width": 64, "attention_window_size": 4, "altup_num_inputs": 2, "laurel_rank": 8,

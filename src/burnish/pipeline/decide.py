@@ -16,7 +16,17 @@ from burnish.errors import UsageError
 
 # Settings that change neither a parameter nor a figure of the result: an interrupted stage may go on with other values.
 HARMLESS = frozenset(
-    {"logging_steps", "report_to", "wandb_project", "save_steps", "save_total_limit", "devices", "name", "model", "samples"}
+    {
+        "logging_steps",
+        "report_to",
+        "wandb_project",
+        "save_steps",
+        "save_total_limit",
+        "devices",
+        "name",
+        "model",
+        "samples",
+    }
 )
 
 Action = Literal["run", "skip", "resume", "rerun"]
@@ -68,7 +78,9 @@ def decide(
         return Decision("rerun", problem) if problem else Decision("skip", "finished and unchanged")
     if same or _allowed(record, settings, inputs, allow):
         steps = [ref.step for ref in list_checkpoints(stage_dir)]
-        return Decision("resume", f"interrupted; continues from step {steps[-1]}" if steps else "interrupted before a checkpoint")
+        return Decision(
+            "resume", f"interrupted; continues from step {steps[-1]}" if steps else "interrupted before a checkpoint"
+        )
     if upstream_rerun:
         return Decision("rerun", "interrupted, and a stage before it has changed")
     raise UsageError(

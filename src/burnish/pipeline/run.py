@@ -65,7 +65,7 @@ def run_recipe(loaded: LoadedRecipe, options: RunOptions) -> int:
         return print_plan(loaded, options, sys.stdout)
     from burnish.engine.runtime import build_runtime
 
-    setup_logging(verbose=options.verbose)
+    setup_logging(1 if options.verbose else 0, redact=redact)
     for note in loaded.notes:
         log.info("%s", note)
     runtime = build_runtime(getattr(loaded.recipe.stages[0], "devices", None))
@@ -144,6 +144,8 @@ def _close_run(run: RunFolder, outcome: BaseException | None, status: int, secon
         from burnish.report.html import render_report
 
         log.info("report: %s", render_report(run.path))
+    except Exception as error:  # the run is over and recorded; a page about it must not change its outcome
+        log.warning("the report could not be written (%s: %s); `burnish report` makes it again", type(error).__name__, error)
     finally:
         detach_log_file()
         run.close()

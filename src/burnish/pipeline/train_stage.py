@@ -83,7 +83,7 @@ def run_train_stage(
     train, held_out, reference = inputs.data.train, inputs.data.held_out, None
     if method.needs_reference:
         train, held_out, reference = attach_reference(
-            settings, inputs, built, policy, precision, train, held_out, stage_dir, runtime
+            settings, inputs, built, policy, train, held_out, stage_dir, runtime
         )
     with ExitStack() as stack:
         sinks = _open_sinks(settings, stage_dir, runtime, run, label, stack)
@@ -115,7 +115,9 @@ def save_final(
         "eval_samples": len(inputs.data.held_out),
         "training_steps": outcome.steps,
     }
-    with FolderWriter(final, kind="final", meta={"stage": settings.name or settings.kind, "steps": outcome.steps}) as writer:
+    with FolderWriter(
+        final, kind="final", meta={"stage": settings.name or settings.kind, "steps": outcome.steps}
+    ) as writer:
         export_model(
             built, writer.folder, tokenizer_source=inputs.folder, head=head, extra=extra,
             dtype=choose_save_dtype(settings, built), stop_ids=sorted(inputs.tokenizer.eos_ids),
@@ -133,7 +135,12 @@ def choose_save_dtype(settings: TrainSettings, built: BuiltModel) -> Any:
 
 
 def _describe(
-    settings: TrainSettings, inputs: StageInputs, built: BuiltModel, policy: Policy, precision: PrecisionPlan, o: TrainOutcome
+    settings: TrainSettings,
+    inputs: StageInputs,
+    built: BuiltModel,
+    policy: Policy,
+    precision: PrecisionPlan,
+    o: TrainOutcome,
 ) -> dict[str, Any]:
     total = sum(p.numel() for p in built.model.parameters())
     return {

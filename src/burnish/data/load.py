@@ -1,0 +1,117 @@
+"""Sources to examples: read, map columns, normalise, note duplicates."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from burnish.data.columns import ColumnMapping, apply_mapping
+from burnish.data.formats import Example, Reading, identical, normalise
+from burnish.data.problems import SKIP_REMEDY, Problem, ProblemLog, RowDropped, RowError, row_name
+from burnish.data.readers import Row
+from burnish.data.report import SplitReport
+from burnish.data.slices import Split
+from burnish.data.sources import Source
+
+
+def load_examples(
+    source: Source,
+    split: Split,
+    reading: Reading,
+    mapping: ColumnMapping | None,
+    log: ProblemLog,
+    report: SplitReport,
+    *,
+    drop_identical: bool = False,
+) -> list[Example]:
+    """The examples of a split; malformed rows go to the log and the report."""
+    if mapping is not None and mapping.chat and reading.format == "auto":
+        reading = replace(reading, format="instruct")
+    with log.counting(report.refuse):
+        found = list(_examples(source, split, reading, mapping, log, report, drop_identical))
+    report.rows_read += report.malformed.count
+    _count_duplicates(found, report)
+    return found
+
+
+def _examples(
+    source: Source,
+    split: Split,
+    reading: Reading,
+    mapping: ColumnMapping | None,
+    log: ProblemLog,
+    report: SplitReport,
+    drop_identical: bool,
+) -> Iterator[Example]:
+    ids: dict[str, str] = {}
+    for row in source.rows(split, log):
+        try:
+            _check_id(row, ids)
+            example = normalise(Row(row.file, row.line, apply_mapping(row.data, mapping)), reading)
+        except RowDropped as dropped:
+            log.drop(dropped.at(row.file, row.line))
+            continue
+        except RowError as error:
+            log.add(error.at(row.file, row.line))
+            continue
+        if identical(example) and not drop_identical:
+            log.add(_identical(example))
+            continue
+        report.rows_read += 1
+        if identical(example):
+            report.identical.add(example.place)
+            continue
+        example.source = source.name
+        yield example
+
+
+def _identical(example: Example) -> Problem:
+    error = RowError(
+        "chosen and rejected are equal",
+        kind="identical pair",
+        field="rejected",
+        remedy="remove such rows, or set data.drop_identical: true (then left out and counted)",
+    )
+    return error.at(example.file, example.line)
+
+
+def _check_id(row: Row, ids: dict[str, str]) -> None:
+    value = row.data.get("id")
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        return
+    key, place = f"{type(value).__name__}:{value}", row_name(row.file, row.line)
+    if key in ids:
+        raise RowError(
+            f"the id {value!r} stands at {ids[key]} already",
+            kind="duplicate id",
+            field="id",
+            remedy=f"give each row an id of its own, or remove the column; {SKIP_REMEDY}",
+        )
+    ids[key] = place
+
+
+def _count_duplicates(examples: list[Example], report: SplitReport) -> None:
+    seen: dict[bytes, str] = {}
+    for example in examples:
+        key = hashlib.blake2b(_content(example).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if key in seen:
+            report.duplicates.add(f"{example.place} (= {seen[key]})")
+        else:
+            seen[key] = example.place
+
+
+def _content(example: Example) -> str:
+    return json.dumps([example.prompt, example.completions], default=_plain, sort_keys=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return (
+        [getattr(value, name) for name in value.__dataclass_fields__]
+        if hasattr(value, "__dataclass_fields__")
+        else str(value)
+    )
