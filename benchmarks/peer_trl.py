@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,7 @@ def _watch(trainer: Any) -> list[float]:
 
 
 def _build_trainer(plan: Plan, mode: str, folder: Path, data: Any, tokenizer: Any, seconds: dict[str, float]) -> Any:
-    import trl
-
+    trl: Any = import_module("trl")
     arguments, path = build_arguments(plan, mode, folder), str(folder / "model")
     common = {"train_dataset": data, "processing_class": tokenizer}
     if plan.method == "dpo":
@@ -113,10 +113,10 @@ def run_trl(plan: Plan, pairs: Sequence[Pair], folder: Path, mode: str) -> dict[
         `losses`, one a step; `seconds`, all of the time between the end of the warm-up steps and the end of the last
         step, plus the timed rows' share of the reference's log-probs if computed ahead; `reference_seconds`.
     """
+    os.environ["HF_DATASETS_CACHE"] = str(folder / f"cache-{os.getpid()}")  # log-probs are computed, never found
     import datasets
     from transformers import AutoTokenizer, TrainerCallback
 
-    datasets.config.HF_DATASETS_CACHE = folder / f"cache-{os.getpid()}"
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     data = datasets.Dataset.from_list(build_rows(plan.method, pairs))

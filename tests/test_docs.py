@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,11 +68,11 @@ def test_coverage_page_has_every_line():
 
 
 def test_ids_are_found_in_names_texts_and_ranges():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        from coverage_table import find_ids, find_name_ids
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
+    spec = importlib.util.spec_from_file_location("coverage_table", ROOT / "scripts" / "coverage_table.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    find_ids, find_name_ids = module.find_ids, module.find_name_ids
     assert find_ids("S0-17 and R-03; GPT-20, XT-01, S0-178 are none") == {"S0-17", "R-03"}
     assert find_ids("T-04…T-06") == {"T-04", "T-05", "T-06"}
     assert find_name_ids("test_s0_17_counts_of_r_06") == {"S0-17", "R-06"}

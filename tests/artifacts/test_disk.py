@@ -1,7 +1,6 @@
 """Paths that stay inside, free space, redaction (R-29), deletion (R-15), environment."""
 
 import hashlib
-import os
 from pathlib import Path
 
 import pytest
@@ -174,4 +173,3 @@ def test_git_commit(tmp_path):
     assert git_commit(tmp_path) == "b" * 40
     (git / "HEAD").write_text("c" * 40)
     assert git_commit(tmp_path) == "c" * 40
-    assert os.getcwd()

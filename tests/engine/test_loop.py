@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.engine.tiny import build_groups, build_method, build_policy, trainable
 
 from burnish import faults
 from burnish.artifacts.checkpoints import list_checkpoints
 from burnish.config.stages import DpoSettings, SftSettings
-from burnish.engine.loop import TrainJob, run_training
+from burnish.engine.job import TrainJob
+from burnish.engine.loop import run_training
 from burnish.engine.runtime import Runtime
 from burnish.errors import InterruptedRun, NumericStop, ResourceError
 from burnish.track.metrics import read_metrics
+from tests.engine.tiny import build_groups, build_method, build_policy, trainable
 
 
 def make_job(folder: Path | None, name: str = "sigmoid", *, n: int = 20, held_out: int = 6, **changes) -> TrainJob:
@@ -97,7 +98,7 @@ def test_t37_global_random_state_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("place", ["step.nan_loss", "step.nan_logprobs", "step.nan_gradient"])
 def test_r05_a_nan_changes_no_parameter(tmp_path, place, fault):
-    """R-05, T-30: the step is skipped and logged with its rows; parameters, moments and schedule stay; training goes on."""
+    """R-05, T-30: the step is skipped and logged with its rows; parameters, moments and schedule stay."""
     job = make_job(tmp_path / "a", num_train_epochs=1.0, max_steps=3)
     seen: list[str] = []
     job.on_step = lambda step, figures, seconds: seen.append(digest(job))
@@ -208,7 +209,7 @@ def test_s4_06_a_signal_saves_the_current_step(tmp_path, signum):
 
 
 def test_r03_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, caplog):
-    """R-03: a flipped byte is found by the hash; the result is the same bits; with none left: an error, no fresh start."""
+    """R-03: a flipped byte is found by the hash; same bits in the end; with none left: an error, no fresh start."""
     expected = finish(make_job(tmp_path / "a"))
     run_training(make_job(tmp_path / "b", save_total_limit=0))
     for step in (9, 10):

@@ -17,7 +17,9 @@ def _group(i: int, prompt: int, lengths: list[int]) -> Group:
     return Group(f"g{i}", np.ones(prompt, np.int32), completions)
 
 
-rows = st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(1, 30), min_size=1, max_size=4)), min_size=1, max_size=20)
+rows = st.lists(
+    st.tuples(st.integers(1, 30), st.lists(st.integers(1, 30), min_size=1, max_size=4)), min_size=1, max_size=20
+)
 
 
 @settings(max_examples=150, deadline=None)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from tests.engine.tiny import build_groups
 
 from burnish.engine.source import OfflineSource, extend_ledger
 from burnish.errors import DataError
+from tests.engine.tiny import build_groups
 
 
 def _source(n: int = 10, **changes) -> OfflineSource:
@@ -49,4 +49,6 @@ def test_t21_a_run_that_would_do_no_step_is_an_error():
 def test_the_ledger_depends_on_order():
     groups = build_groups(3)
     assert extend_ledger("", groups) != extend_ledger("", groups[::-1])
-    assert extend_ledger(extend_ledger("", groups[:1]), groups[1:]) == extend_ledger(extend_ledger("", groups[:1]), groups[1:])
+    assert extend_ledger(extend_ledger("", groups[:1]), groups[1:]) == extend_ledger(
+        extend_ledger("", groups[:1]), groups[1:]
+    )

@@ -11,17 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.engine.tiny import build_groups, build_method, build_policy, trainable
 
 from burnish.engine.plan import build_plan
 from burnish.engine.runtime import Runtime
 from burnish.engine.step import StepContext, Stopped, compute_gradient
+from tests.engine.tiny import build_groups, build_method, build_policy, trainable
 
 METHODS = ["sft", "reward", "sigmoid", "hinge", "ipo", "coupled"]
 CUTS = [(10_000, None), (10_000, 1), (10_000, 3), (60, None), (30, None), (12, None)]
 
 
-def run_step(name: str, budget: int, cap: int | None = None, *, n: int = 7, world: int = 1, runtime: Runtime | None = None, **kw):
+def run_step(
+    name: str, budget: int, cap: int | None = None, *, n: int = 7, world: int = 1, runtime: Runtime | None = None, **kw
+):
     """(figures, flat gradient, next state) of one step in fp64."""
     method, head, k, reference = build_method(name)
     policy = build_policy(head, **kw)

@@ -34,8 +34,10 @@ def build_groups(n: int, *, seed: int = 0, k: int = 2, reference: bool = False, 
     return groups
 
 
-def build_policy(head: str = "lm", *, dtype: torch.dtype = torch.float64, seed: int = 0, layers: int = 2, **config: Any):
-    """A random GPT-2 policy of hidden size 32: unlike the RMS norms of newer models, its norms really compute in fp64."""
+def build_policy(
+    head: str = "lm", *, dtype: torch.dtype = torch.float64, seed: int = 0, layers: int = 2, **config: Any
+):
+    """A random GPT-2 policy: unlike the RMS norms of newer models, its norms really compute in fp64."""
     from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
     from burnish.models.policy import Policy

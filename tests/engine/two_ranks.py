@@ -6,9 +6,9 @@ import json
 import sys
 
 import torch
-from tests.engine.test_step import METHODS, run_step
 
 from burnish.engine.runtime import build_runtime
+from tests.engine.test_step import METHODS, run_step
 
 
 def main() -> None:

@@ -2,9 +2,9 @@
 
     python -m tests.losses.make_golden [PATH]
 
-TRL is asked through `tools/trl_oracle.py` of the shared folder (BURNISH_SHARED, or ../shared), which holds no formula of its
-own. The models are those of `tests/losses/tiny.py`. Run it again when TRL's minor version changes, and say in the CHANGELOG
-what moved.
+TRL is asked through `tools/trl_oracle.py` of the shared folder (BURNISH_SHARED, or ../shared), which holds no formula
+of its own. The models are those of `tests/losses/tiny.py`. Run it again when TRL's minor version changes, and say in
+the CHANGELOG what moved.
 """
 
 from __future__ import annotations

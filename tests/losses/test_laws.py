@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -53,8 +54,8 @@ def gradient(total: Tensor, pairs: Pairs) -> list[Tensor]:
 @pytest.mark.parametrize(("name", "smoothing"), CASES)
 def test_doubled_data_double_the_sum_and_leave_the_mean(name: str, smoothing: float) -> None:
     loss, pairs = build_loss(name, smoothing), draw_pairs(5)
-    twice = Pairs(*(torch.cat([getattr(pairs, f)] * 2) for f in FIELDS))
-    assert float(loss(twice).loss.sum()) == pytest.approx(2 * float(loss(pairs).loss.sum()), rel=1e-13)
+    twice = Pairs(*(torch.cat([getattr(pairs, f).detach()] * 2) for f in FIELDS))
+    assert loss(twice).loss.sum().item() == pytest.approx(2 * loss(pairs).loss.sum().item(), rel=1e-13)
 
 
 @pytest.mark.parametrize(("name", "smoothing"), CASES)
@@ -63,9 +64,9 @@ def test_doubled_data_double_the_sum_and_leave_the_mean(name: str, smoothing: fl
 def test_any_split_adds_up_in_value_and_gradient(name: str, smoothing: float, cuts: list[int], seed: int) -> None:
     loss, pairs = build_loss(name, smoothing), draw_pairs(9, seed)
     edges = [0, *sorted(cuts), 9]  # empty parts and all
-    parts = [loss(take(pairs, slice(a, b))).loss.sum() for a, b in zip(edges, edges[1:])]
+    parts = [loss(take(pairs, slice(a, b))).loss.sum() for a, b in pairwise(edges)]
     whole, split = loss(pairs).loss.sum(), torch.stack(parts).sum()
-    assert float(split) == pytest.approx(float(whole), rel=1e-12)
+    assert split.item() == pytest.approx(whole.item(), rel=1e-12)
     for a, b in zip(gradient(whole, pairs), gradient(split, pairs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
 

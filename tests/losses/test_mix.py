@@ -54,7 +54,7 @@ def test_t01_label_smoothing_is_refused_where_it_does_nothing(name: str) -> None
     if name in SMOOTHED_LOSSES:
         assert "label_smoothing" in build_mix(name, None, settings(label_smoothing=0.3))[0].settings
     else:
-        with pytest.raises(ConfigError, match="label_smoothing is 0.3"):
+        with pytest.raises(ConfigError, match=r"label_smoothing is 0\.3"):
             build_mix(name, None, settings(label_smoothing=0.3))
 
 

@@ -1,7 +1,7 @@
 """Tiny models whose weights any machine can rebuild, and the inputs of the golden values.
 
-The weights come from numpy's PCG64 stream, parameter by parameter in sorted order, so that they depend neither on torch's
-generator nor on the order in which transformers initialises its layers.
+The weights come from numpy's PCG64 stream, parameter by parameter in sorted order, so that they depend neither on
+torch's generator nor on the order in which transformers initialises its layers.
 """
 
 from __future__ import annotations

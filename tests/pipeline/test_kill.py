@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from tests.forkserver import ForkServer
 from tests.pipeline.tiny_folder import build_model_folder, write_rows
 
@@ -46,8 +47,29 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build_command(inputs: Path, kind: str, lora: bool, out: Path) -> list[str]:
     data = inputs / ("chat.jsonl" if kind == "sft" else "pairs.jsonl")
-    command = [kind, "--model", str(inputs / "model"), "--data", str(data), "--output-dir", str(out), "--run-name", "run"]
-    command += ["--batch-size", "2", "--max-steps", "10", "--save-steps", "3", "--learning-rate", "1e-3", "--precision", "fp32"]
+    command = [
+        kind,
+        "--model",
+        str(inputs / "model"),
+        "--data",
+        str(data),
+        "--output-dir",
+        str(out),
+        "--run-name",
+        "run",
+    ]
+    command += [
+        "--batch-size",
+        "2",
+        "--max-steps",
+        "10",
+        "--save-steps",
+        "3",
+        "--learning-rate",
+        "1e-3",
+        "--precision",
+        "fp32",
+    ]
     command += ["--validation-split", "0.25", "--eval-steps", "4", "--seed", "3"]
     return [*command, "--lora.r", "4"] if lora else command
 
@@ -75,7 +97,9 @@ def run_until_done(server: ForkServer, command: list[str], out: Path, **first) -
     return begin, starts
 
 
-def check_kills(server: ForkServer, inputs: Path, kind: str, lora: bool, tmp: Path, points: list[str], randoms: int) -> None:
+def check_kills(
+    server: ForkServer, inputs: Path, kind: str, lora: bool, tmp: Path, points: list[str], randoms: int
+) -> None:
     run_until_done(server, build_command(inputs, kind, lora, tmp / "calm"), tmp / "calm")
     expected = compute_digest(tmp / "calm" / "run")
     killed = 0
@@ -95,7 +119,7 @@ def check_kills(server: ForkServer, inputs: Path, kind: str, lora: bool, tmp: Pa
 
 @pytest.mark.parametrize(("kind", "lora"), [("sft", False), ("reward", True), ("dpo", False)])
 def test_r01_one_kill(server, inputs, kind, lora, tmp_path):
-    """R-01: killed in the middle of a step and in the middle of a save, continued by the same command: the same bits."""
+    """R-01: killed in the middle of a step and of a save, continued by the same command: the same bits."""
     check_kills(server, inputs, kind, lora, tmp_path, ["update.after_optimizer:7", "folder.manifest:2"], 0)
 
 

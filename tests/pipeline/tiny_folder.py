@@ -11,7 +11,13 @@ import torch
 
 from burnish.data.bundled import resolve_data, resolve_model
 
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 def build_model_folder(folder: Path, *, seed: int = 0, hidden: int = 32, layers: int = 2) -> Path:

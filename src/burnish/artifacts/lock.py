@@ -176,6 +176,8 @@ def _take(fd: int, *, shared: bool = False, patience: float = 0.5) -> bool:
 def _take_by_pid(fd: int) -> bool:
     """Without locks: the text decides; a holder of this boot of this host must be alive, any other is believed."""
     holder = _read(fd)
+    if any(lock._fd is not None and os.path.sameopenfile(fd, lock._fd) for lock in _HELD):
+        return False
     if not holder or holder.get("pid") == os.getpid():
         return True
     if holder.get("host") != platform.node():

@@ -135,11 +135,12 @@ class RunFolder:
         write_json_file(self.path / RUN, self.record)
 
     def finish(self, state: str, *, seconds: float, exit_code: int, error: str | None = None) -> None:
-        """Record how the run ended this time; `seconds` from the monotonic clock."""
+        """Record how the run ended this time; `seconds` from the monotonic clock (`seconds_total` adds up all starts)."""
         if state not in STATES:
             raise ValueError(f"{state!r} is not one of {STATES}")
         extra = {"error": error} if error else {}
-        self.update(state=state, ended=wall(), seconds=seconds, exit_code=exit_code, **extra)
+        total = round(float(self.record.get("seconds_total") or 0) + seconds, 3)
+        self.update(state=state, ended=wall(), seconds=seconds, seconds_total=total, exit_code=exit_code, **extra)
 
     def stage_dir(self, index: int, name: str, model: str | None = None) -> Path:
         """`[<model>/]01-sft`, created; `index` counts from 1; unfinished writes of a killed run are cleared away."""

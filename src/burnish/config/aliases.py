@@ -28,7 +28,6 @@ KEY_ALIASES: dict[str, str] = {
     "max_seq_length": "max_length",
     "max_seq_len": "max_length",
     "model_max_length": "max_length",
-    "max_new_tokens_prompt": "max_prompt_length",
     "lr": "learning_rate",
     "lr_scheduler": "lr_scheduler_type",
     "schedule": "lr_scheduler_type",
@@ -41,9 +40,7 @@ KEY_ALIASES: dict[str, str] = {
     "micro_batch_size": "per_device_train_batch_size",
     "grad_accum": "gradient_accumulation_steps",
     "gradient_accumulation": "gradient_accumulation_steps",
-    "warmup": "warmup_steps",
     "random_seed": "seed",
-    "data_seed": "seed",
     "logging_interval": "logging_steps",
     "eval_interval": "eval_steps",
     "save_interval": "save_steps",
@@ -64,10 +61,8 @@ KEY_ALIASES: dict[str, str] = {
     "lora_target_modules": "lora.target_modules",
     "use_rslora": "lora.use_rslora",
     "use_dora": "lora.use_dora",
-    "early_stopping": "early_stopping_patience",
     "project": "wandb_project",
     "logging_to": "report_to",
-    "run": "run_name",
     "experiment_name": "run_name",
 }
 
@@ -108,6 +103,7 @@ VALUE_ALIASES: dict[str, dict[str, str]] = {
 
 # Keys that other libraries have and burnish does not need, and what to write instead.
 FOREIGN_KEYS: dict[str, str] = {
+    "data_seed": "leave it out: seed is one number for all, with a stream for each purpose",
     "packing": "leave it out: rows are always laid end to end without padding",
     "padding_free": "leave it out: rows are always laid end to end without padding",
     "group_by_length": "leave it out: each step is cut by tokens, from rows sorted by length",

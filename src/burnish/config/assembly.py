@@ -143,7 +143,7 @@ class Assembly:
                 if index is not None:
                     changed |= self._override_stage(self.drafts[index], override, rest[1:])
             elif is_setting(head):
-                self._override_top(override)
+                changed |= self._override_top(override)
             elif rest and isinstance(index := find_stage(head, names, kinds, written), int):
                 changed |= self._override_stage(self.drafts[index], override, rest)
             elif rest and head in (*kinds, *written):
@@ -180,7 +180,8 @@ class Assembly:
         draft.add(Layer.COMMAND, nodes)
         return bool({"kind", "name"} & nodes.keys())
 
-    def _override_top(self, override: Override) -> None:
+    def _override_top(self, override: Override) -> bool:
+        """Returns whether the kind of a stage may be another now."""
         nodes = canonicalise(
             {override.parts[0]: nest(override.parts[1:], override.node)}, "", self.problems, self.notes
         )
@@ -194,6 +195,7 @@ class Assembly:
                     self._problem(key, "belongs to a stage", f"write STAGE.{key}=…; the stages are {names}", node.place)
             else:
                 target[key] = merge_nodes(target.get(key), node)
+        return "kind" in nodes
 
     # From layers to settings
 
@@ -261,6 +263,8 @@ class Assembly:
             if _is_given(nodes.get("models")):
                 merged.pop("model", None)
             for key, node in nodes.items():
+                if node.partial and key not in merged:
+                    continue  # changes a part of what stages set themselves
                 merged[key] = merge_nodes(merged.get(key), _expand_home(key, node))
         if "model" in merged and isinstance(merged["model"].value, list):
             node = merged.pop("model")

@@ -16,7 +16,9 @@ from burnish.config.tree import Layer, Node, Place, parse_word
 PREFIX = "BURNISH_"
 SECRET_NAMES = ("HF_TOKEN", "HUGGINGFACE_TOKEN", "WANDB_API_KEY")
 # Variables that begin like settings and are not.
-NOT_SETTINGS = {"BURNISH_FAULT", "BURNISH_CACHE", "BURNISH_TRACEBACK"}
+NOT_SETTINGS = frozenset(
+    f"{PREFIX}{name}" for name in ("CACHE", "DEVICE", "FAULT", "SHARED", "TESTING", "TRACEBACK")
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ class Node:
     Args:
         value: A scalar, a list of nodes or a dictionary of nodes.
         place: Where the value was written.
-        raw: The text of an unquoted scalar, so that `revision: 001` can stay what was written.
+        raw: The text of an unquoted scalar (`revision: 001` stays what was written), or of a word in brackets.
         key: The key as it was written, where it differs from the canonical one.
         partial: A dictionary that changes parts of a value (`lora.r=8`) and leaves the rest.
     """
@@ -151,6 +151,7 @@ def parse_word(text: str, place: Place) -> Node:
         except ConfigError:
             return Node(text, place, raw=text)
         if node is not None:
+            node.raw = stripped if isinstance(node.value, dict | list) else None
             return node
     return Node(read_scalar(stripped), place, raw=stripped)
 

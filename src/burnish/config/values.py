@@ -97,6 +97,8 @@ class SettingsReader:
         lists = [m for m in members if get_origin(m) is list]
         mappings = [m for m in members if get_origin(m) is dict]
         scalars = [m for m in members if m not in classes and m not in lists and m not in mappings]
+        if isinstance(value, dict | list) and str in scalars and node.raw and not (lists or classes or mappings):
+            return node.raw
         if isinstance(value, dict):
             choice = classes or mappings
         elif isinstance(value, list) or (lists and _is_comma_list(node)):
@@ -122,7 +124,7 @@ class SettingsReader:
     ) -> Any:
         literals = [word for member in scalars if get_origin(member) is Literal for word in get_args(member)]
         failures = []
-        for member in scalars:
+        for member in sorted(scalars, key=lambda member: member is not type(node.value)):
             try:
                 return self.read(node, member, path, field)
             except Unreadable as error:

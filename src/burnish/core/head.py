@@ -9,7 +9,7 @@ Shapes: S positions, h hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +140,10 @@ def compute_token_logprobs(
     _check_against(source, functionals, against)
     if not functionals and module is None:
         assert weight is not None
-        settings = _Tiling(transform, temperature, want_entropy, _compute_dtype(hidden, weight))
+        frozen = not weight.requires_grad and not (bias is not None and bias.requires_grad)
+        once = torch.is_grad_enabled() and hidden.requires_grad and frozen and not want_entropy
+        once = once and transform.softcap is None
+        settings = _Tiling(transform, temperature, want_entropy, _compute_dtype(hidden, weight), once)
         logprobs, entropy = _TiledHead.apply(hidden, weight, bias, targets, settings)  # type: ignore[misc]
         return {"logprobs": logprobs, "entropy": entropy} if want_entropy else {"logprobs": logprobs}
     wanted = ([_LOGPROBS] if want_logprobs else []) + ([ENTROPY] if want_entropy else []) + list(functionals)
@@ -175,35 +178,101 @@ def _check_against(source: HeadInput, functionals: Sequence[Functional], against
 
 @dataclass(frozen=True)
 class _Tiling:
+    """How the tiled head runs.
+
+    Attributes:
+        dtype: Of the matrix products. Everything else is in at least fp32.
+        eager_gradient: The head is frozen: the forward pass also computes d log-prob / d hidden (one product more), and
+            the backward pass none.
+    """
+
     transform: LogitTransform
     temperature: float
     want_entropy: bool
     dtype: torch.dtype
+    eager_gradient: bool = False
 
-    def columns(self, rows: int, vocabulary: int) -> int:
-        """Columns of a tile."""
-        fit = max(512, _TILE // max(rows, 1)) // 256 * 256
-        return min(fit, vocabulary)
-
-    def tile(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Logits of a tile, at least fp32, and d logits / d products where that is no constant."""
-        raw = torch.mm(hidden, weight.t())
-        z = raw.to(torch.promote_types(raw.dtype, torch.float32))
-        if bias is not None:
-            z += bias.to(z.dtype)
-        slope = None
-        if self.transform.softcap is not None:
-            cap = self.transform.softcap
-            z = z.mul_(self.transform.scale / cap).tanh_()
-            slope = (1 - z * z).mul_(self.transform.scale / self.temperature)
-            z = z.mul_(cap / self.temperature)
-        elif self.factor != 1.0:
-            z = z.mul_(self.factor)
-        return z, slope
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
 
     @property
     def factor(self) -> float:
+        """d logits / d products where there is no softcap."""
         return self.transform.scale / self.temperature
+
+    def transform_(self, z: Tensor) -> Tensor:
+        """Products → logits, in place."""
+        cap = self.transform.softcap
+        if cap is not None:
+            return z.mul_(self.transform.scale / cap).tanh_().mul_(cap / self.temperature)
+        return z if self.factor == 1.0 else z.mul_(self.factor)
+
+    def chain_(self, dz: Tensor, z: Tensor) -> Tensor:
+        """d/d logits → d/d products, in place; z: the logits."""
+        cap = self.transform.softcap
+        if cap is not None:
+            return dz.mul_((z * (self.temperature / cap)).square_().neg_().add_(1.0).mul_(self.factor))
+        return dz if self.factor == 1.0 else dz.mul_(self.factor)
+
+
+class _Tiles:
+    """Walks (positions, vocabulary) tile by tile with buffers that are reused, so that no tile costs page faults."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, t: _Tiling) -> None:
+        self.h, self.weight, self.bias, self.targets, self.t = hidden.to(t.dtype), weight, bias, targets, t
+        self.count, self.vocabulary = hidden.shape[0], weight.shape[0]
+        self.rows = min(self.count, _ROWS)
+        area = _TILE if hidden.device.type == "cpu" else 16 * _TILE
+        self.columns = min(max(512, area // max(self.rows, 1)) // 256 * 256, self.vocabulary)
+        size = self.rows * self.columns
+        self._raw = hidden.new_empty(size, dtype=t.dtype)
+        self._z = self._raw if t.dtype == t.wide else hidden.new_empty(size, dtype=t.wide)
+        self._p = hidden.new_empty(size, dtype=t.wide)
+
+    @property
+    def across(self) -> int:
+        """Tiles side by side over the vocabulary."""
+        return -(-self.vocabulary // self.columns)
+
+    def columns_of(self) -> Iterator[tuple[int, slice, Tensor]]:
+        """(number, columns, their weight rows in the compute dtype) of every stripe of the vocabulary."""
+        for i, left in enumerate(range(0, self.vocabulary, self.columns)):
+            stripe = slice(left, min(left + self.columns, self.vocabulary))
+            yield i, stripe, self.weight[stripe].to(self.t.dtype)
+
+    def rows_of(self) -> Iterator[slice]:
+        for top in range(0, self.count, max(self.rows, 1)):
+            yield slice(top, min(top + self.rows, self.count))
+
+    def logits(self, part: slice, stripe: slice, weight: Tensor) -> Tensor:
+        """A tile of logits, at least fp32, in the shared buffer."""
+        raw, z = self._shaped(self._raw, part, stripe), self._shaped(self._z, part, stripe)
+        torch.mm(self.h[part], weight.t(), out=raw)
+        if z is not raw and self._z is not self._raw:
+            z.copy_(raw)
+        if self.bias is not None:
+            z += self.bias[stripe].to(z.dtype)
+        return self.t.transform_(z)
+
+    def softmax(self, z: Tensor) -> Tensor:
+        """Softmax within the tile, in the shared buffer."""
+        return torch.softmax(z, 1, out=self._p[: z.numel()].view(z.shape))
+
+    def lower(self, dz: Tensor) -> Tensor:
+        """The tile in the compute dtype; overwrites the products."""
+        return dz if dz.dtype == self.t.dtype else self._raw[: dz.numel()].view(dz.shape).copy_(dz)
+
+    def local_targets(self, part: slice, stripe: slice) -> tuple[Tensor, Tensor]:
+        """(n, 1) column of each position's target within the stripe (clamped), and (n, 1) whether it lies there."""
+        local = self.targets[part, None] - stripe.start
+        width = stripe.stop - stripe.start
+        return local.clamp(0, width - 1), (local >= 0) & (local < width)
+
+    @staticmethod
+    def _shaped(buffer: Tensor, part: slice, stripe: slice) -> Tensor:
+        rows, columns = part.stop - part.start, stripe.stop - stripe.start
+        return buffer[: rows * columns].view(rows, columns)
 
 
 class _TiledHead(torch.autograd.Function):
@@ -213,61 +282,73 @@ class _TiledHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, t: _Tiling
     ) -> tuple[Tensor, Tensor]:
-        h = hidden.to(t.dtype)
-        wide = torch.promote_types(t.dtype, torch.float32)
-        rows = h.shape[0]
-        lse = h.new_full((rows,), float("-inf"), dtype=wide)
-        picked = h.new_zeros((rows,), dtype=wide)
-        mean = h.new_zeros((rows,) if t.want_entropy else (0,), dtype=wide)  # running Σ p·z
-        for top in range(0, rows, _ROWS):
-            stop = min(top + _ROWS, rows)
-            part = slice(top, stop)
-            step = t.columns(stop - top, weight.shape[0])
-            for left in range(0, weight.shape[0], step):
-                w = weight[left : left + step]
-                z, _ = t.tile(h[part], w.to(t.dtype), None if bias is None else bias[left : left + step])
-                _read_targets(z, targets[part], left, picked[part])
-                top_z = z.amax(1)
-                p = torch.softmax(z, 1)
-                here = top_z - p.amax(1).log_()  # the largest probability is exp(max − lse)
-                if t.want_entropy:
-                    _update_mean(mean[part], lse[part], here, (p * z).sum(1))
-                lse[part] = torch.logaddexp(lse[part], here)
-        ctx.save_for_backward(hidden, weight, bias, targets, lse, mean)
+        with torch.autocast(hidden.device.type, enabled=False):
+            tiles = _Tiles(hidden, weight, bias, targets, t)
+            count = tiles.count
+            lse = hidden.new_full((count,), float("-inf"), dtype=t.wide)
+            picked = hidden.new_zeros((count,), dtype=t.wide)
+            mean = hidden.new_zeros((count if t.want_entropy else 0,), dtype=t.wide)  # running Σ p·z
+            local_lse = hidden.new_empty((tiles.across, count), dtype=t.wide)
+            pull = hidden.new_zeros(hidden.shape, dtype=t.wide) if t.eager_gradient else None  # running Σ p·w
+            for i, stripe, w in tiles.columns_of():
+                for part in tiles.rows_of():
+                    z = tiles.logits(part, stripe, w)
+                    where, inside = tiles.local_targets(part, stripe)
+                    picked[part] += torch.where(inside, z.gather(1, where), 0.0)[:, 0]
+                    top = z.amax(1)
+                    p = tiles.softmax(z)
+                    here = top.sub_(p.amax(1).log_())  # the largest probability is exp(max − lse)
+                    both = torch.logaddexp(lse[part], here)
+                    before, now = (lse[part] - both).exp_(), (here - both).exp_()
+                    if t.want_entropy:
+                        mean[part] = mean[part] * before + (p * z).sum(1) * now
+                    if pull is not None:
+                        gained = torch.mm(tiles.lower(p), w)
+                        pull[part] = pull[part].mul_(before[:, None]).addcmul_(gained.to(t.wide), now[:, None])
+                    lse[part] = both
+                    local_lse[i, part] = here
+            if pull is not None:
+                pull = (weight[targets].to(t.wide) - pull).mul_(t.factor).to(hidden.dtype)
+        ctx.save_for_backward(hidden, weight, bias, targets, lse, local_lse, mean, pull)
         ctx.tiling = t
         return picked - lse, (lse - mean if t.want_entropy else mean)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden, weight, bias, targets, lse, mean = ctx.saved_tensors
+        hidden, weight, bias, targets, lse, local_lse, mean, pull = ctx.saved_tensors
         t: _Tiling = ctx.tiling
+        if pull is not None:
+            return (pull * grad[:, None].to(pull.dtype), None, None, None, None)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        h = hidden.to(t.dtype)
-        wide = lse.dtype
-        rows, vocabulary = h.shape[0], weight.shape[0]
-        d_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if need_hidden else None
-        d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if need_weight else None
-        d_bias = torch.zeros(vocabulary, dtype=wide, device=weight.device) if need_bias and bias is not None else None
-        if d_weight is not None and rows == 0:
-            d_weight.zero_()
-        for top in range(0, rows, _ROWS):
-            stop = min(top + _ROWS, rows)
-            part = slice(top, stop)
-            step = t.columns(stop - top, vocabulary)
-            for left in range(0, vocabulary, step):
-                tile = slice(left, left + step)
-                w = weight[tile].to(t.dtype)
-                z, slope = t.tile(h[part], w, None if bias is None else bias[tile])
-                dz = _tile_gradient(z, left, targets[part], lse[part], mean, grad[part], grad_entropy, part, t)
-                dz = dz.mul_(slope) if slope is not None else dz
+        tiles = _Tiles(hidden, weight, bias, targets, t)
+        d_hidden = hidden.new_zeros(hidden.shape, dtype=t.wide) if need_hidden else None
+        d_weight = torch.empty_like(weight) if need_weight else None
+        d_bias = weight.new_zeros(tiles.vocabulary, dtype=t.wide) if need_bias and bias is not None else None
+        for i, stripe, w in tiles.columns_of():
+            stripe_sum: Tensor | None = None
+            for part in tiles.rows_of():
+                z = tiles.logits(part, stripe, w)
+                p = tiles.softmax(z)
+                share = (local_lse[i, part] - lse[part]).exp_()  # the tile's part of all probability
+                g = grad[part]
+                if t.want_entropy:
+                    ge = grad_entropy[part]
+                    p *= (z * (-ge * share)[:, None]).add_(((ge * mean[part] - g) * share)[:, None])
+                else:
+                    p *= (-g * share)[:, None]
+                where, inside = tiles.local_targets(part, stripe)
+                p.scatter_add_(1, where, torch.where(inside, g[:, None], 0.0))
+                dz = t.chain_(p, z)
                 if d_bias is not None:
-                    d_bias[tile] += dz.sum(0)
-                low = dz.to(t.dtype)
+                    d_bias[stripe] += dz.sum(0)
+                low = tiles.lower(dz)
                 if d_hidden is not None:
                     d_hidden[part] += torch.mm(low, w)
                 if d_weight is not None:
-                    product = torch.mm(low.t(), h[part])
-                    d_weight[tile] = product if top == 0 else d_weight[tile] + product
+                    product = torch.mm(low.t(), tiles.h[part])
+                    stripe_sum = product if stripe_sum is None else product.to(t.wide).add_(stripe_sum)
+            if d_weight is not None:
+                d_weight[stripe] = stripe_sum if stripe_sum is not None else 0.0
         return (
             None if d_hidden is None else d_hidden.to(hidden.dtype),
             d_weight,
@@ -275,36 +356,6 @@ class _TiledHead(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _read_targets(z: Tensor, targets: Tensor, left: int, into: Tensor) -> None:
-    """Add the tile's logits of those targets that lie in its columns."""
-    local = targets - left
-    inside = (local >= 0) & (local < z.shape[1])
-    value = z.gather(1, local.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
-    into += torch.where(inside, value, 0.0)
-
-
-def _update_mean(mean: Tensor, lse: Tensor, here: Tensor, tile_mean: Tensor) -> None:
-    """Running Σ p·z, from the earlier tiles' (mean, lse) and this tile's."""
-    both = torch.logaddexp(lse, here)
-    mean.copy_(mean * (lse - both).exp() + tile_mean * (here - both).exp())
-
-
-def _tile_gradient(
-    z: Tensor, left: int, targets: Tensor, lse: Tensor, mean: Tensor, grad: Tensor, grad_entropy: Tensor, part: slice,
-    t: _Tiling,
-) -> Tensor:  # fmt: skip
-    """d loss / d products of a tile without the softcap's slope: g·(onehot − p) − gₑ·p·(z − Σ p·z), times the factor."""
-    p = torch.exp(z - lse[:, None])
-    if t.want_entropy:
-        dz = p * ((z - mean[part][:, None]).mul_(-grad_entropy[part][:, None]) - grad[:, None])
-    else:
-        dz = p.mul_(-grad[:, None])
-    local = targets - left
-    inside = (local >= 0) & (local < z.shape[1])
-    dz.scatter_add_(1, local.clamp(0, z.shape[1] - 1)[:, None], torch.where(inside, grad, 0.0)[:, None])
-    return dz if t.transform.softcap is not None or t.factor == 1.0 else dz.mul_(t.factor)
 
 
 # ---- whole rows, a block of positions at a time -------------------------------------------------------------------

@@ -41,7 +41,7 @@ class ColumnMapping:
         columns: burnish's name to the file's; a dot reaches into an object (question.full_text).
         pick: How chosen and rejected follow from two answers and a label.
         chat: Texts are a user's and an assistant's message, not bare texts.
-        lead: The words that an answer opens with in the file; they move to the end of the prompt, on a line of their own.
+        lead: The words that an answer opens with in the file; they move to the end of the prompt, on their own line.
         summary: What the set is.
     """
 

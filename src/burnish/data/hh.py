@@ -1,6 +1,6 @@
 """The strict parser for raw HH-RLHF dialogues (`\\n\\nHuman: …\\n\\nAssistant: …`).
 
-A turn begins at a tag that stands after a blank line; the words "Human:" or "Assistant:" within a message begin nothing.
+A turn begins at a tag that stands after a blank line; the words "Human:" or "Assistant:" within a message begin none.
 A pair is split at the last assistant tag of `chosen`; the prompt keeps the tag. A row is dropped, and named, when
 `rejected` does not begin with that prompt, or when the prompt or an answer is empty.
 """

@@ -15,6 +15,7 @@ from burnish.errors import BurnishError, DataError
 def _load(repo: str, subset: str | None) -> Any:
     """The `DatasetDict` of a hub data set; `subset` is a configuration's name or a data_dir."""
     import datasets
+    from datasets.exceptions import DatasetNotFoundError
 
     try:
         if subset is None:
@@ -26,7 +27,7 @@ def _load(repo: str, subset: str | None) -> Any:
         if subset in names:
             return datasets.load_dataset(repo, subset)
         return datasets.load_dataset(repo, data_dir=subset)
-    except datasets.exceptions.DatasetNotFoundError as error:
+    except DatasetNotFoundError as error:
         raise DataError(
             f"neither a local path nor a data set on the hub: {str(error)[:200]}",
             where=repo,

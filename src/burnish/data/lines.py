@@ -158,11 +158,11 @@ def decode_line(line: Line) -> str:
     try:
         return line.data.decode("utf-8")
     except UnicodeDecodeError as error:
-        bad = line.data[error.start]
+        byte, place, guess = line.data[error.start], line.offset + error.start, _guess(line.data)
         raise RowError(
-            f"not UTF-8: byte 0x{bad:02x} at byte offset {line.offset + error.start} of the file looks like {_guess(line.data)}",
+            f"not UTF-8: byte 0x{byte:02x} at byte offset {place} of the file looks like {guess}",
             kind="encoding",
-            remedy=f"convert the file: iconv -f {_guess(line.data)} -t UTF-8; {SKIP_REMEDY}",
+            remedy=f"convert the file: iconv -f {guess} -t UTF-8; {SKIP_REMEDY}",
         ) from error
 
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from burnish.data.columns import ColumnMapping, apply_mapping
-from burnish.data.formats import Example, Reading, identical, normalise
+from burnish.data.example import Example, Reading, identical
+from burnish.data.formats import normalise
 from burnish.data.problems import SKIP_REMEDY, Problem, ProblemLog, RowDropped, RowError, row_name
 from burnish.data.readers import Row
 from burnish.data.report import SplitReport
@@ -30,9 +31,10 @@ def load_examples(
     """The examples of a split; malformed rows go to the log and the report."""
     if mapping is not None and mapping.chat and reading.format == "auto":
         reading = replace(reading, format="instruct")
+    refused = report.malformed.count
     with log.counting(report.refuse):
         found = list(_examples(source, split, reading, mapping, log, report, drop_identical))
-    report.rows_read += report.malformed.count
+    report.rows_read += report.malformed.count - refused
     _count_duplicates(found, report)
     return found
 

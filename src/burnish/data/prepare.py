@@ -5,22 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import jinja2
 import numpy as np
+import tokenizers
 
+from burnish.config.data import DataSettings
 from burnish.config.train import TrainSettings
 from burnish.core.group import Group
-from burnish.data.columns import find_mapping
-from burnish.data.formats import Example, Reading, Want
+from burnish.data.assemble import Sources, find_sources, load_all
+from burnish.data.cache import build_key, cache_root, data_folder, load_entry, save_entry
+from burnish.data.example import Reading, Want
 from burnish.data.lengths import Limits
-from burnish.data.load import load_examples
-from burnish.data.problems import Problem, ProblemLog
-from burnish.data.report import DataReport, SplitReport
-from burnish.data.slices import Split
-from burnish.data.sources import Source, as_sources, resolve_source
-from burnish.data.splits import in_slice, mixture_sizes, sample_rows, split_rows
+from burnish.data.problems import ProblemLog
+from burnish.data.report import DataReport
 from burnish.data.template import load_template
 from burnish.data.tokenise import Encoding, encode_examples
 from burnish.data.tokenizer import TextTokenizer
@@ -51,15 +51,6 @@ class PreparedData:
     end_ids: frozenset[int] = frozenset()
 
 
-@dataclass
-class Loaded:
-    """Examples of both sides, before they are tokenised."""
-
-    train: list[Example] = field(default_factory=list)
-    held_out: list[Example] = field(default_factory=list)
-    report: DataReport = field(default_factory=DataReport)
-
-
 def prepare_data(
     settings: TrainSettings,
     tokenizer: TextTokenizer,
@@ -80,25 +71,56 @@ def prepare_data(
         ConfigError: Settings that cannot be met.
     """
     encoding = build_encoding(settings, tokenizer, context)
+    sources = find_sources(settings)
+    folder = data_folder(cache_dir if cache_dir is not None else cache_root())
+    key = _cache_key(settings, sources, encoding)
+    found = load_entry(folder, key) if folder else None
+    if found is not None:
+        (train, held_out), meta = found
+        report = DataReport.from_json(meta["report"])
+        report.from_cache = True
+        return PreparedData(train, held_out, report, meta["fingerprint"], meta["example"], encoding.end_ids)
+    prepared = _prepare(settings, sources, encoding)
+    if folder is not None:
+        meta = {"report": prepared.report.to_json(), "fingerprint": prepared.fingerprint, "example": prepared.example}
+        try:
+            save_entry(folder, key, [prepared.train, prepared.held_out], meta)
+        except OSError as error:
+            prepared.report.notes.append(f"the tokenised data are not cached: {folder}: {error.strerror or error}")
+    return prepared
+
+
+def _prepare(settings: TrainSettings, sources: Sources, encoding: Encoding) -> PreparedData:
     log = ProblemLog(settings.on_error)
-    loaded = load_all(settings, reading_of(settings, tokenizer), log)
-    log_raised(log, loaded)
-    groups = [
-        encode_examples(examples, encoding, log, loaded.report.splits[name])
-        for name, examples in (("train", loaded.train), ("held_out", loaded.held_out))
-        if name in loaded.report.splits
-    ]
+    loaded = load_all(settings, sources, reading_of(settings, encoding.tokenizer), log)
     log.raise_if_due()
-    train, held_out = groups[0], groups[1] if len(groups) > 1 else []
-    finish_report(loaded.report, log)
-    check_outcome(train, loaded.report)
-    return PreparedData(
-        train,
-        held_out,
-        loaded.report,
-        fingerprint(train, held_out),
-        show_example(train[0], tokenizer),
-        encoding.end_ids,
+    report = loaded.report
+    train = encode_examples(loaded.train, encoding, log, report.splits["train"])
+    held_out = []
+    if "held_out" in report.splits:
+        held_out = encode_examples(loaded.held_out, encoding, log, report.splits["held_out"])
+    log.raise_if_due()
+    report.notes += list(log.notes)
+    check_outcome(train, report)
+    example = show_example(train[0], encoding.tokenizer)
+    return PreparedData(train, held_out, report, fingerprint(train, held_out), example, encoding.end_ids)
+
+
+def _cache_key(settings: TrainSettings, sources: Sources, encoding: Encoding) -> str:
+    """Everything that the groups depend on."""
+    own = {name: value for name, value in settings.model_dump(mode="json").items() if name in DataSettings.model_fields}
+    return build_key(
+        {
+            "kind": settings.kind,
+            "seed": settings.seed,
+            "settings": own,
+            "strip_control": getattr(settings, "strip_control", False),
+            "sources": [source.fingerprint(split) for source, split in sources.read_splits()],
+            "tokenizer": encoding.tokenizer.fingerprint,
+            "template": encoding.template.fingerprint,
+            "limits": asdict(encoding.limits),
+            "libraries": [tokenizers.__version__, jinja2.__version__],
+        }
     )
 
 
@@ -141,148 +163,7 @@ def build_encoding(settings: TrainSettings, tokenizer: TextTokenizer, context: i
     )
 
 
-# --------------------------------------------------------------------------------------------------------- loading
-
-
-def load_all(settings: TrainSettings, reading: Reading, log: ProblemLog) -> Loaded:
-    """The examples of both sides, sliced, split and sampled; problems go to the log.
-
-    Raises:
-        ConfigError: No data are named.
-        DataError: A source does not exist.
-    """
-    sources = [resolve_source(s) for s in as_sources(settings.data)]
-    if not sources:
-        raise ConfigError(
-            "no training data are named", where="data", remedy="set data: <file, folder, bundled set or hub id>"
-        )
-    explicit = [resolve_source(s) for s in as_sources(settings.eval_data)]
-    report = DataReport({"train": SplitReport()})
-    loaded = Loaded(report=report)
-    loaded.train = _read_train(sources, settings, reading, log, report.splits["train"])
-    if explicit:
-        report.held_out_from = "eval_data"
-        loaded.held_out = _read_held_out([(s, s.split) for s in explicit], settings, reading, log, report)
-    elif any(s.held_out for s in sources):
-        pairs = [(s, Split(s.held_out)) for s in sources if s.held_out]
-        report.held_out_from = (
-            "the source's own " + " and ".join(dict.fromkeys(split.name for _, split in pairs)) + " split"
-        )
-        loaded.held_out = _read_held_out(pairs, settings, reading, log, report)
-    elif settings.validation_split > 0:
-        report.held_out_from = (
-            f"validation_split {settings.validation_split:g} of data, by prompt (seed {settings.seed})"
-        )
-        loaded.train, loaded.held_out = split_rows(
-            loaded.train, lambda e: e.opening, settings.validation_split, settings.seed
-        )
-        report.splits["held_out"] = SplitReport(rows_read=len(loaded.held_out))
-        report.splits["train"].rows_read -= len(loaded.held_out)
-    _check_leaks(loaded, log, explicit=bool(explicit), skip=settings.on_error == "skip")
-    loaded.train = _sample(loaded.train, settings.max_samples, settings.seed, report.splits["train"])
-    if "held_out" in report.splits:
-        loaded.held_out = _sample(loaded.held_out, settings.max_eval_samples, settings.seed, report.splits["held_out"])
-    _fill_columns(loaded, settings.kind)
-    return loaded
-
-
-def _mapping(source: Source, settings: TrainSettings):
-    return find_mapping(source.settings.columns if source.settings.columns is not None else settings.columns)
-
-
-def _read_source(
-    source: Source, split: Split, settings: TrainSettings, reading: Reading, log: ProblemLog, report: SplitReport
-) -> list[Example]:
-    own = Reading(reading.want, reading.chat, source.settings.format, reading.strip_think, reading.strip_control)
-    mapping = _mapping(source, settings)
-    return load_examples(source, split, own, mapping, log, report, drop_identical=settings.drop_identical)
-
-
-def _read_train(
-    sources: Sequence[Source], settings: TrainSettings, reading: Reading, log: ProblemLog, report: SplitReport
-) -> list[Example]:
-    parts: list[list[Example]] = []
-    for source in sources:
-        examples = _read_source(source, source.split, settings, reading, log, report)
-        inside = [e for e in examples if in_slice(e.opening, settings.slice_share, settings.slice_offset)]
-        report.unused += len(examples) - len(inside)
-        parts.append(_sample(inside, source.settings.max_samples, settings.seed, report))
-    weighted = any("weight" in source.settings.model_fields_set for source in sources)
-    weights = [source.settings.weight for source in sources] if weighted and len(sources) > 1 else None
-    sizes = mixture_sizes([len(part) for part in parts], weights)
-    mixed = [_sample(part, size, settings.seed, report) for part, size in zip(parts, sizes)]
-    return [example for part in mixed for example in part]
-
-
-def _read_held_out(
-    pairs: Sequence[tuple[Source, Split]],
-    settings: TrainSettings,
-    reading: Reading,
-    log: ProblemLog,
-    report: DataReport,
-) -> list[Example]:
-    split_report = report.splits["held_out"] = SplitReport()
-    found = []
-    for source, split in pairs:
-        examples = _read_source(source, split, settings, reading, log, split_report)
-        found += _sample(examples, source.settings.max_samples, settings.seed, split_report)
-    return found
-
-
-def _sample(examples: list[Example], count: int | None, seed: int, report: SplitReport) -> list[Example]:
-    kept = sample_rows(examples, lambda e: e.place, count, seed)
-    report.unused += len(examples) - len(kept)
-    return kept
-
-
-def _check_leaks(loaded: Loaded, log: ProblemLog, *, explicit: bool, skip: bool) -> None:
-    """Held-out rows whose prompt is trained on: an error for data named as evaluation data, else left out and counted."""
-    if not loaded.held_out:
-        return
-    trained = {example.prompt_text: example.place for example in loaded.train}
-    kept = []
-    for example in loaded.held_out:
-        if example.prompt_text not in trained:
-            kept.append(example)
-            continue
-        place = trained[example.prompt_text]
-        if explicit and not skip:
-            log.add(
-                Problem(
-                    example.file,
-                    example.line,
-                    "prompt",
-                    f"this evaluation row has the prompt of the training row {place}",
-                    "remove it from one of the two, or set data.on_error: skip (then left out of the evaluation)",
-                    "leak",
-                )
-            )
-        loaded.report.splits["held_out"].leaked.add(f"{example.place} (= {place})")
-    loaded.held_out = kept
-
-
-def _fill_columns(loaded: Loaded, kind: str) -> None:
-    """Give every example the same columns."""
-    examples = [*loaded.train, *loaded.held_out]
-    names = {name for example in examples for name in example.columns}
-    if kind == "reward":
-        names.add("margin")
-    for example in examples:
-        for name in names:
-            example.columns.setdefault(name, 0.0)
-
-
 # --------------------------------------------------------------------------------------------------------- outcome
-
-
-def log_raised(log: ProblemLog, loaded: Loaded) -> None:
-    """Raise what is wrong with rows before time is spent on tokenising."""
-    log.raise_if_due()
-
-
-def finish_report(report: DataReport, log: ProblemLog) -> None:
-    """Put the notes of the readers into the report."""
-    report.notes += list(log.notes)
 
 
 def check_outcome(train: Sequence[Group], report: DataReport) -> None:

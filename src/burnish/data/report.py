@@ -84,9 +84,8 @@ class SplitReport:
     def lines(self) -> list[str]:
         """The report in words; counts of zero are left out."""
         made = f" ({self.groups:,} examples)" if self.groups != self.kept else ""
-        lines = [
-            f"{self.rows_read:,} rows read, {self.kept:,} kept{made}; {self.tokens:,} tokens, {self.scored_tokens:,} scored"
-        ]
+        tokens = f"{self.tokens:,} tokens, {self.scored_tokens:,} scored"
+        lines = [f"{self.rows_read:,} rows read, {self.kept:,} kept{made}; {tokens}"]
         for title, named in (
             ("malformed, left out", self.malformed),
             ("over the length limit, left out", self.over_length),
@@ -140,7 +139,7 @@ class DataReport:
         """The report that `to_json` gave."""
         splits: dict[str, SplitReport] = {}
         for name, values in data["splits"].items():
-            named = {
+            named: dict[str, Any] = {
                 k: Named(**v) if isinstance(v, dict) and set(v) == {"count", "rows"} else v for k, v in values.items()
             }
             splits[name] = SplitReport(**named)

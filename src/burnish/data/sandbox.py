@@ -1,4 +1,4 @@
-"""A jinja2 sandbox for chat templates: renders as transformers does, cannot reach the program, bounded in size and time.
+"""A jinja2 sandbox for chat templates: renders as transformers does, bounded in size and time.
 
 Templates are untrusted files. The immutable sandbox keeps them from attributes and mutation; every loop and macro
 step passes a meter that stops endless work, and the operations that can make huge texts are measured.
@@ -142,7 +142,7 @@ class _MeterConcat:
                     setattr(parent, name, [self._call(v) if isinstance(v, nodes.Concat) else v for v in value])
         return tree
 
-    def _call(self, concat: nodes.Concat) -> nodes.Call:
+    def _call(self, concat: nodes.Concat) -> nodes.Node:
         call = nodes.Call(nodes.Name(_CONCAT, "load"), list(concat.nodes), [], None, None)
         return call.set_lineno(concat.lineno)
 

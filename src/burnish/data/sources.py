@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import glob
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -133,8 +132,8 @@ def _local_files(text: str) -> dict[str, list[tuple[Path, str]]] | None:
     if path.is_dir():
         return _folder_files(path, text)
     if any(mark in text for mark in "*?["):
-        matches = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
-        files = [(p, str(p)) for p in matches if p.is_file() and file_kind(p)]
+        matches = sorted(_glob(path))
+        files = [(p, p.as_posix()) for p in matches if p.is_file() and file_kind(p)]
         if not files:
             raise DataError(
                 f"no file matches; accepted are {ACCEPTED}",
@@ -143,6 +142,11 @@ def _local_files(text: str) -> dict[str, list[tuple[Path, str]]] | None:
             )
         return {"train": files}
     return None
+
+
+def _glob(pattern: Path) -> Iterator[Path]:
+    base = Path(pattern.anchor) if pattern.anchor else Path()
+    return base.glob(str(pattern.relative_to(pattern.anchor) if pattern.anchor else pattern))
 
 
 def _folder_files(folder: Path, shown: str) -> dict[str, list[tuple[Path, str]]]:
@@ -201,12 +205,13 @@ def _looks_like_path(text: str) -> bool:
 def _missing(text: str) -> DataError:
     path = Path(text).expanduser()
     nearby = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    bundled = ", ".join(list_data()) or "none"
     near = difflib.get_close_matches(path.name, nearby, 1) or difflib.get_close_matches(text, list_data(), 1)
     hint = f"did you mean {near[0]}? " if near else ""
     return DataError(
         "there is no such file, folder or bundled set",
         where=text,
-        remedy=f"{hint}give an existing path, one of the bundled sets ({', '.join(list_data()) or 'none'}), or a hub id (owner/name)",
+        remedy=f"{hint}give an existing path, one of the bundled sets ({bundled}), or a hub id (owner/name)",
     )
 
 

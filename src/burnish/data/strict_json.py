@@ -1,4 +1,4 @@
-"""JSON without the surprises of Python's reader: duplicate keys, NaN, overflowing numbers and deep nesting are errors."""
+"""JSON without the surprises of Python's reader: duplicate keys, NaN, huge numbers and deep nesting are errors."""
 
 from __future__ import annotations
 

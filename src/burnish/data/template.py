@@ -31,7 +31,7 @@ PLAIN_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"""
-"""Used when the tokenizer has no template of its own: `User: …`, blank line, `Assistant: …` and the end-of-sequence token."""
+"""Used when the tokenizer has no template of its own: `User: …`, a blank line, `Assistant: …` and the EOS token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ class ChatTemplate:
         completions: Sequence[Sequence[Message]],
         *,
         tools: list[Any] | None = None,
-    ) -> list[list[Rendered]] | None:
+    ) -> list[list[Rendered]]:
         """Render a prompt and its completions.
 
         Returns:

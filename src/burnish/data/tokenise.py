@@ -9,7 +9,7 @@ import numpy as np
 
 from burnish.config.data import TrainOn
 from burnish.core.group import Completion, Group
-from burnish.data.formats import Example
+from burnish.data.example import Example
 from burnish.data.lengths import Draft, Limits, Tokens, fit_lengths
 from burnish.data.problems import SKIP_REMEDY, ProblemLog, RowError
 from burnish.data.report import SplitReport

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from burnish.data.example import Example, Reading
 from burnish.data.problems import RowError
 from burnish.data.readers import Row
 from burnish.data.strict_json import describe
-
-if TYPE_CHECKING:
-    from burnish.data.formats import Example, Reading
 
 IGNORED = -100
 
@@ -31,8 +29,6 @@ def read_tokenised(row: Row, reading: Reading) -> Example:
     Raises:
         RowError: Not lists of token ids, or of unequal lengths.
     """
-    from burnish.data.formats import Example
-
     if "input_ids_chosen" in row.data:
         names = ("input_ids_chosen", "input_ids_rejected") if reading.want == "pair" else ("input_ids_chosen",)
         sequences = [_ids(row.data, name, name.replace("input_ids", "attention_mask")) for name in names]

@@ -1,4 +1,4 @@
-"""Tokenizers without transformers: tokenizer.json through `tokenizers`, special tokens and limits from the JSON files."""
+"""Tokenizers without transformers: tokenizer.json through `tokenizers`, special tokens and limits from its folder."""
 
 from __future__ import annotations
 
@@ -262,13 +262,13 @@ def _build(folder: Path) -> TextTokenizer:
     eos = ids.get("eos_token")
     if eos is None and model_eos:
         eos = model_eos[0]
-    if eos is not None and "eos_token" not in special and backend.id_to_token(eos):
-        special["eos_token"] = backend.id_to_token(eos)
+    if eos is not None and "eos_token" not in special:
+        special["eos_token"] = backend.id_to_token(eos) or ""
     probe = backend.encode("a", add_special_tokens=True).ids
     bos = ids.get("bos_token")
     candidates = [ids.get("pad_token"), ids.get("unk_token"), eos, 0]
     templates = _templates(folder, config)
-    added = {i: token for i, token in backend.get_added_tokens_decoder().items()}
+    added = dict(backend.get_added_tokens_decoder())
     size = max([backend.get_vocab_size(with_added_tokens=True), *(i + 1 for i in added)])
     digest = hashlib.sha256()
     for part in (backend.to_str(), special, templates, sorted({*model_eos, *([eos] if eos is not None else [])})):

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from burnish.artifacts.checkpoints import verify_checkpoint
 from burnish.clock import mono
-from burnish.config.train import TrainSettings
-from burnish.core.group import Group
 from burnish.engine.checkpoint import (
     find_resumable,
     load_checkpoint,
@@ -23,13 +19,12 @@ from burnish.engine.checkpoint import (
     save_checkpoint,
 )
 from burnish.engine.evaluation import run_evaluation
-from burnish.engine.method import Method
+from burnish.engine.job import TrainJob, TrainOutcome, build_source, choose_budget
 from burnish.engine.optimizer import build_optimizer, build_parameter_groups
 from burnish.engine.plan import build_plan
-from burnish.engine.runtime import Runtime
-from burnish.engine.source import OfflineSource, StepData, extend_ledger
+from burnish.engine.source import StepData, extend_ledger
 from burnish.engine.state import TrainState
-from burnish.engine.step import Gradient, ReferenceLike, StepContext, Stopped, compute_gradient
+from burnish.engine.step import Gradient, StepContext, Stopped, compute_gradient
 from burnish.engine.update import Update, run_update
 from burnish.errors import InterruptedRun, NumericStop, ResourceError
 from burnish.faults import fault_point
@@ -39,59 +34,6 @@ from burnish.track.signals import SignalFlag
 
 log = logging.getLogger("burnish")
 
-AUTO_BUDGET = {"cpu": 8192, "cuda": 32768}
-
-
-@dataclass
-class TrainJob:
-    """All that a stage needs to train; the pipeline puts it together.
-
-    Attributes:
-        policy: A `models.policy.Policy` (or any module with its call).
-        trainable: name → parameter that the optimizer moves.
-        no_decay, head: Names without weight decay; names of a new head.
-        reference: For methods that need one and whose groups carry no `ref_logprobs` column.
-        stage_dir: Where metrics and checkpoints go; None keeps nothing (benchmarks, tests).
-        stamp: Goes into each checkpoint's manifest; on resume it must be equal.
-        sinks: Called with each metrics row.
-    """
-
-    policy: Any
-    method: Method
-    settings: TrainSettings
-    train: Sequence[Group]
-    held_out: Sequence[Group]
-    trainable: dict[str, nn.Parameter]
-    runtime: Runtime
-    stage_dir: Path | None = None
-    no_decay: frozenset[str] = frozenset()
-    head: frozenset[str] = frozenset()
-    reference: ReferenceLike | None = None
-    resume: bool = False
-    resume_from: Path | None = None
-    fp16: bool = False
-    stamp: dict[str, Any] = field(default_factory=dict)
-    sinks: Sequence[Callable[[Mapping[str, Any]], None]] = ()
-    label: str = ""
-    dropout: bool = True
-    on_step: Callable[[int, Mapping[str, float], float], None] | None = None
-
-
-@dataclass
-class TrainOutcome:
-    """What became of a stage: counts, last figures, and whether the best or the last parameters are in the model."""
-
-    steps: int
-    updates: int
-    tokens: int
-    seconds: float
-    figures: dict[str, float]
-    evaluation: dict[str, float]
-    best_step: int | None
-    stopped_early: bool
-    resumed_from: int | None
-    ledger: str
-
 
 class Trainer:
     """One stage in training. All that changes is in `state`; the rest is fixed when it is built."""
@@ -99,14 +41,8 @@ class Trainer:
     def __init__(self, job: TrainJob) -> None:
         s = job.settings
         self.job = job
-        self.batch_size = compute_batch_size(s, job.runtime.world)
-        self.budget = (
-            AUTO_BUDGET.get(job.runtime.device.type, 8192) if s.micro_batch_tokens == "auto" else s.micro_batch_tokens
-        )
-        self.source = OfflineSource(
-            job.train, batch_size=self.batch_size, epochs=s.num_train_epochs, max_steps=s.max_steps, seed=s.seed,
-            shuffle=s.shuffle,
-        )  # fmt: skip
+        self.budget = choose_budget(s, job.runtime.device.type)
+        self.source = build_source(s, job.train, job.runtime.world)
         groups = build_parameter_groups(job.trainable, s, no_decay=job.no_decay, head=job.head)
         self.parameters = list(job.trainable.values())
         self.state = TrainState(
@@ -118,7 +54,8 @@ class Trainer:
         self.signals = SignalFlag()
         self.ctx = StepContext(
             policy=job.policy, method=job.method, runtime=job.runtime, parameters=self.parameters, seed=s.seed,
-            reference=job.reference, reseed=job.dropout, should_stop=lambda: bool(self.signals) and job.runtime.world == 1,
+            reference=job.reference, reseed=job.dropout,
+            should_stop=lambda: bool(self.signals) and job.runtime.world == 1,
         )  # fmt: skip
         self.metrics = MetricsLog(job.stage_dir / "metrics.jsonl") if job.stage_dir and job.runtime.is_main else None
         self.timing = MetricsLog(job.stage_dir / "timing.jsonl") if job.stage_dir and job.runtime.is_main else None
@@ -397,19 +334,12 @@ class Trainer:
         )  # fmt: skip
 
     def _memory_error(self, error: BaseException) -> ResourceError:
+        smaller = max(self.budget // 2, 256)
         return ResourceError(
-            f"out of memory in {self.job.label or self.job.method.name} at step {self.state.counters.step + 1}: {error}",
-            remedy=f"set micro_batch_tokens: {max(self.budget // 2, 256)} (the gradient stays the same), or gradient_checkpointing: true",
+            f"out of memory at step {self.state.counters.step + 1}: {error}",
+            where=self.job.label or self.job.method.name,
+            remedy=f"set micro_batch_tokens: {smaller} (the gradient stays the same), or gradient_checkpointing: true",
         )
-
-
-def compute_batch_size(settings: TrainSettings, world: int) -> int:
-    """Examples per optimizer step over everything: batch_size, or per device × accumulation × processes, or 8."""
-    if settings.batch_size is not None:
-        return settings.batch_size
-    if settings.per_device_train_batch_size is None:
-        return 8 * (settings.gradient_accumulation_steps or 1) if settings.gradient_accumulation_steps else 8
-    return settings.per_device_train_batch_size * (settings.gradient_accumulation_steps or 1) * world
 
 
 def run_training(job: TrainJob) -> TrainOutcome:

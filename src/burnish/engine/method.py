@@ -45,6 +45,9 @@ class Method(Protocol):
         ...
 
     def next_state(self, outputs: Outputs, table: Table, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The state after a step; called once per step if `stateful`, with the whole step's rows in data order (detached),
-        on every rank, and committed only if the step's numbers were finite. Evaluation never calls it."""
+        """The state after a step.
+
+        Called once per step if `stateful`, with the whole step's rows in data order (detached), on every rank;
+        committed only if the step's numbers were finite. Evaluation never calls it.
+        """
         ...

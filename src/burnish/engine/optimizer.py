@@ -41,8 +41,8 @@ def build_parameter_groups(
 def build_optimizer(groups: list[dict], settings: TrainSettings) -> torch.optim.Optimizer:
     """The optimizer that `settings.optim` names.
 
-    AdamW: Loshchilov & Hutter, arXiv 1711.05101 (one fused pass). Adafactor: Shazeer & Stern, arXiv 1804.04235 (torch's;
-    second moments factored into rows and columns, no first moment).
+    AdamW: Loshchilov & Hutter, arXiv 1711.05101 (one fused pass). Adafactor: Shazeer & Stern, arXiv 1804.04235
+    (torch's; second moments factored into rows and columns, no first moment).
     """
     betas = (settings.adam_beta1, settings.adam_beta2)
     if settings.optim == "adamw":
@@ -64,8 +64,8 @@ def build_optimizer(groups: list[dict], settings: TrainSettings) -> torch.optim.
 def compute_lr_factor(update: int, total: int, settings: TrainSettings) -> float:
     """The factor on the peak learning rate for update `update` (0-based) of `total`.
 
-    Warm-up rises linearly to 1 at update `warmup`; then constant, linear or cosine down to `min_lr_ratio`, or wsd: constant
-    until the last `decay_ratio` of all updates, then linear down.
+    Warm-up rises linearly to 1 at update `warmup`; then constant, linear or cosine down to `min_lr_ratio`, or
+    wsd: constant until the last `decay_ratio` of all updates, then linear down.
     """
     warmup = settings.warmup_steps or math.ceil(settings.warmup_ratio * total)
     if update < warmup:

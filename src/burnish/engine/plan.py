@@ -25,7 +25,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Parts that run through the model together. `coupled`: its parts need the loss of other micro-batches (two passes)."""
+    """Parts that run through the model together. `coupled`: they need the loss of other micro-batches (two passes)."""
 
     parts: tuple[Part, ...]
     coupled: bool = False
@@ -64,7 +64,7 @@ def _cut(position: int, group: Group, budget: int) -> list[Part]:
 
 
 def _fill(parts: Sequence[Part], budget: int, cap: int | None, coupled: bool) -> list[MicroBatch]:
-    """Parts into micro-batches within the token budget and the cap on examples: longest first, each then in data order."""
+    """Parts into micro-batches within token budget and cap on examples: longest first, each then in data order."""
     batches: list[MicroBatch] = []
     current: list[Part] = []
     used = 0

@@ -1,7 +1,7 @@
 """Processes and devices: the one door to accelerate.
 
-One process needs nothing of it. Several processes (torchrun, accelerate launch, `burnish --num-processes`) hold equal copies
-of the state; gradients are gathered and added in rank order, so that the sum does not depend on timing.
+One process needs nothing of it. Several processes (torchrun, accelerate launch, `burnish --num-processes`) hold equal
+copies of the state; gradients are gathered and added in rank order, so that the sum does not depend on timing.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def build_runtime(devices: Sequence[int] | None = None) -> Runtime:
         from accelerate import PartialState
 
         state = PartialState(cpu=not cuda)
-        return Runtime(state.device, state.process_index, state.num_processes)
+        return Runtime(torch.device(state.device or "cpu"), state.process_index, state.num_processes)
     if not cuda:
         return Runtime(torch.device("cpu"))
     return Runtime(torch.device("cuda", devices[0] if devices else 0))

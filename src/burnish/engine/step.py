@@ -212,7 +212,7 @@ def _run_coupled(
     ctx: StepContext, groups: Sequence[Group], mine: Sequence[MicroBatch], coupled: Sequence[int],
     counts: Mapping[str, float], state: Mapping[str, Any], step: int, sums: Sums, bad: list[str],
 ) -> list[tuple[Table, dict[str, Tensor]]]:  # fmt: skip
-    """Two passes: outputs of all coupled micro-batches without gradient, the loss on them, then backward with its coefficients.
+    """Two passes: outputs of coupled micro-batches without gradient, the loss on them, backward with its coefficients.
 
     With a single coupled micro-batch on a single rank the first forward keeps its graph and the second is spared.
     Returns the tables and detached outputs of this rank's coupled micro-batches.

@@ -1,4 +1,4 @@
-"""Counter-based randomness: every draw depends on (seed, purpose, counters) alone, so no generator state is ever saved."""
+"""Counter-based randomness: a draw depends on (seed, purpose, counters) alone; no generator state is ever saved."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from burnish.config.train import TrainSettings
 from burnish.engine.optimizer import compute_lr_factor
@@ -29,11 +30,8 @@ class Update:
 
 
 def compute_grad_norm(parameters: Sequence[Tensor]) -> Tensor:
-    """() the L2 norm over all gradients, in fp32 at least."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if not grads:
-        return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    """() the L2 norm over all gradients."""
+    return get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def run_update(
@@ -43,7 +41,7 @@ def run_update(
     total: int,
     method_state: Mapping[str, Any] | None,
 ) -> Update:
-    """Apply the gradients on the parameters if they are finite; then, and only then, moments, schedule and controllers move.
+    """Apply the gradients if they are finite; then, and only then, moments, schedule and controllers move.
 
     Args:
         total: All updates of the stage, for the schedule.
@@ -53,7 +51,8 @@ def run_update(
     rate = factor * settings.learning_rate
     grads = [p.grad for p in parameters if p.grad is not None]
     if state.scale is not None and grads:
-        torch._foreach_mul_(grads, 1.0 / state.scale)
+        for grad in grads:
+            grad.mul_(1.0 / state.scale)
     norm = compute_grad_norm(parameters)
     if not bool(torch.isfinite(norm)):
         overflow = state.scale is not None and state.scale > SCALE_FLOOR
@@ -61,10 +60,8 @@ def run_update(
             state.scale = max(state.scale / 2, SCALE_FLOOR)
             state.counters.overflows += 1
         return Update(False, float(norm), rate, overflow)
-    if settings.max_grad_norm and grads:
-        clip = settings.max_grad_norm / (norm + 1e-6)
-        if bool(clip < 1):
-            torch._foreach_mul_(grads, clip)
+    if settings.max_grad_norm and bool(norm > settings.max_grad_norm):
+        clip_grads_with_norm_(parameters, settings.max_grad_norm, norm)
     for group in state.optimizer.param_groups:
         group["lr"] = factor * group["peak_lr"]
     fault_point("update.before_optimizer")

@@ -203,7 +203,9 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         )  # fmt: skip
     config.task_type = None
     try:
-        wrapped = peft.PeftModel.from_pretrained(model, str(folder), adapter_name=ADAPTER, config=config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what it says is checked below
+            wrapped = peft.PeftModel.from_pretrained(model, str(folder), adapter_name=ADAPTER, config=config)
     except (ValueError, RuntimeError, KeyError) as e:
         raise ConfigError(
             f"the adapter does not fit {type(model).__name__}: {str(e).splitlines()[0]}",

@@ -97,7 +97,7 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
 
 
 def _align(file: Path, step: int = 64) -> None:
-    """Let the tensors of a safetensors file begin at a multiple of `step` bytes (the format allows blanks in its header).
+    """Let the tensors of a safetensors file begin at a multiple of `step` bytes (its header may hold blanks).
 
     Weights are used where the file is mapped, and the last bit of a product with a single column depends on alignment.
     """

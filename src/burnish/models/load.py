@@ -137,7 +137,7 @@ def resolve_model_path(name: str, *, revision: str | None = None) -> str:
 
 
 def fetch_model_folder(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
-    """The local folder of a resolved model: itself, or the hub's snapshot, without pickles (offline: from the cache)."""
+    """The local folder of a resolved model: itself, or the hub's snapshot without pickles (offline: the cached one)."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
@@ -298,7 +298,7 @@ def _load_weights(
         try:
             model, info = auto.from_pretrained(
                 str(folder.path), config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust,
-                local_files_only=True, output_loading_info=True,
+                local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
         except (ValueError, OSError, RuntimeError, KeyError) as e:
             raise ConfigError(
@@ -307,7 +307,7 @@ def _load_weights(
             ) from e  # fmt: skip
     new_head = head == "score" and folder.kind != "score"
     missing = sorted(n for n in info["missing_keys"] if not (new_head and n.startswith("score.")))
-    wrong = missing or sorted(str(k) for k in info["mismatched_keys"])
+    wrong = missing or sorted(k if isinstance(k, str) else str(k[0]) for k in info["mismatched_keys"])
     if wrong:
         what = "are missing" if missing else "have another shape than the configuration says"
         raise ConfigError(
@@ -343,7 +343,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any | No
         except (ValueError, OSError, KeyError, TypeError) as e:
             raise ConfigError(
                 f"the tokenizer cannot be loaded: {str(e).splitlines()[0][:200]}",
-                where=str(folder), remedy="fetch the model again; one with code of its own needs trust_remote_code: true",
+                where=str(folder), remedy="fetch the model again; code of its own needs trust_remote_code: true",
             ) from None  # fmt: skip
 
 
@@ -446,7 +446,8 @@ def build_model(
     share = compute_share(trained)
     return BuiltModel(
         model=trained, head=head, trainable=trainable, notes=[*notes, str(share)],
-        fresh_adapter=settings.lora is not None, share=share.value, head_parameters=find_head_parameters(trained) if head == "score" else frozenset(),
+        fresh_adapter=settings.lora is not None, share=share.value,
+        head_parameters=find_head_parameters(trained) if head == "score" else frozenset(),
         no_decay=find_no_decay(trained, list(trainable)), loaded=loaded,
     )  # fmt: skip
 

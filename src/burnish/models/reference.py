@@ -139,9 +139,11 @@ def _shrink(policy: Policy) -> None:
     inner = policy.inner
     tops = {id(m.weight) for m in (inner.get_output_embeddings(), inner.get_input_embeddings()) if m is not None}
     for name, module in policy.named_modules():
-        plain = isinstance(module, (nn.Linear, Conv1D)) and "lora_" not in name
-        if plain and id(module.weight) not in tops:
-            module.weight.data = module.weight.data.to(dtype)
+        if not isinstance(module, (nn.Linear, Conv1D)) or "lora_" in name:
+            continue
+        weight: Tensor = module.weight
+        if id(weight) not in tops:
+            weight.data = weight.data.to(dtype)
 
 
 def check_same_vocabulary(policy: Path, other: Path) -> None:
@@ -227,10 +229,10 @@ def fingerprint_groups(groups: Sequence[Group]) -> str:
     """SHA-256 of what a reference log-prob depends on: every prompt, completion and mask, in order."""
     total = hashlib.sha256(b"burnish groups 1\n")
     for group in groups:
-        total.update(np.int64([len(group.prompt), len(group.completions)]).tobytes())
+        total.update(np.array([len(group.prompt), len(group.completions)], dtype=np.int64).tobytes())
         total.update(np.ascontiguousarray(group.prompt, dtype=np.int32).tobytes())
         for c in group.completions:
-            total.update(np.int64(len(c.ids)).tobytes())
+            total.update(np.array([len(c.ids)], dtype=np.int64).tobytes())
             total.update(np.ascontiguousarray(c.ids, dtype=np.int32).tobytes())
             total.update(np.ascontiguousarray(c.mask, dtype=np.bool_).tobytes())
     return total.hexdigest()

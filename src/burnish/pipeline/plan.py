@@ -56,7 +56,8 @@ def build_plan_rows(loaded: LoadedRecipe, options: RunOptions) -> dict[str, Any]
         one = recipe.for_model(model) if several else recipe
         base = folder / plain_name(model or "model") if several else folder
         for index, stage in enumerate(one.stages, start=1):
-            rows.append(_describe_stage(one, stage, base / f"{index:02d}-{plain_name(str(stage.name))}", options))  # type: ignore[attr-defined]
+            name = str(getattr(stage, "name", index))
+            rows.append(_describe_stage(one, stage, base / f"{index:02d}-{plain_name(name)}", options))
     return {"recipe": recipe.name, "origin": loaded.origin, "folder": str(folder), "models": models, "stages": rows}
 
 

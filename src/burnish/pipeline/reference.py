@@ -13,7 +13,7 @@ from burnish.config.stages import DpoSettings
 from burnish.config.train import TrainSettings
 from burnish.core.batch import build_packed_batch
 from burnish.core.group import Group
-from burnish.engine.loop import AUTO_BUDGET
+from burnish.engine.job import build_source, choose_budget
 from burnish.engine.runtime import Runtime
 from burnish.errors import BurnishError
 from burnish.models.fingerprint import fingerprint_model
@@ -29,6 +29,7 @@ from burnish.models.reference import (
     compute_start_gap,
     evaluating,
 )
+from burnish.track.progress import Progress
 
 if TYPE_CHECKING:
     from burnish.pipeline.train_stage import StageInputs
@@ -66,18 +67,29 @@ def attach_reference(
     else:
         reference = build_reference(policy, "copy", path=other, policy_folder=inputs.folder, settings=settings)
         model = fingerprint_model(fetch_model_folder(other))
-    parts = [
-        _attach_cached(groups, reference, model, settings, inputs, policy, stage_dir, runtime)
-        for groups in (train, held_out)
-    ]
-    _check_columns(policy, parts[0], same=other is None)
-    log.info("reference: log-probs of %d groups, cached in %s", len(train) + len(held_out), stage_dir / "reference")
-    return parts[0], parts[1], None
+    used = find_used(settings, train, runtime.world)
+    fresh = _attach_cached([train[i] for i in used], reference, model, settings, inputs, policy, stage_dir, runtime)
+    complete = list(train)
+    for i, group in zip(used, fresh, strict=True):
+        complete[i] = group
+    kept = _attach_cached(held_out, reference, model, settings, inputs, policy, stage_dir, runtime)
+    _check_columns(policy, fresh, same=other is None)
+    log.info("reference: log-probs of %d groups, cached in %s", len(fresh) + len(kept), stage_dir / "reference")
+    return complete, kept, None
+
+
+def find_used(settings: DpoSettings, train: Sequence[Group], world: int) -> list[int]:
+    """Positions of the examples that the stage's steps will read: all, unless max_steps ends within the first epoch."""
+    source = build_source(settings, train, world)
+    if source.total_steps >= source.steps_per_epoch:
+        return list(range(len(train)))
+    rows = source.order(0)[: source.total_steps * source.batch_size]
+    return sorted(int(i) for i in rows)
 
 
 def _attach_cached(
-    groups: Sequence[Group], reference: Reference, model: str, settings: DpoSettings, inputs: StageInputs, policy: Policy,
-    stage_dir: Path, runtime: Runtime,
+    groups: Sequence[Group], reference: Reference, model: str, settings: DpoSettings, inputs: StageInputs,
+    policy: Policy, stage_dir: Path, runtime: Runtime,
 ) -> list[Group]:  # fmt: skip
     if not groups:
         return []
@@ -85,11 +97,15 @@ def _attach_cached(
         model=model, groups=groups, settings=settings, template=inputs.tokenizer.chat_template, policy=policy
     )
     cache = ReferenceCache(stage_dir / "reference", key)
-    budget = AUTO_BUDGET.get(runtime.device.type, 8192)
+    budget = choose_budget(settings, runtime.device.type)
     found = runtime.gather(cache.load(groups) is not None if runtime.is_main else None)[0]
     if not found:
         share = range(runtime.rank, len(groups), runtime.world)
-        mine = compute_reference_table(reference, [groups[i] for i in share], budget=budget)
+        with Progress("reference log-probs", len(share), quiet=not runtime.is_main) as progress:
+            mine = compute_reference_table(
+                reference, [groups[i] for i in share], budget=budget,
+                on_batch=lambda done, total: progress.advance({}, steps=done - progress.done),
+            )  # fmt: skip
         every = runtime.gather(mine)
         table = [every[i % runtime.world][i // runtime.world] for i in range(len(groups))]
         if runtime.is_main:
@@ -127,5 +143,5 @@ def _check_gap(policy: Policy, gap: float) -> None:
         raise BurnishError(
             f"policy and reference differ by {gap:.3g} nats a token before the first step (at most {limit})",
             where="reference",
-            remedy="this is a defect of burnish; remove the stage's reference/ folder, or use reference_mode: copy; report it",
+            remedy="this is a defect of burnish: please report it; reference_mode: copy may go round it",
         )

@@ -145,7 +145,7 @@ def _close_run(run: RunFolder, outcome: BaseException | None, status: int, secon
 
         log.info("report: %s", render_report(run.path))
     except Exception as error:  # the run is over and recorded; a page about it must not change its outcome
-        log.warning("the report could not be written (%s: %s); `burnish report` makes it again", type(error).__name__, error)
+        log.warning("the report could not be written (%s: %s)", type(error).__name__, error)
     finally:
         detach_log_file()
         run.close()

@@ -18,7 +18,8 @@ from burnish.config.registry import KINDS, load_object
 from burnish.config.train import TrainSettings
 from burnish.data.prepare import PreparedData, prepare_data
 from burnish.data.tokenizer import TextTokenizer
-from burnish.engine.loop import TrainJob, TrainOutcome, run_training
+from burnish.engine.job import TrainJob, TrainOutcome
+from burnish.engine.loop import run_training
 from burnish.engine.runtime import Runtime
 from burnish.models.export import export_model
 from burnish.models.folder import inspect_model_folder

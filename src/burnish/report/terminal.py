@@ -1,0 +1,59 @@
+"""The table of results for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from burnish.report.numbers import show_difference, show_interval, show_p
+from burnish.report.results import Block, read_blocks, say_metric, show_figure, write_remarks
+
+_MARKS = {"better": "▲", "worse": "▼", "no clear change": "="}
+
+
+def render_table(figures: dict[str, Any]) -> str:
+    """The figures of an evaluation as aligned text: values with 95 % intervals, then the paired comparisons.
+
+    ▲ better, ▼ worse (both p < 0.05), = no clear change. Returns "" without figures.
+    """
+    blocks = read_blocks(figures)
+    if not blocks:
+        return ""
+    lines: list[str] = []
+    values: list[tuple[str, ...]] = [("task", "metric", "model", "value", "95 % interval", "n")]
+    for block in blocks:
+        for at, figure in enumerate(block.figures):
+            value, interval = show_figure(block, figure)
+            head = (block.task, say_metric(block.metric)) if at == 0 else ("", "")
+            values.append((*head, figure.subject, value, interval, "" if figure.n is None else str(figure.n)))
+    lines += _align(values, right={3, 5})
+    changes = [("", "task", "metric", "from → to", "difference", "95 % interval", "p", "test")]
+    changes += [row for block in blocks for row in _change_rows(block)]
+    if len(changes) > 1:
+        lines += ["", *_align(changes, right={4})]
+    remarks = write_remarks(blocks)
+    if remarks and remarks[-1].startswith(tuple("0123456789")):
+        lines += ["", remarks[-1]]
+    return "\n".join(lines) + "\n"
+
+
+def _change_rows(block: Block) -> list[tuple[str, ...]]:
+    return [
+        (
+            _MARKS.get(c.verdict, " "), block.task, say_metric(block.metric), f"{c.a} → {c.b}",
+            show_difference(c.metric, c.difference), show_interval(c.metric, c.low, c.high, difference=True),
+            show_p(c.p_value).removeprefix("p = ").removeprefix("p "), c.test,
+        )
+        for c in block.changes
+    ]  # fmt: skip
+
+
+def _align(rows: list[tuple[str, ...]], *, right: set[int]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]
+    rule = "  ".join("─" * w for w in widths)
+    return [lines[0], rule, *lines[1:]]

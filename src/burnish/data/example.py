@@ -1,0 +1,88 @@
+"""A row in one form for all shapes: a prompt and its completions, before rendering."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from burnish.data.messages import Message
+from burnish.data.problems import row_name
+
+Want = Literal["completion", "pair", "prompt"]
+Form = Literal["text", "plain", "chat", "hh", "ids"]
+
+
+@dataclass(slots=True)
+class Example:
+    """A row as a prompt and its completions, before it is rendered.
+
+    Attributes:
+        file: The file it came from, as the user named it.
+        line: Its line.
+        form: How to read `prompt` and `completions`: `text` (one text, no prompt), `plain` (texts), `chat` (messages),
+            `hh` (a raw dialogue: prompt text and segments), `ids` (token ids with masks).
+        prompt: The prompt in that form.
+        completions: One (SFT) or two (chosen, rejected) in that form.
+        opening: What the conversation begins with; rows with the same opening stay on one side of a split.
+        prompt_text: The whole prompt, to find the same prompt elsewhere.
+        conversation: The completion may hold user turns (a whole conversation).
+        tools: Tool descriptions for the template.
+        columns: Numbers of the row (margin).
+        extra: Further columns for evaluation (answer, reference …).
+        source: Name of the source.
+    """
+
+    file: str
+    line: int
+    form: Form
+    prompt: Any
+    completions: list[Any]
+    opening: str
+    prompt_text: str
+    conversation: bool = False
+    tools: list[Any] | None = None
+    columns: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+    @property
+    def place(self) -> str:
+        """The row's short name, `file:line`."""
+        return row_name(self.file, self.line)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How rows are to be read.
+
+    Attributes:
+        want: What is needed of a row: a completion, a pair, or only a prompt.
+        chat: Dialogues become messages for a chat template; otherwise they stay raw text.
+        format: A shape's name, or "auto".
+        strip_think: Remove reasoning blocks from answers.
+        strip_control: Remove control characters instead of refusing them.
+    """
+
+    want: Want
+    chat: bool = True
+    format: str = "auto"
+    strip_think: bool = False
+    strip_control: bool = False
+
+
+def identical(example: Example) -> bool:
+    """Whether a pair's two answers are the same."""
+    if len(example.completions) != 2:
+        return False
+    a, b = example.completions
+    if example.form == "ids":
+        return a.ids == b.ids
+    if example.form == "chat":
+        return _comparable(a) == _comparable(b)
+    if example.form == "hh":
+        return "".join(s.text for s in a).strip() == "".join(s.text for s in b).strip()
+    return a.strip() == b.strip()
+
+
+def _comparable(messages: list[Message]) -> list[Any]:
+    return [{**m, "content": m["content"].strip()} for m in messages]

@@ -1,0 +1,94 @@
+"""What a stage trains with, and what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from burnish.config.train import TrainSettings
+from burnish.core.group import Group
+from burnish.engine.method import Method
+from burnish.engine.runtime import Runtime
+from burnish.engine.source import OfflineSource
+from burnish.engine.step import ReferenceLike
+
+AUTO_BUDGET = {"cpu": 8192, "cuda": 32768}
+
+
+@dataclass
+class TrainJob:
+    """All that a stage needs to train; the pipeline puts it together.
+
+    Attributes:
+        policy: A `models.policy.Policy` (or any module with its call).
+        trainable: name → parameter that the optimizer moves.
+        no_decay, head: Names without weight decay; names of a new head.
+        reference: For methods that need one and whose groups carry no `ref_logprobs` column.
+        stage_dir: Where metrics and checkpoints go; None keeps nothing (benchmarks, tests).
+        stamp: Goes into each checkpoint's manifest; on resume it must be equal.
+        sinks: Called with each metrics row.
+    """
+
+    policy: Any
+    method: Method
+    settings: TrainSettings
+    train: Sequence[Group]
+    held_out: Sequence[Group]
+    trainable: dict[str, nn.Parameter]
+    runtime: Runtime
+    stage_dir: Path | None = None
+    no_decay: frozenset[str] = frozenset()
+    head: frozenset[str] = frozenset()
+    reference: ReferenceLike | None = None
+    resume: bool = False
+    resume_from: Path | None = None
+    fp16: bool = False
+    stamp: dict[str, Any] = field(default_factory=dict)
+    sinks: Sequence[Callable[[Mapping[str, Any]], None]] = ()
+    label: str = ""
+    dropout: bool = True
+    on_step: Callable[[int, Mapping[str, float], float], None] | None = None
+
+
+@dataclass
+class TrainOutcome:
+    """What became of a stage: counts, last figures, and whether the best or the last parameters are in the model."""
+
+    steps: int
+    updates: int
+    tokens: int
+    seconds: float
+    figures: dict[str, float]
+    evaluation: dict[str, float]
+    best_step: int | None
+    stopped_early: bool
+    resumed_from: int | None
+    ledger: str
+
+
+def compute_batch_size(settings: TrainSettings, world: int) -> int:
+    """Examples per optimizer step over everything: batch_size, or per device × accumulation × processes, or 8."""
+    if settings.batch_size is not None:
+        return settings.batch_size
+    if settings.per_device_train_batch_size is None:
+        return 8 * (settings.gradient_accumulation_steps or 1) if settings.gradient_accumulation_steps else 8
+    return settings.per_device_train_batch_size * (settings.gradient_accumulation_steps or 1) * world
+
+
+def build_source(settings: TrainSettings, train: Sequence[Group], world: int) -> OfflineSource:
+    """The order in which a stage reads its examples."""
+    return OfflineSource(
+        train, batch_size=compute_batch_size(settings, world), epochs=settings.num_train_epochs,
+        max_steps=settings.max_steps, seed=settings.seed, shuffle=settings.shuffle,
+    )  # fmt: skip
+
+
+def choose_budget(settings: TrainSettings, device: str) -> int:
+    """Tokens in a micro-batch at most."""
+    if settings.micro_batch_tokens != "auto":
+        return int(settings.micro_batch_tokens)
+    return AUTO_BUDGET.get(device, AUTO_BUDGET["cpu"])

@@ -1,0 +1,93 @@
+"""The figures of an evaluation: a table of estimates with intervals, paired comparisons, and the items behind them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from burnish.evals.intervals import Comparison, Interval
+
+
+@dataclass
+class Figures:
+    """Grows while the tasks run.
+
+    Attributes:
+        table: {"subject", "task", "metric", "value", "low", "high", "n", "higher_is_better"}.
+        comparisons: {"task", "metric", "a", "b", "difference" (a − b), "low", "high", "p_value", "test", "n"}.
+        reports: Reward subject → its report (see `reward_report`).
+        items: One row for each item and subject: what the figures were made from.
+        samples: {"task", "id", "prompt", "reference", "answers": {subject: text}, "marks": {subject: bool}}.
+        notes: Sentences on what was left out, and why.
+    """
+
+    table: list[dict[str, Any]] = field(default_factory=list)
+    comparisons: list[dict[str, Any]] = field(default_factory=list)
+    reports: dict[str, Any] = field(default_factory=dict)
+    items: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, subject: str, task: str, metric: str, interval: Interval, *, higher_is_better: bool = True) -> None:
+        """Append an estimate."""
+        self.table.append(
+            {
+                "subject": subject, "task": task, "metric": metric, "value": interval.value,
+                "low": _finite(interval.low), "high": _finite(interval.high), "n": interval.n,
+                "higher_is_better": higher_is_better,
+            }
+        )  # fmt: skip
+
+    def compare(self, task: str, metric: str, a: str, b: str, found: Comparison) -> None:
+        """Append a paired comparison a − b."""
+        self.comparisons.append(
+            {
+                "task": task, "metric": metric, "a": a, "b": b, "difference": found.difference,
+                "low": _finite(found.low), "high": _finite(found.high), "p_value": found.p_value, "test": found.test,
+                "n": found.n,
+            }
+        )  # fmt: skip
+
+    def note(self, text: str) -> None:
+        """Append a sentence, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def to_json(self) -> dict[str, Any]:
+        """What goes into stage.json."""
+        out: dict[str, Any] = {"table": self.table, "comparisons": self.comparisons}
+        if self.reports:
+            out["reward_reports"] = self.reports
+        if self.notes:
+            out["notes"] = self.notes
+        return out
+
+    def save(self, folder: Path) -> None:
+        """Write figures.json, items.jsonl and samples.jsonl."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "figures.json").write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", "utf-8")
+        for name, rows in (("items.jsonl", self.items), ("samples.jsonl", self.samples)):
+            text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+            (folder / name).write_text(text, "utf-8")
+
+
+def align(a: Sequence[str], b: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Positions in a and in b of the ids that both have, in a's order: models with different tokenizers may have left out
+    different rows."""
+    where = {name: i for i, name in enumerate(b)}
+    common = [(i, where[name]) for i, name in enumerate(a) if name in where]
+    return [i for i, _ in common], [j for _, j in common]
+
+
+def to_plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """numpy scalars as Python numbers."""
+    return {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

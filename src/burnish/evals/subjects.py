@@ -1,0 +1,153 @@
+"""What is evaluated: models in folders, loaded one at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from burnish.config.stages import EvaluateSettings
+from burnish.core.group import Group
+from burnish.data.tokenizer import TextTokenizer
+from burnish.errors import UsageError
+
+log = logging.getLogger("burnish")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model to evaluate.
+
+    Attributes:
+        name: Its name in the figures: a stage's name, or "base".
+        folder: Model folder.
+        kind: "policy": a language model; "reward": a reward model.
+        compare_to: Name of the subject that it is compared with item by item; None = with none.
+        reference_folder: The model that its stage started from: implicit rewards are measured against it.
+    """
+
+    name: str
+    folder: Path
+    kind: Literal["policy", "reward"] = "policy"
+    compare_to: str | None = None
+    reference_folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt whose answer is generated.
+
+    Attributes:
+        id: Stable name of the row.
+        ids: Token ids, the opening of the assistant's turn included.
+        text: What a person reads as the prompt.
+        reference: The gold answer, or "".
+        source: Name of the source of the row.
+    """
+
+    id: str
+    ids: Sequence[int]
+    text: str = ""
+    reference: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Where the items come from; each function gets the tokenizer of the model that will read them.
+
+    Attributes:
+        texts: Held-out groups of one completion, for the task `loss`.
+        pairs: Held-out pairs (slot 0 chosen, slot 1 rejected), for `preferences` and the prompts of `win_rate`.
+        prompts: (name of a checkable set, tokenizer) → prompts with gold answers.
+    """
+
+    texts: Callable[[TextTokenizer], Sequence[Group]] | None = None
+    pairs: Callable[[TextTokenizer], Sequence[Group]] | None = None
+    prompts: Callable[[str, TextTokenizer], Sequence[Prompt]] | None = None
+
+
+@dataclass
+class Loaded:
+    """A subject's model in memory."""
+
+    policy: Any
+    tokenizer: TextTokenizer
+    context: int | None
+    budget: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: every end-of-sequence token, and the one that begins a new text."""
+        bos = self.tokenizer.bos_id
+        return self.tokenizer.eos_ids | ({bos} if bos is not None else set())
+
+
+Loader = Callable[[Path, str], Loaded]
+
+
+def build_loader(settings: EvaluateSettings, device: torch.device) -> Loader:
+    """A function (folder, head) → Loaded with the precision and attention of the settings."""
+
+    def load(folder: Path, head: str) -> Loaded:
+        from burnish.engine.loop import AUTO_BUDGET
+        from burnish.models.folder import inspect_model_folder
+        from burnish.models.load import load_model
+        from burnish.models.policy import Policy
+        from burnish.models.precision import resolve_precision
+
+        config: Mapping[str, Any] = inspect_model_folder(folder).config
+        text: Mapping[str, Any] = config.get("text_config") or config
+        hidden = int(text.get("hidden_size") or text.get("n_embd") or text.get("d_model") or 4096)
+        precision = resolve_precision(settings.precision, device, hidden)
+        lm: Any = head
+        model, _ = load_model(str(folder), head=lm, dtype=precision.frozen if precision.compute else torch.float32,
+                              disable_dropout=True, need_trained_head=head == "score")  # fmt: skip
+        module: Any = model
+        module.to(device)
+        policy = Policy(model, head=head, attention=settings.attention, compute_dtype=precision.compute).eval()
+        policy.requires_grad_(False)
+        tokenizer = TextTokenizer.load(str(folder))
+        limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
+        context = min((int(n) for n in limits if n), default=None)
+        log.info("evaluating %s: %s", folder, precision.why)
+        return Loaded(policy, tokenizer, context, AUTO_BUDGET.get(device.type, 8192))
+
+    return load
+
+
+@contextmanager
+def loaded(load: Loader, folder: Path, head: str) -> Iterator[Loaded]:
+    """A model for the time of a block; its memory is given back behind it."""
+    found = load(folder, head)
+    try:
+        yield found
+    finally:
+        found.policy = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def check_subjects(subjects: Sequence[Subject]) -> None:
+    """Names are unique and comparisons name subjects.
+
+    Raises:
+        UsageError: They are not, or do not.
+    """
+    names = [s.name for s in subjects]
+    if len(set(names)) != len(names):
+        raise UsageError(
+            f"two subjects of an evaluation have one name: {', '.join(names)}", remedy="give stages different names"
+        )
+    for s in subjects:
+        if s.compare_to is not None and s.compare_to not in names:
+            raise UsageError(
+                f"{s.name} is to be compared with {s.compare_to}, which is not evaluated",
+                remedy=f"add {s.compare_to} to `of`",
+            )

@@ -1,0 +1,150 @@
+"""Reads the files of a run for the report. Whatever is missing or damaged becomes a note, never an error."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from burnish.artifacts.run_folder import RUN, STAGE, load_run, load_stage, stage_folders
+from burnish.errors import BurnishError
+from burnish.track.metrics import METRICS, TIMING, read_metrics
+
+SAMPLES = "samples.jsonl"
+
+
+@dataclass
+class StageFiles:
+    """One stage: its record and its rows.
+
+    Attributes:
+        folder: The stage's folder.
+        model: Folder of the model in a run of several, else None.
+        record: stage.json.
+        metrics: Rows of metrics.jsonl.
+        timing: Rows of timing.jsonl.
+        samples: Rows of samples.jsonl.
+        notes: What could not be read.
+    """
+
+    folder: Path
+    model: str | None
+    record: dict[str, Any]
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    timing: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The stage's name within its recipe."""
+        return str(self.record.get("name") or self.folder.name.partition("-")[2] or self.folder.name)
+
+    @property
+    def kind(self) -> str:
+        """What the stage does."""
+        return str(self.record.get("kind") or self.name)
+
+    @property
+    def state(self) -> str:
+        """running, done, failed or interrupted."""
+        return str(self.record.get("state") or "unknown")
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The stage's result figures."""
+        return as_dict(self.record.get("figures"))
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the figures are a table of results."""
+        return self.kind == "evaluate" or "table" in self.figures
+
+
+@dataclass
+class RunFiles:
+    """All that the report reads."""
+
+    path: Path
+    record: dict[str, Any]
+    resolved: dict[str, Any]
+    resolved_text: str
+    environment: dict[str, Any]
+    stages: list[StageFiles]
+    notes: list[str]
+
+    @property
+    def models(self) -> list[str | None]:
+        """Model folders in order; [None] in a run of one model."""
+        return list(dict.fromkeys(stage.model for stage in self.stages)) or [None]
+
+
+def read_run(run_dir: Path) -> RunFiles:
+    """Read a run folder.
+
+    Raises:
+        UsageError: It has no readable run.json.
+    """
+    path = Path(run_dir)
+    record = load_run(path)
+    notes: list[str] = []
+    text, resolved = _read_yaml(path / "resolved.yaml", notes)
+    environment = _read_json(path / "environment.json", notes)
+    stages = []
+    for folder in stage_folders(path):
+        relative = folder.relative_to(path)
+        try:
+            stage_record = load_stage(folder) or {}
+        except BurnishError as exc:
+            notes.append(f"{relative / STAGE}: {exc.message}")
+            stage_record = {"state": "damaged"}
+        stage = StageFiles(folder, relative.parts[0] if len(relative.parts) > 1 else None, stage_record)
+        for name, attribute in ((METRICS, "metrics"), (TIMING, "timing"), (SAMPLES, "samples")):
+            rows, note = read_metrics(folder / name)
+            setattr(stage, attribute, rows)
+            if note:
+                stage.notes.append(note)
+        stages.append(stage)
+    return RunFiles(path, record, resolved, text, environment, stages, notes)
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    """The value if it is a mapping, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_rows(value: Any) -> list[dict[str, Any]]:
+    """The mappings of a list."""
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+
+
+def as_number(value: Any) -> float | None:
+    """The value if it is a number, else None."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _read_json(place: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        return as_dict(json.loads(place.read_bytes()))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as exc:
+        notes.append(f"{place.name} cannot be read ({type(exc).__name__})")
+        return {}
+
+
+def _read_yaml(place: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
+    try:
+        text = place.read_text(encoding="utf-8", errors="replace")
+        return text, as_dict(yaml.safe_load(text))
+    except FileNotFoundError:
+        return "", {}
+    except (OSError, yaml.YAMLError, RecursionError) as exc:
+        notes.append(f"{place.name} cannot be read ({type(exc).__name__})")
+        return "", {}
+
+
+__all__ = ["RUN", "RunFiles", "StageFiles", "as_dict", "as_number", "as_rows", "read_run"]

@@ -1,0 +1,185 @@
+"""What an evaluation found, ordered for reading: a block for each task and metric, and what the comparisons allow to say."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from burnish.report.numbers import show_difference, show_interval, show_p, show_value
+from burnish.report.read import as_number, as_rows
+
+ALPHA = 0.05
+_TESTS = {
+    "mcnemar": "McNemar's exact test",
+    "mcnemar exact": "McNemar's exact test",
+    "paired bootstrap": "paired bootstrap",
+    "sign": "exact sign test",
+    "sign-flip": "paired sign-flip test",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One subject's value of a metric with its 95 % limits."""
+
+    subject: str
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int | None
+
+
+@dataclass(frozen=True)
+class Change:
+    """From subject `a` to subject `b`, on the same items: difference is b − a."""
+
+    task: str
+    metric: str
+    a: str
+    b: str
+    difference: float
+    low: float | None
+    high: float | None
+    p_value: float | None
+    test: str
+    n: int | None
+    higher_is_better: bool
+
+    @property
+    def significant(self) -> bool:
+        """p below 0.05."""
+        return self.p_value is not None and self.p_value < ALPHA
+
+    @property
+    def better(self) -> bool:
+        """Whether the difference, significant or not, points the good way."""
+        return (self.difference > 0) == self.higher_is_better
+
+    @property
+    def verdict(self) -> str:
+        """better, worse, or "no clear change"."""
+        if self.p_value is None:
+            return "not tested"
+        if not self.significant or self.difference == 0:
+            return "no clear change"
+        return "better" if self.better else "worse"
+
+
+@dataclass
+class Block:
+    """All subjects' values of one metric on one task."""
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    figures: list[Figure] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """Task and metric in words."""
+        return f"{self.task}: {say_metric(self.metric)}"
+
+
+def read_blocks(figures: dict[str, Any]) -> list[Block]:
+    """Blocks of an evaluation's figures, in the order of the table."""
+    blocks: dict[tuple[str, str], Block] = {}
+    for row in as_rows(figures.get("table")):
+        key = (str(row.get("task", "")), str(row.get("metric", "")))
+        block = blocks.setdefault(key, Block(*key, bool(row.get("higher_is_better", True))))
+        n = as_number(row.get("n"))
+        block.figures.append(
+            Figure(
+                str(row.get("subject", "")),
+                as_number(row.get("value")),
+                as_number(row.get("low")),
+                as_number(row.get("high")),
+                int(n) if n is not None and math.isfinite(n) else None,
+            )
+        )
+    for row in as_rows(figures.get("comparisons")):
+        block = blocks.get((str(row.get("task", "")), str(row.get("metric", ""))))
+        change = _read_change(row, block) if block else None
+        if block and change:
+            block.changes.append(change)
+    return list(blocks.values())
+
+
+def _read_change(row: dict[str, Any], block: Block) -> Change | None:
+    difference = as_number(row.get("difference"))
+    if difference is None:
+        return None
+    a, b = str(row.get("a", "")), str(row.get("b", ""))
+    low, high = as_number(row.get("low")), as_number(row.get("high"))
+    values = {f.subject: f.value for f in block.figures}
+    before, after = values.get(a), values.get(b)
+    if (
+        before is not None
+        and after is not None
+        and abs(difference - (before - after)) < abs(difference - (after - before))
+    ):
+        # the record holds a − b: turned round, so that a plus always means "b has more"
+        difference, low, high = -difference, _negative(high), _negative(low)
+    n = as_number(row.get("n"))
+    return Change(
+        block.task, block.metric, a, b, difference, low, high, as_number(row.get("p_value")),
+        _TESTS.get(str(row.get("test", "")).lower(), str(row.get("test", ""))),
+        int(n) if n is not None and math.isfinite(n) else None, block.higher_is_better,
+    )  # fmt: skip
+
+
+def _negative(value: float | None) -> float | None:
+    return None if value is None else -value
+
+
+def say_metric(metric: str) -> str:
+    """A metric's name in words."""
+    return metric.replace("_", " ")
+
+
+def count_after_holm(changes: list[Change]) -> int:
+    """How many comparisons stay significant when all of them are taken together (Holm 1979)."""
+    values = sorted(c.p_value for c in changes if c.p_value is not None)
+    kept = 0
+    for rank, p in enumerate(values):
+        if p > ALPHA / (len(values) - rank):
+            break
+        kept += 1
+    return kept
+
+
+def write_remarks(blocks: list[Block]) -> list[str]:
+    """What may be said, a sentence each: clear changes first, then what made no difference, then the caution."""
+    changes = [c for b in blocks for c in b.changes]
+    clear = [c for c in changes if c.verdict in ("better", "worse")]
+    remarks = [_say_change(c) for c in clear]
+    remarks += [_say_no_change(c) for c in changes if c.verdict == "no clear change"]
+    significant = [c for c in changes if c.significant]
+    if len(changes) > 3 and significant:
+        kept = count_after_holm(changes)
+        remarks.append(
+            f"{len(changes)} comparisons were made, so one may look clear by chance: {kept} of the {len(significant)} "
+            f"clear ones {'stays' if kept == 1 else 'stay'} so when all are taken together (Holm's correction)."
+        )
+    return remarks
+
+
+def _say_change(c: Change) -> str:
+    verb = "better" if c.verdict == "better" else "worse"
+    return f"{c.b} is {verb} than {c.a} on {c.task}: {say_metric(c.metric)} {_details(c)}."
+
+
+def _say_no_change(c: Change) -> str:
+    return f"No significant change from {c.a} to {c.b} on {c.task}: {say_metric(c.metric)} {_details(c)}."
+
+
+def _details(c: Change) -> str:
+    interval = show_interval(c.metric, c.low, c.high, difference=True)
+    inner = "; ".join(part for part in (f"95 % interval {interval}" if interval else "", show_p(c.p_value)) if part)
+    return show_difference(c.metric, c.difference) + (f" ({inner})" if inner else "")
+
+
+def show_figure(block: Block, figure: Figure) -> tuple[str, str]:
+    """Value and interval of a figure as text."""
+    return show_value(block.metric, figure.value), show_interval(block.metric, figure.low, figure.high)

@@ -1,0 +1,238 @@
+"""A small SVG writer for the report's charts: lines over steps, and intervals on a common scale.
+
+Colours are classes that the page's style sheet defines, so that one drawing serves light, dark and print.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from burnish.report.numbers import MINUS, is_proportion, show_number
+
+WIDTH, HEIGHT = 420, 230
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 34
+_MOST_POINTS = 400
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart.
+
+    Attributes:
+        name: For the legend.
+        points: (step, value), by step; non-finite values break the line.
+        colour: Class s1 … s4.
+        raw: Drawn thin and pale, behind.
+        dots: Points are marked and tell their value when pointed at.
+    """
+
+    name: str
+    points: Sequence[Point]
+    colour: str = "s1"
+    raw: bool = False
+    dots: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing with what the caption should say about it."""
+
+    svg: str
+    outside: int
+
+
+def smooth(points: Sequence[Point]) -> tuple[list[Point], int]:
+    """A centred moving mean over about a thirtieth of the points; returns it with the number of points it averages."""
+    sound = [p for p in points if math.isfinite(p[1])]
+    half = max(1, len(sound) // 60)
+    if len(sound) < 12:
+        return [], 0
+    sums = [0.0]
+    for _, y in sound:
+        sums.append(sums[-1] + y)
+    out = []
+    for at, (x, _) in enumerate(sound):
+        reach = min(half, at, len(sound) - 1 - at)  # narrower towards the ends, so that they are not pulled
+        low, high = at - reach, at + reach + 1
+        out.append((x, (sums[high] - sums[low]) / (high - low)))
+    return out, 2 * half + 1
+
+
+def thin(points: Sequence[Point]) -> list[Point]:
+    """At most about 400 points: of each stretch the lowest and the highest, so that no spike is lost."""
+    if len(points) <= _MOST_POINTS:
+        return list(points)
+    stretch = math.ceil(len(points) / (_MOST_POINTS // 2))
+    out: list[Point] = []
+    for start in range(0, len(points), stretch):
+        part = [p for p in points[start : start + stretch] if math.isfinite(p[1])]
+        if not part:
+            out.append((points[start][0], math.nan))
+            continue
+        ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
+        if start == 0:
+            ends.add(points[0])
+        if start + stretch >= len(points):
+            ends.add(points[-1])
+        out += sorted(ends)
+    return out
+
+
+def draw_lines(series: Sequence[Series], *, metric: str, label: str) -> Chart | None:
+    """A chart of lines over steps; None without a finite value.
+
+    Args:
+        series: What to draw, back to front.
+        metric: Decides the unit of the scale (percent for proportions).
+        label: What it shows, for those who cannot see it.
+    """
+    values = [y for s in series for _, y in s.points if math.isfinite(y)]
+    steps = [x for s in series for x, _ in s.points]
+    if not values:
+        return None
+    low, high = _limits(values, metric)
+    outside = sum(1 for y in values if not low <= y <= high)
+    y_ticks = nice_ticks(low, high, 5)
+    first, last = min(steps), max(steps)
+    x_ticks = [t for t in nice_ticks(first, last, 5, whole=True) if first <= t <= last]
+    if last == first:
+        first, last = first - 0.5, last + 0.5
+
+    def at_x(x: float) -> float:
+        return _LEFT + (x - first) / (last - first) * (WIDTH - _LEFT - _RIGHT)
+
+    def at_y(y: float) -> float:
+        return HEIGHT - _BOTTOM - (y - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM)
+
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label, quote=True)}" class="chart">',
+        f"<title>{escape(label)}</title>",
+    ]
+    names = tick_labels(y_ticks, metric)
+    for tick, name in zip(y_ticks, names):
+        y = at_y(tick)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y + 3.8:.1f}" text-anchor="end">{name}</text>')
+    floor = HEIGHT - _BOTTOM
+    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{floor}" y2="{floor}"/>')
+    for tick in x_ticks:
+        x = at_x(tick)
+        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 4}"/>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{floor + 16}" text-anchor="middle">{tick:,.0f}</text>')
+    parts.append(f'<text class="tick" x="{WIDTH - _RIGHT}" y="{HEIGHT - 3}" text-anchor="end">step</text>')
+    for s in series:
+        shown = [(x, min(max(y, low), high) if math.isfinite(y) else y) for x, y in s.points]
+        path = _path([(at_x(x), at_y(y) if math.isfinite(y) else math.nan) for x, y in thin(shown)])
+        kind = "raw" if s.raw else "line"
+        if path:
+            parts.append(f'<path class="{kind} {s.colour}" d="{path}"/>')
+        if s.dots and len(s.points) <= 60:
+            for (x, y), (_, true) in zip(shown, s.points):
+                if math.isfinite(y):
+                    tip = f"{s.name}, step {x:,.0f}: {show_number(true)}"
+                    parts.append(
+                        f'<circle class="dot {s.colour}" cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="3">'
+                        f"<title>{escape(tip)}</title></circle>"
+                    )
+    parts.append("</svg>")
+    return Chart("".join(parts), outside)
+
+
+def draw_interval(
+    low: float | None,
+    value: float | None,
+    high: float | None,
+    scale: tuple[float, float],
+    mark: float | None,
+    label: str,
+) -> str:
+    """A value with its limits on a scale that several rows share; `mark` draws a reference line (the first row's value)."""
+    width, height, pad = 220, 20, 6
+    begin, end = scale
+    if value is None or not math.isfinite(value) or end <= begin:
+        return ""
+
+    def at(x: float) -> float:
+        return pad + (min(max(x, begin), end) - begin) / (end - begin) * (width - 2 * pad)
+
+    middle = height / 2
+    parts = [
+        f'<svg viewBox="0 0 {width} {height}" class="interval" role="img" '
+        f'aria-label="{escape(label, quote=True)}"><title>{escape(label)}</title>',
+        f'<line class="grid" x1="{pad}" x2="{width - pad}" y1="{middle}" y2="{middle}"/>',
+    ]
+    if mark is not None and math.isfinite(mark):
+        parts.append(f'<line class="mark" x1="{at(mark):.1f}" x2="{at(mark):.1f}" y1="0" y2="{height}"/>')
+    if low is not None and high is not None:
+        parts.append(f'<line class="whisker s1" x1="{at(low):.1f}" x2="{at(high):.1f}" y1="{middle}" y2="{middle}"/>')
+    parts.append(f'<circle class="dot s1" cx="{at(value):.1f}" cy="{middle}" r="4.5"/></svg>')
+    return "".join(parts)
+
+
+def nice_ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[float]:
+    """Round numbers within [low, high]: multiples of 1, 2 or 5 · 10ⁿ."""
+    span = high - low
+    if span <= 0:
+        return [low]
+    rough = span / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(f * power for f in (1, 2, 5, 10) if f * power >= rough * 0.999)
+    if whole:
+        step = max(1.0, round(step))
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [n * step for n in range(first, last + 1)]
+
+
+def tick_labels(ticks: Sequence[float], metric: str) -> list[str]:
+    """Labels of a scale, all with the same number of decimals."""
+    if is_proportion(metric):
+        gap = 100 * (ticks[1] - ticks[0]) if len(ticks) > 1 else 1
+        decimals = 0 if gap >= 0.999 else 1
+        return [f"{100 * t + 0.0:.{decimals}f} %".replace("-", MINUS) for t in ticks]
+    gap = ticks[1] - ticks[0] if len(ticks) > 1 else abs(ticks[0]) or 1.0
+    biggest = max(abs(t) for t in ticks)
+    if biggest and (biggest < 1e-3 or biggest >= 1e5):
+        out = []
+        for t in ticks:
+            mantissa, _, exponent = f"{t:.1e}".partition("e")
+            out.append(
+                "0" if abs(t) < gap * 1e-6 else f"{mantissa.removesuffix('.0')}e{int(exponent)}".replace("-", MINUS)
+            )
+        return out
+    decimals = max(0, -math.floor(math.log10(gap) + 1e-9))
+    return [f"{0.0 if abs(t) < gap * 1e-6 else t:,.{decimals}f}".replace("-", MINUS) for t in ticks]
+
+
+def _limits(values: Sequence[float], metric: str) -> tuple[float, float]:
+    """The scale: all values, or, if a few spikes would flatten the rest, 98 % of them."""
+    ordered = sorted(values)
+    low, high = ordered[0], ordered[-1]
+    if len(ordered) >= 30:
+        inner_low, inner_high = ordered[len(ordered) // 100], ordered[-1 - len(ordered) // 100]
+        if high - low > 4 * (inner_high - inner_low) > 0:
+            low, high = inner_low, inner_high
+    pad = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
+    lower, upper = low - pad, high + pad
+    if low >= 0 > lower:
+        lower = 0.0
+    if is_proportion(metric) and high <= 1 < upper:
+        upper = 1.0
+    return lower, upper
+
+
+def _path(points: Sequence[Point]) -> str:
+    out: list[str] = []
+    pen = "M"
+    for x, y in points:
+        if math.isfinite(y):
+            out.append(f"{pen}{x:.1f} {y:.1f}")
+            pen = "L"
+        else:
+            pen = "M"
+    return "".join(out)
