@@ -104,6 +104,8 @@ def _check_data(s: DataSettings) -> Found:
 
 @_check(TrainSettings)
 def _check_steps(s: TrainSettings) -> Found:
+    if isinstance(s.micro_batch_tokens, int) and s.micro_batch_tokens < 1:
+        yield "micro_batch_tokens", f"is {s.micro_batch_tokens}; it must be ≥ 1 or auto", "write auto"
     if s.max_steps == 0:
         yield "max_steps", "is 0, which trains nothing", "write -1 (by epochs) or at least 1"
     if s.warmup_steps and s.warmup_ratio:

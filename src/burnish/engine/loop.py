@@ -324,7 +324,7 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         signum = self.signals.signum
-        asked = max(self.job.runtime.gather(signum)) if self.job.runtime.world > 1 else signum
+        asked = max(self.job.runtime.gather(signum or 0)) if self.job.runtime.world > 1 else signum
         if not asked:
             return
         self._save()

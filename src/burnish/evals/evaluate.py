@@ -82,7 +82,7 @@ def evaluate_subjects(
         subjects: The models, with the comparisons to make.
         settings: Tasks, numbers of items, intervals.
         data: Where the items come from.
-        out_dir: figures.json, items.jsonl, samples.jsonl and, for each reward model, reward-<name>.json are written there.
+        out_dir: figures.json, items.jsonl and samples.jsonl are written there.
         judge: The reward model that scores answers for `win_rate`; default: the only reward model among the subjects.
         device: Where to compute; default: the CPU.
         load: (folder, "lm" | "score") → Loaded, instead of loading from disk (tests).
@@ -106,16 +106,9 @@ def evaluate_subjects(
     if run.wants("preferences"):
         for folder in dict.fromkeys(s.reference_folder for s in policies if s.reference_folder is not None):
             _measure_reference(run, folder)
-        for folder in dict.fromkeys(s.folder for s in rewards):
-            with loaded(run.load, folder, "score") as model:
-                run.scores[folder] = measure_scores(model, _items(run, "pairs", model.tokenizer))
-    judged = _judge_answers(run, policies, judge) if judge is not None else {}
+    judged = _measure_rewards(run, policies, rewards, judge)
     _report(run, policies, rewards, judged)
     run.figures.save(out_dir)
-    for name, report in run.figures.reports.items():
-        from burnish.artifacts.exchange import save_json
-
-        save_json(out_dir / f"reward-{name}.json", report)
     for note in run.figures.notes:
         log.warning("%s", note)
     log.info("evaluated %d models in %.1f s", len(subjects), mono() - begun)
@@ -187,6 +180,21 @@ def _measure_reference(run: _Run, folder: Path) -> None:
             run.pairs[folder] = measure_logprobs(model, _items(run, "pairs", model.tokenizer))
 
 
+def _measure_rewards(
+    run: _Run, policies: Sequence[Subject], rewards: Sequence[Subject], judge: Subject | None
+) -> dict[str, Numbers]:
+    """Scores of the held-out pairs by every reward model, and of the answers by the judge, which it returns."""
+    judged: dict[str, Numbers] = {}
+    scoring = [s.folder for s in rewards] if run.wants("preferences") else []
+    for folder in dict.fromkeys([*scoring, *([judge.folder] if judge is not None else [])]):
+        with loaded(run.load, folder, "score") as model:
+            if folder in scoring:
+                run.scores[folder] = measure_scores(model, _items(run, "pairs", model.tokenizer))
+            if judge is not None and folder == judge.folder:
+                judged = _judge_answers(run, model, policies, judge)
+    return judged
+
+
 def build_prompts(pairs: Sequence[Group], tokenizer: TextTokenizer) -> list[Prompt]:
     """The prompts of pairs, each once; the chosen answer is shown as the reference."""
     found: dict[tuple[int, ...], Prompt] = {}
@@ -203,7 +211,7 @@ def _answer(run: _Run, model: Loaded, task: str, prompts: Sequence[Prompt]) -> A
     room = [p for p in prompts if model.context is None or len(p.ids) < model.context]
     if len(room) < len(prompts):
         run.figures.note(f"{task}: {len(prompts) - len(room)} prompts fill the model's context and were left out")
-    with model.policy.unpacked() as plain, model.policy.autocast():
+    with model.policy.unpacked() as plain, model.autocast():
         answers = generate_greedy(
             plain, [p.ids for p in room], eos_ids=model.end_ids, max_new_tokens=run.settings.max_new_tokens,
             batch_size=run.settings.batch_size, context=model.context,
@@ -212,19 +220,18 @@ def _answer(run: _Run, model: Loaded, task: str, prompts: Sequence[Prompt]) -> A
     return Answered(room, answers, texts)
 
 
-def _judge_answers(run: _Run, policies: Sequence[Subject], judge: Subject) -> dict[str, Numbers]:
-    """Subject → the judge's score of each of its answers: the generated ids themselves, with or without their end token."""
+def _judge_answers(run: _Run, model: Loaded, policies: Sequence[Subject], judge: Subject) -> dict[str, Numbers]:
+    """Subject → the judge's score of each of its answers: of the generated ids themselves, ended or cut off."""
     out: dict[Path, Numbers] = {}
-    with loaded(run.load, judge.folder, "score") as model:
-        for folder in dict.fromkeys(s.folder for s in policies):
-            found = run.answers[folder, "win_rate"]
-            groups = []
-            for prompt, answer in zip(found.prompts, found.answers, strict=True):
-                ids = np.asarray(answer.ids, np.int32)
-                completion = Completion(ids, np.ones(len(ids), bool))
-                groups.append(Group(prompt.id, np.asarray(prompt.ids, np.int32), (completion,)))
-            _check_tokens(judge, model.tokenizer, folder, run.tokenizers[folder], groups)
-            out[folder] = measure_scores(model, groups).values[:, 0]
+    for folder in dict.fromkeys(s.folder for s in policies):
+        found = run.answers[folder, "win_rate"]
+        groups = []
+        for prompt, answer in zip(found.prompts, found.answers, strict=True):
+            ids = np.asarray(answer.ids, np.int32)
+            completion = Completion(ids, np.ones(len(ids), bool))
+            groups.append(Group(prompt.id, np.asarray(prompt.ids, np.int32), (completion,)))
+        _check_tokens(judge, model.tokenizer, folder, run.tokenizers[folder], groups)
+        out[folder] = measure_scores(model, groups).values[:, 0]
     return {s.name: out[s.folder] for s in policies}
 
 

@@ -77,8 +77,10 @@ class Figures:
 
 
 def align(a: Sequence[str], b: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Positions in a and in b of the ids that both have, in a's order: models with different tokenizers may have left out
-    different rows."""
+    """Positions in a and in b of the ids that both have, in a's order.
+
+    Models with different tokenizers may have left out different rows.
+    """
     where = {name: i for i, name in enumerate(b)}
     common = [(i, where[name]) for i, name in enumerate(a) if name in where]
     return [i for i, _ in common], [j for _, j in common]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -88,15 +88,23 @@ class Loaded:
         bos = self.tokenizer.bos_id
         return self.tokenizer.eos_ids | ({bos} if bos is not None else set())
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The type that the policy computes in, for plain calls of its model."""
+        dtype = self.policy.compute_dtype
+        if dtype is None or dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.policy.device.type, dtype=dtype)
 
-Loader = Callable[[Path, str], Loaded]
+
+Head = Literal["lm", "score"]
+Loader = Callable[[Path, Head], Loaded]
+BUDGET = {"cpu": 4096, "cuda": 32768}  # tokens forwarded together
 
 
 def build_loader(settings: EvaluateSettings, device: torch.device) -> Loader:
     """A function (folder, head) → Loaded with the precision and attention of the settings."""
 
-    def load(folder: Path, head: str) -> Loaded:
-        from burnish.engine.loop import AUTO_BUDGET
+    def load(folder: Path, head: Head) -> Loaded:
         from burnish.models.folder import inspect_model_folder
         from burnish.models.load import load_model
         from burnish.models.policy import Policy
@@ -106,8 +114,7 @@ def build_loader(settings: EvaluateSettings, device: torch.device) -> Loader:
         text: Mapping[str, Any] = config.get("text_config") or config
         hidden = int(text.get("hidden_size") or text.get("n_embd") or text.get("d_model") or 4096)
         precision = resolve_precision(settings.precision, device, hidden)
-        lm: Any = head
-        model, _ = load_model(str(folder), head=lm, dtype=precision.frozen if precision.compute else torch.float32,
+        model, _ = load_model(str(folder), head=head, dtype=precision.frozen if precision.compute else torch.float32,
                               disable_dropout=True, need_trained_head=head == "score")  # fmt: skip
         module: Any = model
         module.to(device)
@@ -117,13 +124,13 @@ def build_loader(settings: EvaluateSettings, device: torch.device) -> Loader:
         limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
         context = min((int(n) for n in limits if n), default=None)
         log.info("evaluating %s: %s", folder, precision.why)
-        return Loaded(policy, tokenizer, context, AUTO_BUDGET.get(device.type, 8192))
+        return Loaded(policy, tokenizer, context, BUDGET.get(device.type, 8192))
 
     return load
 
 
 @contextmanager
-def loaded(load: Loader, folder: Path, head: str) -> Iterator[Loaded]:
+def loaded(load: Loader, folder: Path, head: Head) -> Iterator[Loaded]:
     """A model for the time of a block; its memory is given back behind it."""
     found = load(folder, head)
     try:

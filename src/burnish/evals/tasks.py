@@ -75,7 +75,7 @@ def report_policy_preferences(
     """Preference accuracy of policies on held-out pairs.
 
     ranking_accuracy: share of pairs whose chosen answer has the higher Σ log π. It needs no reference, so all policies
-    compare. accuracy and margin: the same after subtracting the reference's sums (the policy's implicit reward, in nats).
+    compare. accuracy and margin: the same less the reference's sums (differences of the implicit reward, in nats).
     """
     ranks: dict[str, Numbers] = {}
     for subject in subjects:
@@ -135,7 +135,7 @@ def report_checkable(
     subjects: Sequence[Subject],
     found: Mapping[str, Answered],
 ) -> None:
-    """Answers with a final number, right or wrong by exact comparison. Items whose gold has none are left out, counted."""
+    """Answers with a final number, right or wrong by exact comparison; items whose gold has none are left out, counted."""
     marks: dict[str, Numbers] = {}
     kept: dict[str, Answered] = {}
     for subject in subjects:
@@ -234,7 +234,8 @@ def _drop_broken(figures: Figures, task: str, found: Answered) -> tuple[Answered
         figures.note(
             f"{task}: {len(bad)} items have no final number in their reference, left out: {', '.join(bad[:5])}"
         )
-    kept = Answered(*([rows[i] for i in good] for rows in (found.prompts, found.answers, found.texts)))
+    prompts, answers, texts = found.prompts, found.answers, found.texts
+    kept = Answered([prompts[i] for i in good], [answers[i] for i in good], [texts[i] for i in good])
     return kept, [gold[i] for i in good]
 
 

@@ -1,0 +1,128 @@
+"""Imports point down only: the layers of docs/architecture.md, over every import, also in functions and type checking."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from pathlib import Path
+
+import burnish
+
+SOURCE = Path(burnish.__file__).parent
+# From the top down; packages of one line do not import each other.
+LAYERS = (
+    ("cli",),
+    ("pipeline",),
+    ("methods", "evals"),
+    ("engine",),
+    ("models",),
+    ("losses", "data"),
+    ("core",),
+    ("config", "artifacts", "track", "report"),
+    ("errors", "faults", "clock"),
+)
+SIDEWAYS = {
+    ("artifacts", "config"),
+    ("track", "config"),
+    ("report", "artifacts"),
+    ("report", "track"),
+    ("report", "config"),
+}
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+FREE = {"__init__", "__main__"}
+BUNDLED = {"assets", "recipes"}
+
+
+def find_imports(source: str, package: str) -> list[str]:
+    """Absolute names of burnish's modules that a source imports anywhere, strings of the registry's form included."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = package.split(".")
+                base = ".".join([*parts[: len(parts) - node.level + 1], *([base] if base else [])])
+            found += [f"{base}.{alias.name}" if base == "burnish" else base for alias in node.names]
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "import_module":
+            found += [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+    return [name for name in found if name.split(".")[0] == "burnish"]
+
+
+def find_violations(files: Iterable[tuple[str, str]]) -> list[str]:
+    """Arrows that point up or sideways, of files given as (path below the package, source)."""
+    violations = []
+    for path, source in files:
+        parts = Path(path).with_suffix("").parts
+        owner = parts[0]
+        if owner in FREE:
+            continue
+        package = ".".join(["burnish", *parts[:-1]])
+        for name in find_imports(source, package):
+            target = name.split(".")[1] if "." in name else ""
+            if not target or target == owner or target.startswith("__"):
+                continue
+            if target not in LEVEL:
+                violations.append(f"{path}: {target} is in no layer")
+            elif LEVEL[target] < LEVEL[owner]:
+                violations.append(f"{path} imports {name}: up")
+            elif LEVEL[target] == LEVEL[owner] and LEVEL[owner] < LEVEL["errors"] and (owner, target) not in SIDEWAYS:
+                violations.append(f"{path} imports {name}: sideways")
+    return violations
+
+
+def read_package() -> list[tuple[str, str]]:
+    """Every module of the package."""
+    return [(str(path.relative_to(SOURCE)), path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))]
+
+
+def test_imports_point_down():
+    assert find_violations(read_package()) == []
+
+
+def test_every_package_has_its_layer():
+    found = {Path(path).with_suffix("").parts[0] for path, _ in read_package()} - FREE - BUNDLED
+    assert found == set(LEVEL), "a package without a layer, or a layer without a package"
+    assert len(read_package()) > 40
+
+
+def test_the_layers_are_those_of_the_architecture_page():
+    page = (SOURCE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    block = page.split("## Layers", 1)[1].split("##", 1)[0]
+    lines = [line.split() for line in block.splitlines() if line.startswith("    ") and line.split()[0] in LEVEL]
+    written = [tuple(word for word in words if word in LEVEL) for words in lines]
+    known = [tuple(names) for names in LAYERS]
+    assert [set(names) for names in known] == [set(names[: len(layer)]) for names, layer in zip(written, known)]
+
+
+def test_no_drawer_for_odds_and_ends():
+    names = {Path(path).stem for path, _ in read_package()} | {Path(path).parts[0] for path, _ in read_package()}
+    assert not names & {"utils", "util", "helpers", "common", "misc"}
+
+
+def test_light_packages_hold_nothing():
+    assert "import" not in (SOURCE / "__init__.py").read_text(encoding="utf-8").split('"""')[2]
+    assert not (SOURCE / "methods" / "__init__.py").read_text(encoding="utf-8").split('"""')[-1].strip()
+
+
+def test_an_arrow_that_points_up_is_caught():
+    for source in (
+        "import burnish.engine.step",
+        "from burnish.engine import step",
+        "from burnish import engine",
+        "def f():\n    from burnish.engine.step import run",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from burnish.engine import step",
+        "from ..engine import step",
+        "from importlib import import_module\nimport_module('burnish.engine.step')",
+    ):
+        assert find_violations([("losses/dpo.py", source)]), source
+        assert not find_violations([("pipeline/run.py", source.replace("..engine", "burnish.engine"))]), source
+
+
+def test_an_arrow_that_points_sideways_is_caught():
+    assert find_violations([("data/x.py", "from burnish.losses.dpo import y")])
+    assert find_violations([("config/x.py", "from burnish.artifacts.folder import y")])
+    assert not find_violations([("artifacts/x.py", "from burnish.config.load import y")])
+    assert not find_violations([("data/x.py", "from burnish.data.readers import y\nfrom .lines import z")])
+    assert find_violations([("data/x.py", "from burnish.nowhere import y")]) == ["data/x.py: nowhere is in no layer"]
