@@ -75,7 +75,7 @@ def render_example(kind: str) -> str:
     for owner, names in group_fields(cls):
         lines += ["", f"    # {_title(owner)}"]
         for name in names:
-            if name in ("kind", "data", "model") or name in _fixed(kind):
+            if name in ("kind", "model") or name in _fixed(kind) or (name == "data" and canonical != "evaluate"):
                 continue
             lines += _example_lines(name, cls.model_fields[name], 4)
     return "\n".join(lines) + "\n"

@@ -16,7 +16,7 @@ Schedule = Literal["constant", "linear", "cosine", "wsd"]
 class LoraSettings(Settings):
     """Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685)."""
 
-    r: int = setting(16, "Rank.", ge=1)
+    r: int = setting(16, "Rank of the update.", ge=1)
     alpha: float = setting(32.0, "Scale: the update is alpha / r · BA (rsLoRA: alpha / √r).", gt=0)
     dropout: float = setting(0.0, "Dropout on the adapter's input.", ge=0, lt=1)
     bias: Literal["none", "all", "lora_only"] = setting("none", "Which biases are trained.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from burnish.config.train import TrainSettings
 from burnish.data.columns import ColumnMapping, find_mapping
@@ -85,15 +85,16 @@ def load_all(settings: TrainSettings, sources: Sources, reading: Reading, log: P
     return loaded
 
 
-def _mapping(source: Source, settings: TrainSettings) -> ColumnMapping | None:
+def mapping_of(source: Source, settings: TrainSettings) -> ColumnMapping | None:
+    """The column mapping of a source: its own, else the stage's."""
     return find_mapping(source.settings.columns if source.settings.columns is not None else settings.columns)
 
 
 def _read_source(
     source: Source, split: Split, settings: TrainSettings, reading: Reading, log: ProblemLog, report: SplitReport
 ) -> list[Example]:
-    own = Reading(reading.want, reading.chat, source.settings.format, reading.strip_think, reading.strip_control)
-    mapping = _mapping(source, settings)
+    own = replace(reading, format=source.settings.format)
+    mapping = mapping_of(source, settings)
     return load_examples(source, split, own, mapping, log, report, drop_identical=settings.drop_identical)
 
 

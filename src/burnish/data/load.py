@@ -29,17 +29,15 @@ def load_examples(
     drop_identical: bool = False,
 ) -> list[Example]:
     """The examples of a split; malformed rows go to the log and the report."""
-    if mapping is not None and mapping.chat and reading.format == "auto":
-        reading = replace(reading, format="instruct")
     refused = report.malformed.count
     with log.counting(report.refuse):
-        found = list(_examples(source, split, reading, mapping, log, report, drop_identical))
+        found = list(iter_examples(source, split, reading, mapping, log, report, drop_identical))
     report.rows_read += report.malformed.count - refused
     _count_duplicates(found, report)
     return found
 
 
-def _examples(
+def iter_examples(
     source: Source,
     split: Split,
     reading: Reading,
@@ -48,6 +46,9 @@ def _examples(
     report: SplitReport,
     drop_identical: bool,
 ) -> Iterator[Example]:
+    """The examples of a split one by one; malformed rows go to the log."""
+    if mapping is not None and mapping.chat and reading.format == "auto":
+        reading = replace(reading, format="instruct")
     ids: dict[str, str] = {}
     for row in source.rows(split, log):
         try:

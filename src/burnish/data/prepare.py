@@ -129,11 +129,12 @@ def want_of(kind: str) -> Want:
     return WANTS.get(kind, "pair")
 
 
-def reading_of(settings: TrainSettings, tokenizer: TextTokenizer) -> Reading:
-    """How rows are read for a stage."""
+def reading_of(settings: TrainSettings, tokenizer: TextTokenizer | None) -> Reading:
+    """How rows are read for a stage; without a tokenizer dialogues are taken as messages."""
+    own = tokenizer is None or tokenizer.chat_template is not None
     return Reading(
         want=want_of(settings.kind),
-        chat=tokenizer.chat_template is not None or settings.chat_template is not None,
+        chat=own or settings.chat_template is not None,
         strip_think=settings.strip_think,
         strip_control=bool(getattr(settings, "strip_control", False)),
     )

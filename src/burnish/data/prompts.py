@@ -21,7 +21,18 @@ from burnish.data.tokenizer import TextTokenizer
 from burnish.errors import DataError
 
 _TEXTS = (str, int, float, bool)
-_NOT_TAGS = ("id", "question", "answer", "prompt", "text", "reference", "ground_truth", "chosen", "rejected", "completion")
+_NOT_TAGS = (
+    "id",
+    "question",
+    "answer",
+    "prompt",
+    "text",
+    "reference",
+    "ground_truth",
+    "chosen",
+    "rejected",
+    "completion",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +134,10 @@ def _split_of(place: Source, split: str | None, held_out: bool, settings: DataSo
 def _prompt_row(example: Example, data: Mapping[str, Any], template: ChatTemplate, source: str) -> PromptRow:
     """The prompt of an example; its ids are filled in later, all at once."""
     if example.form == "chat":
-        messages, text = example.prompt, template.render(example.prompt, add_generation_prompt=True, tools=example.tools)
+        messages, text = (
+            example.prompt,
+            template.render(example.prompt, add_generation_prompt=True, tools=example.tools),
+        )
     else:
         messages, text = None, example.prompt
     tags = {"source": source}

@@ -8,7 +8,8 @@ from burnish.data import hh
 from burnish.data.example import Example, Reading
 from burnish.data.messages import Message, check_messages, check_order, check_text, from_sharegpt, parse_tools
 from burnish.data.problems import RowDropped, RowError
-from burnish.data.readers import Row
+from burnish.data.readers import CsvText, Row
+from burnish.data.strict_json import describe
 from burnish.data.template import Segment
 from burnish.data.think import strip_think
 
@@ -68,10 +69,11 @@ def _insert_system(row: Row, reading: Reading, messages: list[Message]) -> None:
 
 def _conversation(row: Row, reading: Reading, messages: list[Message], name: str) -> Example:
     if reading.want == "prompt":
+        said = ""
         while messages and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
+            said, messages = messages[-1]["content"], messages[:-1]
         check_order(messages, name)
-        return _chat(row, reading, messages, [])
+        return _chat(row, reading, messages, [], extra={"reference": said} if said else {})
     check_order(messages, name, final="assistant")
     first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
     return _chat(row, reading, messages[:first], [messages[first:]], conversation=True)
@@ -114,6 +116,21 @@ def read_question(row: Row, reading: Reading) -> Example:
 
 
 def read_completion(row: Row, reading: Reading) -> Example:
+    example = _completion(row, reading)
+    if "label" in row.data:
+        example.extra["label"] = _label(row.data["label"])
+    return example
+
+
+def _label(value: Any) -> bool:
+    if isinstance(value, bool) or value in (0, 1):
+        return bool(value)
+    if str(value).lower() in ("true", "false", "0", "1") and isinstance(value, CsvText):
+        return str(value).lower() in ("true", "1")
+    raise RowError(f"expected true or false, found {describe(value)}", kind="type", field="label")
+
+
+def _completion(row: Row, reading: Reading) -> Example:
     prompt, completion = row.data["prompt"], row.data["completion"]
     if isinstance(prompt, list) or isinstance(completion, list):
         return _chat_pair(row, reading, ("completion",))

@@ -104,8 +104,9 @@ def evaluate_subjects(
     for folder in dict.fromkeys(s.folder for s in policies):
         _measure_policy(run, folder)
     if run.wants("preferences"):
-        for folder in dict.fromkeys(s.reference_folder for s in policies if s.reference_folder is not None):
-            _measure_reference(run, folder)
+        for subject in policies:
+            if subject.reference_folder is not None:
+                _measure_reference(run, subject.reference_folder)
     judged = _measure_rewards(run, policies, rewards, judge)
     _report(run, policies, rewards, judged)
     run.figures.save(out_dir)

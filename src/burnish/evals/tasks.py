@@ -135,7 +135,7 @@ def report_checkable(
     subjects: Sequence[Subject],
     found: Mapping[str, Answered],
 ) -> None:
-    """Answers with a final number, right or wrong by exact comparison; items whose gold has none are left out, counted."""
+    """Answers with a final number, compared exactly; items whose gold has none are left out and counted."""
     marks: dict[str, Numbers] = {}
     kept: dict[str, Answered] = {}
     for subject in subjects:
