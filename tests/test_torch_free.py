@@ -58,10 +58,18 @@ def test_packages_import_without_torch(package: str, tmp_path: Path):
 @pytest.mark.parametrize("arguments", [*LIGHT_COMMANDS, *CONFIG_COMMANDS], ids=" ".join)
 def test_commands_run_without_torch(arguments: list[str], tmp_path: Path):
     code = "import sys\nfrom burnish.cli.main import main\n"
-    code += f"status = main({arguments!r})\nprint('LOADED', [n for n in {HEAVY!r} if n in sys.modules])\nsys.exit(status)"
+    code += (
+        f"status = main({arguments!r})\nprint('LOADED', [n for n in {HEAVY!r} if n in sys.modules])\nsys.exit(status)"
+    )
     done = run(code, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("LOADED []")
+
+
+def test_the_check_can_fail(tmp_path: Path):
+    code = "import sys\nfrom burnish.cli.main import main\n"
+    code += f"main(['doctor'])\nprint('LOADED', [n for n in {HEAVY!r} if n in sys.modules])"
+    assert "'torch'" in run(code, tmp_path).stdout.rpartition("LOADED")[2]
 
 
 @pytest.mark.parametrize("arguments", LIGHT_COMMANDS, ids=" ".join)

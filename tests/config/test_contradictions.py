@@ -93,8 +93,11 @@ def test_the_batch_with_several_processes():
     load(source, processes=2)
     text = problems_of(source, processes=4)
     assert "2 × gradient_accumulation_steps 4 × 4 processes = 32" in text and "set batch_size: 32" in text
-    text = problems_of({**PAIRS, "batch_size": 7, "stages": [{"kind": "sft"}]}, processes=2)
-    assert "the nearest valid values are 6 or 8" in text
+    text = problems_of(
+        {**PAIRS, "stages": [{"kind": "sft", "batch_size": 9, "gradient_accumulation_steps": 2}]}, processes=2
+    )
+    assert "the nearest valid values are 8 or 12" in text
+    load({**PAIRS, "batch_size": 7, "stages": [{"kind": "sft"}]}, processes=2)  # a step may be shared unevenly
 
 
 @pytest.mark.parametrize(
@@ -126,7 +129,7 @@ SFT, REWARD, DPO = {"kind": "sft"}, {"kind": "reward"}, {"kind": "dpo"}
 @pytest.mark.parametrize(
     ("source", "parts"),
     [
-        (stages(SFT, {**DPO, "init_from": "stf"}), ["stages.dpo.init_from: there is no stage 'stf'", "did you mean sft?"]),
+        (stages(SFT, {**DPO, "init_from": "stf"}), ["dpo.init_from: there is no stage 'stf'", "did you mean sft?"]),
         (stages({**DPO, "init_from": "sft"}, SFT), ["is 'sft', which comes later", "move sft before dpo"]),
         (stages({**DPO, "init_from": "dpo"}), ["is 'dpo', the stage itself"]),
         (stages({**DPO, "init_from": "base"}), ["leave init_from out"]),
@@ -164,8 +167,15 @@ def test_between_stages(source: dict, parts: list[str]):
 
 def test_good_references_between_stages():
     reward = {**REWARD, "init_from": "sft"}
-    evaluation = {"kind": "evaluate", "of": ["base", "sft", "dpo"], "judge": "reward", "tasks": ["win_rate", "pocket/maths"]}
-    recipe = load(stages(SFT, reward, {**REWARD, "init_from": "reward"}, {**DPO, "init_from": "sft"}, evaluation)).recipe
+    evaluation = {
+        "kind": "evaluate",
+        "of": ["base", "sft", "dpo"],
+        "judge": "reward",
+        "tasks": ["win_rate", "pocket/maths"],
+    }
+    recipe = load(
+        stages(SFT, reward, {**REWARD, "init_from": "reward"}, {**DPO, "init_from": "sft"}, evaluation)
+    ).recipe
     assert recipe.stage_names() == ["sft", "reward", "reward-2", "dpo", "evaluate"]
 
 
@@ -196,7 +206,9 @@ def test_a_file_beside_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (folder / "d.jsonl").write_text("{}\n")
     (folder / "r.yaml").write_text("model: m\nstages:\n- {kind: sft, data: d.jsonl}\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"r\.yaml:3.*\n.*relative to the current folder; it lies at recipes/d\.jsonl"):
+    with pytest.raises(
+        ConfigError, match=r"r\.yaml:3.*\n.*relative to the current folder; it lies at recipes/d\.jsonl"
+    ):
         load_recipe("recipes/r.yaml", env={})
 
 

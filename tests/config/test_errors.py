@@ -115,7 +115,11 @@ def test_secrets_are_refused_and_not_repeated(secret: str, tmp_path: Path):
     path = write(tmp_path, f"model: pocket\nstages:\n  - kind: sft\n    data: '{secret}'\n")
     with pytest.raises(ConfigError) as caught:
         load(path)
-    for text in (str(caught.value), problems_of(MINIMAL, f"data={secret}"), problems_of(MINIMAL, env={"BURNISH__DATA": secret})):
+    for text in (
+        str(caught.value),
+        problems_of(MINIMAL, f"data={secret}"),
+        problems_of(MINIMAL, env={"BURNISH__DATA": secret}),
+    ):
         assert "looks like" in text and ".env" in text
         assert secret not in text and "secretword" not in text
     assert f"{path}:4" in str(caught.value)
@@ -145,7 +149,11 @@ def test_exit_2_within_two_seconds_without_a_traceback(tmp_path: Path, text: str
     for _ in range(3):
         begun = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-m", "burnish", "run", str(path)], capture_output=True, text=True, timeout=60, cwd=tmp_path
+            [sys.executable, "-m", "burnish", "run", str(path)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=tmp_path,
         )
         times.append(time.perf_counter() - begun)
         assert done.returncode == 2

@@ -31,7 +31,11 @@ def test_top_level_settings_are_defaults_of_every_stage_that_has_them():
             "beta": 0.3,
             "learning_rate": 1e-4,
             "report_to": ["tensorboard"],
-            "stages": [{"kind": "sft", "learning_rate": 1e-3}, {"kind": "dpo", "init_from": "sft"}, {"kind": "evaluate"}],
+            "stages": [
+                {"kind": "sft", "learning_rate": 1e-3},
+                {"kind": "dpo", "init_from": "sft"},
+                {"kind": "evaluate"},
+            ],
         }
     ).recipe
     sft, dpo, evaluation = recipe.stages
@@ -122,7 +126,11 @@ def test_a_setting_under_two_names():
 
 
 def test_several_models():
-    source = {"models": ["pocket", "gpt2"], "data": "x", "stages": [{"kind": "sft"}, {"kind": "dpo", "init_from": "sft"}]}
+    source = {
+        "models": ["pocket", "gpt2"],
+        "data": "x",
+        "stages": [{"kind": "sft"}, {"kind": "dpo", "init_from": "sft"}],
+    }
     recipe = load(source).recipe
     assert recipe.model_list() == ["pocket", "gpt2"]
     assert recipe.stages[0].model is None
@@ -164,7 +172,11 @@ def test_json(tmp_path: Path):
 def test_the_resolved_recipe_means_the_same(tmp_path: Path):
     import yaml
 
-    for source in ("quickstart", "hh-dpo", {"models": ["a", "b"], "data": "d", "stages": [{"kind": "ipo", "lora_r": 4}]}):
+    for source in (
+        "quickstart",
+        "hh-dpo",
+        {"models": ["a", "b"], "data": "d", "stages": [{"kind": "ipo", "lora_r": 4}]},
+    ):
         first = load(source, "logging_steps=3")
         path = write(tmp_path, yaml.safe_dump(first.recipe.resolved(), sort_keys=False))
         assert load(path).recipe == first.recipe
@@ -184,6 +196,10 @@ def test_the_resolved_recipe_means_the_same(tmp_path: Path):
         ("model: !!python/object:os.system x\n", "the tag"),
         ("model: x\n---\nmodel: y\n", "this is not valid YAML"),
         ("? [a, b]\n: c\n", "a key must be a word"),
+        ("[" * 3000, "this is not valid YAML"),
+        ("a: " + "[" * 60 + "]" * 60, "endless or enormous"),
+        ("model: a\x00b\n", "this is not valid YAML"),
+        ("model: 'a\n", "this is not valid YAML"),
     ],
 )
 def test_texts_that_are_no_recipes(tmp_path: Path, text: str, expected: str):
@@ -191,6 +207,18 @@ def test_texts_that_are_no_recipes(tmp_path: Path, text: str, expected: str):
         load(write(tmp_path, text))
     assert expected in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_a_kind_that_the_command_line_mends():
+    assert load({**PAIRS, "stages": [{"kind": "foo", "name": "a"}]}, "a.kind=sft").recipe.stages[0].kind == "sft"
+
+
+def test_a_stage_that_may_have_forgotten_where_to_start():
+    first, second = {"kind": "sft"}, {"kind": "dpo"}
+    assert "set init_from: sft" in load({**PAIRS, "stages": [first, second]}).notes[0]
+    assert load({**PAIRS, "stages": [first, {**second, "init_from": "sft"}]}).notes == ()
+    assert load({**PAIRS, "stages": [first, {**second, "model": "pocket"}]}).notes == ()
+    assert load({**PAIRS, "stages": [{"kind": "reward"}, second]}).notes == ()
 
 
 def test_an_explosion_of_anchors(tmp_path: Path):

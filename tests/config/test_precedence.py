@@ -150,7 +150,8 @@ def test_a_checkpoint_may_be_a_whole_recipe():
 
 
 def test_processes_come_from_the_launcher():
-    source = {**PAIRS, "batch_size": 6, "stages": [{"kind": "sft"}]}
+    settings = {"batch_size": 6, "gradient_accumulation_steps": 3}
+    source = {**PAIRS, "stages": [{"kind": "sft", **settings}]}
     assert load(source, env={"WORLD_SIZE": "2"}).processes == 2
-    with pytest.raises(ConfigError, match="4 processes cannot share evenly"):
+    with pytest.raises(ConfigError, match="not divisible by gradient_accumulation_steps 3 × 4 processes"):
         load(source, env={"WORLD_SIZE": "4"})

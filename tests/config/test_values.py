@@ -68,7 +68,11 @@ def stage_of(tmp_path: Path, settings: str) -> Any:
         ("micro_batch_tokens: 512", "micro_batch_tokens", 512),
         ("precision: BF16", "precision", "bf16"),
         ("devices: 0", "devices", [0]),
-        ("chat_template_kwargs: {enable_thinking: false, n: 2}", "chat_template_kwargs", {"enable_thinking": False, "n": 2}),
+        (
+            "chat_template_kwargs: {enable_thinking: false, n: 2}",
+            "chat_template_kwargs",
+            {"enable_thinking": False, "n": 2},
+        ),
     ],
 )
 def test_values_of_a_file(tmp_path: Path, text: str, name: str, value: Any):

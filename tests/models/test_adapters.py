@@ -112,7 +112,7 @@ def test_share_of_a_real_shape() -> None:
 
 def test_wrong_targets(tmp_path: Path) -> None:
     folder = save_small(tmp_path)
-    with pytest.raises(ConfigError, match="no linear layer .* is called 'q_prj'") as e:
+    with pytest.raises(ConfigError, match=r"no linear layer .* is called 'q_prj'") as e:
         build(folder, target_modules=["q_prj"])
     assert "did you mean 'q_proj'" in e.value.remedy
     with pytest.raises(ConfigError, match=r"an adapter on the head \(lm_head\)"):
@@ -172,7 +172,9 @@ def test_two_stages_give_one_adapter_of_the_base(name: str, tmp_path: Path) -> N
     with quiet():
         loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(source))
     assert torch.allclose(logits(loaded), logits(built.model), atol=1e-5)
-    assert not torch.allclose(logits(loaded), logits(load_model(str(base), head="lm", dtype=torch.float32)[0]), atol=0.1)
+    assert not torch.allclose(
+        logits(loaded), logits(load_model(str(base), head="lm", dtype=torch.float32)[0]), atol=0.1
+    )
 
 
 def test_what_cannot_be_joined_is_written_whole(tmp_path: Path) -> None:

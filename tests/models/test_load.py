@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import pickle
@@ -17,7 +18,7 @@ from burnish.config.train import LoraSettings
 from burnish.errors import ConfigError, ServiceError
 from burnish.models.adapters import base_of, is_peft
 from burnish.models.export import export_model
-from burnish.models.folder import inspect_model_folder
+from burnish.models.folder import inspect_model_folder, read_base_config
 from burnish.models.load import (
     build_model,
     fetch_model_folder,
@@ -265,8 +266,8 @@ def test_gradient_checkpointing_changes_no_bit(llama: Path, kind: dict) -> None:
 
 
 def test_adapters_do_not_stack(llama: Path, tmp_path: Path) -> None:
-    """S4-21: a later LoRA stage starts from base + earlier adapter with one fresh adapter; a resumed stage builds the same
-    model again and loads its trainable state."""
+    """S4-21: a later LoRA stage starts from base + earlier adapter with one fresh adapter; a resumed stage builds the
+    same model again and loads its trainable state."""
     settings = SftSettings(lora=LoraSettings(r=2))
     first = build_model(settings, str(llama), head="lm", seed=0)
     shake(first.trainable.values())
@@ -315,6 +316,40 @@ def test_adapter_of_another_model(llama: Path, tmp_path: Path) -> None:
     edit_json(folder / "adapter_config.json", base_model_name_or_path="/nowhere/at/all")
     with pytest.raises(ConfigError, match="no model '/nowhere/at/all'"):
         load_model(str(folder), **LM)
+
+
+def test_base_of_an_adapter_is_found_again(llama: Path, tmp_path: Path) -> None:
+    """Beside the adapter, or bundled in a package that has moved."""
+    pocket = resolve_model_path("pocket-small")
+    built = build_model(SftSettings(lora=LoraSettings(r=2)), pocket, head="lm", seed=0)
+    folder = tmp_path / "a"
+    folder.mkdir()
+    export_model(built, folder, tokenizer_source=pocket, head="lm", extra={})
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == pocket
+    edit_json(
+        folder / "adapter_config.json",
+        base_model_name_or_path="/old/venv/site-packages/burnish/assets/models/pocket-small",
+    )
+    assert str(load_model(str(folder), **LM)[1].base) == pocket
+    assert read_base_config(folder)["hidden_size"] == 112 and read_base_config(llama)["hidden_size"] == 32
+    copy_model(Path(pocket), tmp_path / "base")
+    edit_json(folder / "adapter_config.json", base_model_name_or_path="../base")
+    assert load_model(str(folder), **LM)[1].base == tmp_path / "base"
+
+
+def test_code_of_a_tokenizer_does_not_run(llama: Path, tmp_path: Path) -> None:
+    """R-27: a tokenizer that asks for code of its own; reward models read the tokenizer."""
+    folder = copy_model(llama, tmp_path / "m")
+    canary = tmp_path / "canary"
+    (folder / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Tokenizer: ...\n")
+    edit_json(
+        folder / "tokenizer_config.json",
+        auto_map={"AutoTokenizer": ["evil.Tokenizer", None]},
+        tokenizer_class="Tokenizer",
+    )
+    with contextlib.suppress(ConfigError):
+        load_model(str(folder), head="score", dtype=torch.float32)
+    assert not canary.exists()
 
 
 def test_reward_model_resumes_its_head(llama: Path) -> None:

@@ -37,7 +37,16 @@ def secret_values(environ: Mapping[str, str] | None = None) -> list[str]:
 
 def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
     """`text` with tokens, keys, passwords in addresses and the values of secret environment variables masked."""
-    for value in secret_values(environ):
+    return _mask(text, secret_values(environ))
+
+
+def redact_tree(obj: Any) -> Any:
+    """A copy of a JSON-like object with every string redacted, keys too; values of keys like `api_key` are masked."""
+    return _mask_tree(obj, secret_values())
+
+
+def _mask(text: str, values: list[str]) -> str:
+    for value in values:
         text = text.replace(value, MASK)
     for pattern in _PATTERNS:
         text = pattern.sub(MASK, text)
@@ -46,15 +55,16 @@ def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
     return _URL_QUERY.sub(rf"\1{MASK}", text)
 
 
-def redact_tree(obj: Any) -> Any:
-    """A copy of a JSON-like object with every string redacted, keys too."""
+def _mask_tree(obj: Any, values: list[str]) -> Any:
     if isinstance(obj, str):
-        return redact(obj)
+        return _mask(obj, values)
     if isinstance(obj, Mapping):
         return {
-            redact_tree(k): MASK if isinstance(v, str) and v and _SECRET_KEY.search(str(k)) else redact_tree(v)
+            _mask_tree(k, values): MASK
+            if isinstance(v, str) and v and _SECRET_KEY.search(str(k))
+            else _mask_tree(v, values)
             for k, v in obj.items()
         }
     if isinstance(obj, (list, tuple)):
-        return [redact_tree(v) for v in obj]
+        return [_mask_tree(v, values) for v in obj]
     return obj

@@ -135,7 +135,7 @@ class RunFolder:
         write_json_file(self.path / RUN, self.record)
 
     def finish(self, state: str, *, seconds: float, exit_code: int, error: str | None = None) -> None:
-        """Record how the run ended this time; `seconds` from the monotonic clock (`seconds_total` adds up all starts)."""
+        """Record how the run ended this time; `seconds` from the monotonic clock (`seconds_total` adds up starts)."""
         if state not in STATES:
             raise ValueError(f"{state!r} is not one of {STATES}")
         extra = {"error": error} if error else {}

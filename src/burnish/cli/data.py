@@ -53,7 +53,7 @@ def show(words: tuple[str, ...], kind: str, model: str | None, limit: int | None
 @_options
 def stats(words: tuple[str, ...], kind: str, model: str | None, limit: int | None, as_json: bool, verbose: bool) -> int:
     """Count rows, prompts and lengths."""
-    return _call("burnish.data.stats:run_stats", words, kind, model, limit or 20, as_json)
+    return _call("burnish.data.stats:run_stats", words, kind, model, limit or 5, as_json)
 
 
 def _call(target: str, words: tuple[str, ...], kind: str, model: str | None, limit: int, as_json: bool) -> int:

@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from click.shell_completion import shell_complete
 
         return shell_complete(cli, {}, "burnish", "_BURNISH_COMPLETE", os.environ["_BURNISH_COMPLETE"])
-    verbose = "--verbose" in arguments or bool(os.environ.get("BURNISH_TRACEBACK"))
+    verbose = "--verbose" in arguments or os.environ.get("BURNISH_TRACEBACK", "0") not in ("", "0")
     try:
         with cli.make_context("burnish", list(arguments), obj=arguments) as ctx:
             result = cli.invoke(ctx)

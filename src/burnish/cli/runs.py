@@ -71,7 +71,9 @@ def show(name: str, output_dir: str, as_json: bool) -> int:
 def delete(name: str, output_dir: str, yes: str | None) -> int:
     """Delete a run for good, after its name has been typed once more."""
     from burnish.artifacts.deletion import delete_run, empty_trash
+    from burnish.artifacts.run_folder import list_runs
 
+    _find_run(list_runs(Path(output_dir)), name, output_dir)
     typed = yes if yes is not None else click.prompt(f"type {name!r} to delete {output_dir}/{name} for good", err=True)
     if typed != name:
         raise UsageError(f"{typed!r} is not {name!r}; nothing was deleted", remedy="type the run's name exactly")

@@ -31,6 +31,7 @@ from burnish.config.problems import Problem, format_value
 from burnish.config.recipe import Recipe
 from burnish.config.run_name import build_run_name
 from burnish.config.secrets import check_word
+from burnish.config.train import TrainSettings
 from burnish.config.tree import Layer, Node, Place, merge_nodes
 from burnish.config.values import SettingsReader, build_settings, unknown_key
 from burnish.errors import ConfigError
@@ -56,7 +57,8 @@ class Assembly:
         self.sources: dict[str, str] = {}
         self.top: dict[Layer, dict[str, Node]] = {Layer.FILE: canonicalise(root.value, "", problems, notes)}
         self.drafts = self._draft_stages(root.place)
-        identify(self.drafts, problems)
+        self.identity_problems: list[Problem] = []
+        identify(self.drafts, self.identity_problems)
 
     # What the layers say
 
@@ -152,7 +154,8 @@ class Assembly:
             else:
                 self.problems.append(unknown_path(override, names))
         if changed:
-            identify(self.drafts, self.problems)
+            self.identity_problems.clear()
+            identify(self.drafts, self.identity_problems)
 
     def _stage_of(self, override: Override, names: list[str], kinds: list[str], written: list[str]) -> int | None:
         rest = override.parts[1:]
@@ -201,6 +204,7 @@ class Assembly:
 
     def build(self, *, processes: int, check_machine: bool, need_model: bool) -> Recipe | None:
         """The recipe, or None if it cannot be made; everything that is wrong is in `problems`."""
+        self.problems.extend(self.identity_problems)
         self._check_top_keys()
         top = self._read_top()
         stages: list[Settings] = []
@@ -220,6 +224,7 @@ class Assembly:
                 self._add_located(check_models(stages, bool(top.get("models"))), None, set())
         if not stages:
             return None
+        self._note_starts(stages)
         top.setdefault("name", self.default_name)
         recipe = build_settings(Recipe, {**top, "stages": stages}, "", self.origin, self.problems)
         assert isinstance(recipe, Recipe)
@@ -230,6 +235,19 @@ class Assembly:
             except ConfigError as error:
                 self.problems.append(Problem("run_name", error.message, error.remedy, self._locate("run_name")))
         return recipe
+
+    def _note_starts(self, stages: Sequence[Settings]) -> None:
+        """A stage after another that starts from the base model all the same may be a slip."""
+        own_model = {draft.name for draft in self.drafts if draft.own("model") is not None}
+        before = None
+        for stage in stages:
+            if not isinstance(stage, TrainSettings):
+                continue
+            if before and stage.init_from is None and stage.name not in own_model:
+                self.notes.append(
+                    f"{stage.name} starts from the base model; to continue {before}, set init_from: {before}"
+                )
+            before = before if stage.kind == "reward" else str(stage.name)
 
     def _check_top_keys(self) -> None:
         kinds = {d.kind for d in self.drafts if d.kind}

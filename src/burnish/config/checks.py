@@ -53,11 +53,7 @@ def _check_batch(s: TrainSettings, processes: int) -> Found:
     if total is None:
         return
     people = f"{processes} processes" if processes > 1 else "1 process"
-    if total % processes:
-        low = total - total % processes
-        nearest = f"{low} or {low + processes}" if low else str(processes)
-        yield "batch_size", f"is {total}, which {people} cannot share evenly", f"the nearest valid values are {nearest}"
-    elif device is not None and steps is not None:
+    if device is not None and steps is not None:
         product = device * steps * processes
         if product != total:
             yield (

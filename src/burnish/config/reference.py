@@ -9,11 +9,12 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from burnish.config.base import Settings
+from burnish.config.batch import compute_batch
 from burnish.config.keys import inherits, settings_class
 from burnish.config.load import LoadedRecipe
 from burnish.config.recipe import Recipe
 from burnish.config.registry import ALIASES, KINDS
-from burnish.config.train import LoraSettings
+from burnish.config.train import LoraSettings, TrainSettings
 
 SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
 
@@ -107,6 +108,9 @@ def render_resolved(loaded: LoadedRecipe, *, everything: bool = False) -> str:
         kind, name = stage.pop("kind"), stage.pop("name")
         lines.append(f"  - kind: {kind}")
         lines.append(f"    name: {name}")
+        settings = loaded.recipe.stage(name)
+        if isinstance(settings, TrainSettings):
+            lines.append(f"    # {compute_batch(settings, loaded.processes)}")
         lines += _resolved_lines(stage, f"stages.{name}.", "    ", loaded, everything)
     return "\n".join(lines) + "\n"
 

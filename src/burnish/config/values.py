@@ -184,11 +184,11 @@ class SettingsReader:
                 children[name] = child
         before = len(self.problems)
         values = SettingsReader(path, self.problems, self.sources).read_fields(cls, children)
-        missing = [name for name, field in cls.model_fields.items() if field.is_required() and name not in children]
-        if missing and len(self.problems) == before:
-            raise Unreadable(f"has no {missing[0]!r}", f"add {missing[0]}: {cls.model_fields[missing[0]].description}")
-        if any(field.is_required() and name not in values for name, field in cls.model_fields.items()):
-            values = {**values, **dict.fromkeys(missing, "")}
+        required = [name for name, field in cls.model_fields.items() if field.is_required() and name not in values]
+        if required and len(self.problems) == before:
+            description = cls.model_fields[required[0]].description
+            raise Unreadable(f"has no {required[0]!r}", f"add {required[0]}: {description}")
+        values.update(dict.fromkeys(required, ""))  # what is wrong has been said; go on and find the rest
         if not children:
             self.sources[path] = _describe_place(node)
         return build_settings(cls, values, path, str(node.place), self.problems)

@@ -13,16 +13,16 @@ Shapes: T tokens of the row, H query heads, N key/value heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
-from burnish.core.batch import Layout
+from burnish.core.bmm_attention import PackedBmm
+from burnish.core.plan import AttentionPlan, Segment, build_attention_plan
 from burnish.errors import BurnishError
 
 SDPA_NAME = "burnish_packed"
@@ -44,76 +44,6 @@ class PackingRefused(BurnishError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, where="packed attention", remedy="use attention: padded for this model")
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A stretch of queries with its own causal keys, all as row positions.
-
-    Attributes:
-        start, stop: The queries, and the keys that they see causally.
-        prompt: Row positions [prompt, prompt_stop) that every query sees too; empty for a plain causal segment.
-    """
-
-    start: int
-    stop: int
-    prompt: int = 0
-    prompt_stop: int = 0
-
-
-@dataclass
-class AttentionPlan:
-    """The layout of one packed row as attention work, made once per batch and shared by all layers.
-
-    Attributes:
-        layout: The packed row.
-        heads: Plain causal segments: prompt and first completion of each group.
-        tails: The further completions, each with its prompt.
-        fans: (prompt, prompt_stop, start, stop) per group with tails: all tails of the group see that prompt.
-        longest: The largest position + 1 over the row: a window at least as long hides nothing.
-        calls: Layers that used this plan (the self-check counts them).
-    """
-
-    layout: Layout
-    heads: tuple[Segment, ...]
-    tails: tuple[Segment, ...]
-    fans: tuple[tuple[int, int, int, int], ...]
-    longest: int
-    calls: int = 0
-    _masks: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
-
-    @cached_property
-    def total(self) -> int:
-        return self.layout.total
-
-    def visible(self, segment: Segment, window: int | None, device: torch.device) -> Tensor:
-        """(queries, keys) bool of a segment, keys being its prompt followed by itself; cached across layers."""
-        own = segment.stop - segment.start
-        before = segment.prompt_stop - segment.prompt
-        window = None if window is None or window >= before + own else window
-        key = (own, before, window, device)
-        if key not in self._masks:
-            q = torch.arange(before, before + own, device=device)[:, None]
-            k = torch.arange(before + own, device=device)[None, :]
-            mask = k <= q
-            if window is not None:
-                mask &= q - k < window
-            self._masks[key] = mask
-        return self._masks[key]
-
-
-def build_attention_plan(layout: Layout) -> AttentionPlan:
-    """The attention work of a packed row."""
-    heads, tails, fans, longest = [], [], [], 0
-    for group in layout.groups:
-        first, *rest = group.completions
-        prompt_stop = group.start + group.prompt
-        heads.append(Segment(group.start, first.start + first.length))
-        tails += [Segment(c.start, c.start + c.length, group.start, prompt_stop) for c in rest]
-        if rest:
-            fans.append((group.start, prompt_stop, rest[0].start, group.end))
-        longest = max(longest, group.prompt + max(c.length for c in group.completions))
-    return AttentionPlan(layout, tuple(heads), tuple(tails), tuple(fans), longest)
 
 
 def attach_plan(position_ids: Tensor, plan: AttentionPlan) -> None:
@@ -174,6 +104,8 @@ def packed_attention(
     if softcap is not None or s_aux is not None or dropout > 0:
         run = _Explicit(plan, scale, sliding_window, softcap, s_aux, dropout)
         return run(query, key, value), None
+    if sliding_window is None and query.dtype == torch.bfloat16 and _on_cpu(query, value):
+        return PackedBmm.apply(query, key, value, plan, scale), None  # type: ignore[return-value]
     if sliding_window is None and _flash_takes(query, value):
         return _PackedFlash.apply(query, key, value, plan, scale), None  # type: ignore[return-value]
     return _run_sdpa(plan, scale, sliding_window, query, key, value), None
@@ -205,14 +137,13 @@ _FLASH_BACKWARD: Callable[..., Any] | None = getattr(
 )
 
 
+def _on_cpu(query: Tensor, value: Tensor) -> bool:
+    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
+
+
 def _flash_takes(query: Tensor, value: Tensor) -> bool:
-    return (
-        query.device.type == "cpu"
-        and _FLASH is not None
-        and _FLASH_BACKWARD is not None
-        and query.shape[-1] == value.shape[-1]
-        and query.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    )
+    known = query.dtype in (torch.float32, torch.float64, torch.float16)
+    return known and _on_cpu(query, value) and _FLASH is not None and _FLASH_BACKWARD is not None
 
 
 class _PackedFlash(torch.autograd.Function):
@@ -228,17 +159,17 @@ class _PackedFlash(torch.autograd.Function):
         out = out_row[0].transpose(0, 1).unflatten(0, q.shape[:2])  # (N, H/N, T, D), a view
         lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         for s in plan.heads:
-            o, l = flash(*_cut(s.start, s.stop, q, k, v), 0.0, True, scale=scale)
+            o, l_ = flash(*_cut(s.start, s.stop, q, k, v), 0.0, True, scale=scale)
             out[:, :, s.start : s.stop] = o
-            lse[:, :, s.start : s.stop] = l
+            lse[:, :, s.start : s.stop] = l_
         for s in plan.tails:
-            o, l = flash(*_cut(s.start, s.stop, q, k, v), 0.0, True, scale=scale)
+            o, l_ = flash(*_cut(s.start, s.stop, q, k, v), 0.0, True, scale=scale)
             out[:, :, s.start : s.stop] = o
-            lse[:, :, s.start : s.stop] = l
+            lse[:, :, s.start : s.stop] = l_
         for p, p_stop, start, stop in plan.fans:
             n = stop - start
-            o, l = flash(q.narrow(2, start, n), *_cut(p, p_stop, k, v), 0.0, False, scale=scale)
-            _merge(out.narrow(2, start, n), lse.narrow(2, start, n), o, l)
+            o, l_ = flash(q.narrow(2, start, n), *_cut(p, p_stop, k, v), 0.0, False, scale=scale)
+            _merge(out.narrow(2, start, n), lse.narrow(2, start, n), o, l_)
         ctx.save_for_backward(query, key, value, out_row, lse)
         ctx.plan, ctx.scale = plan, scale
         return out_row
@@ -298,7 +229,7 @@ def _run_sdpa(plan: AttentionPlan, scale: float, window: int | None, q: Tensor, 
     """One `scaled_dot_product_attention` a segment; returns (1, T, H, Dv)."""
     grouped = q.shape[1] != k.shape[1]
     parts = []
-    for s in _in_row_order(plan):
+    for s in plan.segments:
         own = s.stop - s.start
         keys, values = _segment_keys(s, k, v)
         before = s.prompt_stop - s.prompt
@@ -310,10 +241,6 @@ def _run_sdpa(plan: AttentionPlan, scale: float, window: int | None, q: Tensor, 
             )
         )
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
-
-
-def _in_row_order(plan: AttentionPlan) -> list[Segment]:
-    return sorted(plan.heads + plan.tails, key=lambda s: s.start)
 
 
 def _segment_keys(s: Segment, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -343,7 +270,7 @@ class _Explicit:
         n, rep = k.shape[1], q.shape[1] // k.shape[1]
         grouped = q[0].unflatten(0, (n, rep))
         parts = []
-        for s in _in_row_order(self.plan):
+        for s in self.plan.segments:
             keys, values = _segment_keys(s, k, v)
             mask = self.plan.visible(s, self.window, q.device)
             part = self._one(grouped.narrow(2, s.start, s.stop - s.start), keys[0], values[0], mask)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from burnish.config.train import TrainSettings
 from burnish.data.columns import ColumnMapping, find_mapping
 from burnish.data.example import Example, Reading
+from burnish.data.formats import check_format
 from burnish.data.load import load_examples
 from burnish.data.problems import Problem, ProblemLog
 from burnish.data.report import DataReport, SplitReport
@@ -93,9 +94,14 @@ def mapping_of(source: Source, settings: TrainSettings) -> ColumnMapping | None:
 def _read_source(
     source: Source, split: Split, settings: TrainSettings, reading: Reading, log: ProblemLog, report: SplitReport
 ) -> list[Example]:
+    check_format(source.settings.format, reading.want)
     own = replace(reading, format=source.settings.format)
     mapping = mapping_of(source, settings)
-    return load_examples(source, split, own, mapping, log, report, drop_identical=settings.drop_identical)
+    found = load_examples(source, split, own, mapping, log, report, drop_identical=settings.drop_identical)
+    if reading.chat and any(example.form == "plain" for example in found):
+        note = "prompts and answers are plain texts, so the chat template is not used (data.format: instruct uses it)"
+        log.note(source.name, note)
+    return found
 
 
 def _read_train(
@@ -168,6 +174,9 @@ def _fill_columns(loaded: Loaded, kind: str) -> None:
     names = {name for example in examples for name in example.columns}
     if kind == "reward":
         names.add("margin")
-    for example in examples:
-        for name in names:
-            example.columns.setdefault(name, 0.0)
+    for name in sorted(names):
+        lacking = [example for example in examples if name not in example.columns]
+        for example in lacking:
+            example.columns[name] = 0.0
+        if 0 < len(lacking) < len(examples):
+            loaded.report.notes.append(f"{len(lacking):,} rows have no {name}; it is taken as 0")

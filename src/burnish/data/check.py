@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from burnish.config.train import TrainSettings
 from burnish.data.assemble import find_sources, load_all
 from burnish.data.prepare import build_encoding, check_outcome, reading_of
-from burnish.data.problems import DataProblems, Problem, ProblemLog
+from burnish.data.problems import DataProblems, Problem, ProblemLog, listing
 from burnish.data.report import DataReport
 from burnish.data.tokenise import encode_examples
 from burnish.data.tokenizer import TextTokenizer
@@ -89,10 +89,8 @@ def _as_json(log: ProblemLog, report: DataReport, failed: bool, checked: bool) -
 
 
 def _print(log: ProblemLog, report: DataReport, failed: bool, checked: bool, out: TextIO) -> None:
-    for problem in log.problems:
-        out.write(f"{problem}\n  → {problem.remedy}\n")
-    if log.total > len(log.problems):
-        out.write(f"… and {log.total - len(log.problems)} more\n")
+    for line in listing(log.problems, log.total, log.more):
+        out.write(line + "\n")
     if len(log.kinds) > 1 or log.total > len(log.problems):
         counts = ", ".join(f"{name} {count:,}" for name, count in log.kinds.most_common())
         out.write(f"by kind: {counts}\n")

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from burnish.data import hh, shapes
+from burnish.data import shapes
 from burnish.data.example import Example, Form, Reading, Want
 from burnish.data.problems import SKIP_REMEDY, RowError
 from burnish.data.readers import Row
 from burnish.data.strict_json import describe
 from burnish.data.tokenised import read_tokenised
+from burnish.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,39 +44,62 @@ def normalise(row: Row, reading: Reading) -> Example:
     return example
 
 
+def check_format(name: str, want: Want) -> None:
+    """Refuse a setting `format` that does not exist, or that cannot give what the stage needs.
+
+    Raises:
+        ConfigError: With the names that there are.
+    """
+    if name in ("auto", "instruct"):
+        return
+    fitting = [shape.name for shape in SHAPES.values() if want in shape.gives]
+    if name not in SHAPES:
+        near = difflib.get_close_matches(name, SHAPES, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        message, remedy = f"there is no row format {name!r}", f"{hint}known are auto, instruct, {', '.join(fitting)}"
+        raise ConfigError(message, where="data.format", remedy=remedy)
+    if name not in fitting:
+        message = f"rows of the format {name!r} give no {want}, which this stage needs"
+        raise ConfigError(message, where="data.format", remedy=f"formats that do: auto, instruct, {', '.join(fitting)}")
+
+
 def _recognise(data: Mapping[str, Any], reading: Reading) -> Shape:
     if reading.format not in ("auto", "instruct"):
-        shape = SHAPES.get(reading.format)
-        if shape is None:
-            near = difflib.get_close_matches(reading.format, SHAPES, 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise RowError(
-                f"unknown data.format {reading.format!r}",
-                kind="format",
-                remedy=f"{hint}known are auto, instruct, {', '.join(SHAPES)}",
-            )
+        shape = SHAPES[reading.format]
         missing = [name for name in shape.columns if name not in data]
         if missing:
             raise missing_columns(missing, data)
         return shape
     for shape in SHAPES.values():
         if reading.want in shape.gives and all(name in data for name in shape.columns):
-            if shape.name == "hh" and not _is_hh(data):
+            if shape.name == "hh" and not shapes.is_hh(data):
                 continue
             return shape
-    raise missing_columns(_nearest_need(data, reading.want), data)
+    raise _no_shape(data, reading.want)
 
 
-def _is_hh(data: Mapping[str, Any]) -> bool:
-    return "prompt" not in data and hh.looks_like_hh(data.get("chosen"))
-
-
-def _nearest_need(data: Mapping[str, Any], want: Want) -> list[str]:
-    """The columns that would complete the shape which lacks the fewest."""
-    lacking = [[n for n in shape.columns if n not in data] for shape in SHAPES.values() if want in shape.gives]
-    if want == "pair":
-        lacking = [["chosen", "rejected"]] if not {"chosen", "rejected"} & set(data) else lacking
-    return min((names for names in lacking if names), key=len, default=["prompt"])
+def _no_shape(data: Mapping[str, Any], want: Want) -> RowError:
+    """The error for a row of no known shape: what lacks of the nearest one, or which there are."""
+    nearest, best = None, (0.0, 0)
+    for shape in SHAPES.values():
+        if want not in shape.gives or shape.name == "hh":
+            continue
+        near = sum(bool(difflib.get_close_matches(n, data, 1, 0.7)) for n in shape.columns if n not in data)
+        present = sum(n in data for n in shape.columns)
+        score = (present + 0.9 * near, -len(shape.columns))
+        if score > best and score[0] > 0:
+            nearest, best = shape, score
+    if nearest is not None:
+        return missing_columns([name for name in nearest.columns if name not in data], data)
+    accepted = " | ".join("+".join(s.columns) for s in SHAPES.values() if want in s.gives and s.name != "hh")
+    first = {"pair": "chosen: <your column>, rejected: <your column>", "prompt": "prompt: <your column>"}.get(
+        want, "prompt: <your column>, completion: <your column>"
+    )
+    return RowError(
+        f"no known row shape; columns found: {', '.join(map(str, data)) or 'none'}; accepted: {accepted}",
+        kind="missing column",
+        remedy=f"rename the columns, or set data.columns: {{{first}}}",
+    )
 
 
 def missing_columns(missing: Iterable[str], data: Iterable[str]) -> RowError:

@@ -1,9 +1,10 @@
-"""Data sets of the Hugging Face hub, through `datasets` (imported only here, only when a hub id is used)."""
+"""Hub data sets and folders written by `save_to_disk`, through `datasets` (imported when needed)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from burnish.data.readers import Row
@@ -13,10 +14,13 @@ from burnish.errors import BurnishError, DataError
 
 @lru_cache(maxsize=8)
 def _load(repo: str, subset: str | None) -> Any:
-    """The `DatasetDict` of a hub data set; `subset` is a configuration's name or a data_dir."""
+    """The splits of a hub data set or a saved one; `subset` is a configuration's name or a data_dir."""
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
+    if Path(repo).expanduser().is_dir():
+        saved = datasets.load_from_disk(str(Path(repo).expanduser()))
+        return saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     try:
         if subset is None:
             return datasets.load_dataset(repo)

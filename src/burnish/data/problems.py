@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from burnish.errors import DataError
 
 LISTED = 20
+ALIKE = 5
 SKIP_REMEDY = "fix it or set data.on_error: skip (then counted and reported)"
 
 
@@ -42,6 +43,11 @@ class Problem:
         return f"{self.file}:{self.line}" if self.line is not None else self.file
 
     @property
+    def likeness(self) -> Likeness:
+        """What equal problems of one file have in common."""
+        return self.file, self.field, self.message, self.remedy, self.kind
+
+    @property
     def row(self) -> str:
         """The row's short name, as groups bear it: the file's last part and the line."""
         return row_name(self.file, self.line)
@@ -54,6 +60,9 @@ def row_name(file: str, line: int | None) -> str:
     """The short name of a row: the file's last part and the line."""
     name = file.rpartition("/")[2]
     return f"{name}:{line}" if line is not None else name
+
+
+Likeness = tuple[str, str, str, str, str]
 
 
 class RowError(ValueError):
@@ -80,27 +89,46 @@ class RowDropped(RowError):
 class DataProblems(DataError):
     """Problems found in one pass over the data; `problems` holds the first ones, `total` counts all."""
 
-    def __init__(self, problems: Sequence[Problem], total: int) -> None:
+    def __init__(self, problems: Sequence[Problem], total: int, more: Mapping[Likeness, int] | None = None) -> None:
         self.problems, self.total = tuple(problems), total
         head = f"{total} problem{'s' if total != 1 else ''} in the data"
-        lines = [f"  {problem}\n    → {problem.remedy}" for problem in problems]
-        if total > len(problems):
-            lines.append(f"  … and {total - len(problems)} more")
         remedies = list(dict.fromkeys(problem.remedy for problem in problems))
         super().__init__(
-            "\n".join([head, *lines]),
+            "\n  ".join([head, *listing(problems, total, more or {})]),
             remedy=remedies[0] if len(remedies) == 1 else "see the remedy below each problem",
             found=[asdict(problem) for problem in problems],
         )
 
 
+def listing(problems: Sequence[Problem], total: int, more: Mapping[Likeness, int]) -> list[str]:
+    """Problems as lines: each with its remedy, equal ones together, and how many more there are."""
+    groups: dict[Likeness, list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault(problem.likeness, []).append(problem)
+    lines, shown = [], 0
+    for likeness, group in groups.items():
+        lines += [str(problem) for problem in group]
+        further = more.get(likeness, 0)
+        shown += len(group) + further
+        if further:
+            lines.append(f"… and {further:,} more rows like this")
+        lines.append(f"  → {group[0].remedy}")
+    if total > shown:
+        lines.append(f"… and {total - shown:,} further problems")
+    return lines
+
+
 @dataclass(slots=True)
 class ProblemLog:
-    """Collects problems: the first `listed` ones in full, all of them by kind; `on_refused` hears of every row."""
+    """Collects problems: the first `listed` ones in full (of equal ones the first few), all of them by kind.
+
+    `more` counts the equal ones that are not listed; `on_refused` hears of every row that is refused.
+    """
 
     on_error: Literal["raise", "skip"] = "raise"
     listed: int = LISTED
     problems: list[Problem] = field(default_factory=list)
+    more: Counter[Likeness] = field(default_factory=Counter)
     total: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     fatal: list[Problem] = field(default_factory=list)
@@ -129,7 +157,10 @@ class ProblemLog:
         self.kinds[problem.kind] += 1
         if problem.fatal:
             self.fatal.append(problem)
-        if len(self.problems) < self.listed:
+        alike = sum(problem.likeness == other.likeness for other in self.problems)
+        if alike >= ALIKE:
+            self.more[problem.likeness] += 1
+        elif len(self.problems) < self.listed:
             self.problems.append(problem)
         if self.on_refused and not problem.fatal:
             self.on_refused(problem)
@@ -147,14 +178,4 @@ class ProblemLog:
         if self.fatal and self.on_error == "skip":
             raise DataProblems(self.fatal[: self.listed], len(self.fatal))
         if self.total and self.on_error == "raise":
-            raise DataProblems(self.problems, self.total)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for reports and the cache."""
-        return {
-            "total": self.total,
-            "kinds": dict(sorted(self.kinds.items())),
-            "problems": [asdict(problem) for problem in self.problems],
-            "dropped": [asdict(problem) for problem in self.dropped],
-            "notes": list(self.notes),
-        }
+            raise DataProblems(self.problems, self.total, self.more)

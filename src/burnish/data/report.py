@@ -124,6 +124,8 @@ class DataReport:
         out = [f"{name}: {line}" for name, split in self.splits.items() for line in split.lines()]
         if self.held_out_from:
             out.append(f"held_out: from {self.held_out_from}")
+        if self.from_cache:
+            out.append("tokenised data taken from the cache")
         return out + self.notes
 
     def to_json(self) -> dict[str, Any]:

@@ -99,6 +99,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         return _MeterConcat().visit(tree)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and type(left) is str and type(right) is str:
+            _check_size(len(left) + len(right))
+            return left + right
         if operator == "*":
             for text, times in ((left, right), (right, left)):
                 if isinstance(times, int) and _size(text):

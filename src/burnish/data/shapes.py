@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from burnish.data import hh
@@ -75,6 +76,10 @@ def _conversation(row: Row, reading: Reading, messages: list[Message], name: str
         check_order(messages, name)
         return _chat(row, reading, messages, [], extra={"reference": said} if said else {})
     check_order(messages, name, final="assistant")
+    for i, message in enumerate(messages):
+        empty = message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls")
+        if empty and name != "chosen":
+            raise RowError("the answer is empty", kind="empty answer", field=f"{name}[{i}].content")
     first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
     return _chat(row, reading, messages[:first], [messages[first:]], conversation=True)
 
@@ -231,23 +236,31 @@ def _common_messages(answers: list[list[Message]], names: tuple[str, ...]) -> tu
     return answers[0][:shared], [a[shared:] for a in answers]
 
 
+def is_hh(data: Mapping[str, Any]) -> bool:
+    """Whether a pair's texts are raw HH dialogues: whole ones, or a prompt that ends with the assistant's tag."""
+    prompt = data.get("prompt")
+    if prompt is None:
+        return hh.looks_like_hh(data.get("chosen"))
+    return hh.looks_like_hh(prompt) and prompt.rstrip().endswith("Assistant:")
+
+
 def read_hh(row: Row, reading: Reading) -> Example:
-    chosen = _text(row, "chosen", reading)
+    """Raw HH dialogues, parsed by `burnish.data.hh`."""
+    head = _text(row, "prompt", reading).rstrip() if "prompt" in row.data else ""
+    chosen = head + _text(row, "chosen", reading)
     if reading.want != "pair":
         return _hh_dialogue(row, reading, chosen)
-    pair = hh.parse_pair(chosen, _text(row, "rejected", reading))
-    turns = hh.split_turns(pair.prompt)[:-1]
-    prompt = hh.to_messages(turns)
+    pair = hh.parse_pair(chosen, head + _text(row, "rejected", reading))
+    prompt = hh.to_messages(hh.split_turns(pair.prompt)[:-1])
     if not any(m["role"] == "user" and m["content"] for m in prompt):
         raise RowDropped("the prompt is empty", kind="hh: empty", field="chosen")
     answers = [hh.first_answer(text) for text in (pair.chosen, pair.rejected)]
-    messages = [[{"role": "assistant", "content": _one_answer(text)}] for text in answers]
-    example = _chat(row, reading, prompt, messages)
+    example = _chat(row, reading, prompt, [[{"role": "assistant", "content": _one_answer(text)}] for text in answers])
     if reading.chat:
         return example
-    example.form, example.prompt = "hh", pair.prompt
     if reading.strip_think:
         answers = [" " + strip_think(text) for text in answers]
+    example.form, example.prompt = "hh", pair.prompt
     example.completions = [[Segment(text, True)] for text in answers]
     return example
 

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, TextIO
 
 import numpy as np
@@ -125,7 +125,7 @@ def completion_names(group: Group) -> list[str]:
 def _runs(ids: np.ndarray, mask: np.ndarray) -> Iterator[tuple[list[int], bool]]:
     """Stretches of tokens that are all scored or all not."""
     borders = [0, *(np.flatnonzero(np.diff(mask.astype(np.int8))) + 1).tolist(), len(ids)]
-    for start, stop in zip(borders, borders[1:]):
+    for start, stop in pairwise(borders):
         yield ids[start:stop].tolist(), bool(mask[start])
 
 

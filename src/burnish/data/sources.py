@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from burnish.data.readers import ACCEPTED, Row, count_rows, file_kind, read_rows
 from burnish.data.slices import Split, parse_split
 from burnish.errors import DataError, ServiceError
 
+_NOT_DATA = ("dataset_info.json", "dataset_infos.json", "manifest.json")
 _HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval", "heldout", "held_out")
 
 
@@ -68,6 +69,11 @@ class Source:
         return f"{self._hashes[key]}:{split.name}[{split.start}:{split.stop}]"
 
 
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a folder was written by `Dataset.save_to_disk` (read through `datasets`, as hub sets are)."""
+    return (path / "dataset_dict.json").is_file() or ((path / "state.json").is_file() and any(path.glob("*.arrow")))
+
+
 def as_sources(data: str | DataSource | list[str | DataSource] | None) -> list[DataSource]:
     """The setting `data` as a list; a plain string means a source of that name."""
     if data is None:
@@ -85,7 +91,8 @@ def resolve_source(settings: DataSource) -> Source:
     split = parse_split(settings.split)
     text = settings.source
     name = settings.name or _short_name(text)
-    found = _local_files(text) or _bundled_files(text)
+    saved = is_saved_dataset(Path(text).expanduser())
+    found = None if saved else _local_files(text) or _bundled_files(text)
     if found is not None:
         if split.name not in found:
             if settings.split is None and len(found) == 1:
@@ -96,9 +103,9 @@ def resolve_source(settings: DataSource) -> Source:
                     where=text,
                     remedy=f"set data.split to one of them, for example {next(iter(found))}",
                 )
-        held_out = next((s for s in _HELD_OUT if s in found and s != split.name), None)
-        return Source(settings, name, found, split, held_out if split.name == "train" else None)
-    if _looks_like_path(text):
+        return Source(settings, name, found, split, _held_out(split, found))
+    owners = {bundled.partition("/")[0] for bundled in list_data()}
+    if not saved and (_looks_like_path(text) or text.partition("/")[0] in owners):
         raise _missing(text)
     from burnish.data.hub import hub_splits
 
@@ -107,8 +114,14 @@ def resolve_source(settings: DataSource) -> Source:
         raise DataError(
             f"there is no split {split.name!r}; there are {', '.join(splits)}", where=text, remedy="set data.split"
         )
-    held_out = next((s for s in _HELD_OUT if s in splits and s != split.name), None)
-    return Source(settings, name, {}, split, held_out if split.name == "train" else None, hub=text)
+    return Source(settings, name, {}, split, _held_out(split, splits), hub=text)
+
+
+def _held_out(split: Split, splits: Collection[str]) -> str | None:
+    """The split that goes with a training split for evaluation: test with train, test_prefs with train_prefs."""
+    if not split.name.startswith("train"):
+        return None
+    return next((s + split.name[5:] for s in _HELD_OUT if s + split.name[5:] in splits), None)
 
 
 def _short_name(text: str) -> str:
@@ -150,7 +163,11 @@ def _glob(pattern: Path) -> Iterator[Path]:
 
 
 def _folder_files(folder: Path, shown: str) -> dict[str, list[tuple[Path, str]]]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and file_kind(p) and not p.name.startswith("."))
+    files = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.is_file() and file_kind(p) and not p.name.startswith((".", "_")) and p.name not in _NOT_DATA
+    )
     if not files:
         inside = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise DataError(

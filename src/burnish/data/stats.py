@@ -198,8 +198,8 @@ def _further(split: dict[str, Any], limit: int | None) -> list[str]:
     if "length_bias" in split:
         bias = split["length_bias"]
         lines.append(
-            f"  the longer answer is chosen in {bias['longer_wins']:.1%} of {bias['chosen_longer'] + bias['chosen_shorter']:,} "
-            f"pairs of unequal length ({bias['equal']:,} equal)"
+            f"  the longer answer is chosen in {bias['longer_wins']:.1%} of "
+            f"{bias['chosen_longer'] + bias['chosen_shorter']:,} pairs of unequal length ({bias['equal']:,} equal)"
         )
     if "labels" in split:
         lines.append(f"  labels: {split['labels']['true']:,} true, {split['labels']['false']:,} false")
@@ -209,4 +209,4 @@ def _further(split: dict[str, Any], limit: int | None) -> list[str]:
 
 
 def _names(rows: Sequence[str]) -> str:
-    return f": {', '.join(rows)}" if rows else ""
+    return f": {', '.join(rows[:5])}{', …' if len(rows) > 5 else ''}" if rows else ""

@@ -8,8 +8,6 @@ from typing import Any
 
 from burnish.data.problems import SKIP_REMEDY, RowError
 
-MAX_DEPTH = 500
-
 
 class _Refused(ValueError):
     def __init__(self, message: str, kind: str, remedy: str) -> None:
@@ -54,30 +52,6 @@ _DECODER = json.JSONDecoder(
 )
 
 
-def too_deep(text: str) -> bool:
-    """Whether brackets nest deeper than `MAX_DEPTH` (brackets within strings not counted)."""
-    if text.count("[") + text.count("{") <= MAX_DEPTH:
-        return False
-    depth, inside, escaped = 0, False, False
-    for char in text:
-        if inside:
-            if escaped:
-                escaped = False
-            elif char == "\\":
-                escaped = True
-            elif char == '"':
-                inside = False
-        elif char == '"':
-            inside = True
-        elif char in "[{":
-            depth += 1
-            if depth > MAX_DEPTH:
-                return True
-        elif char in "]}":
-            depth -= 1
-    return False
-
-
 def parse_json(text: str, start: int = 0) -> tuple[Any, int]:
     """The JSON value that begins at `start` (white space skipped), and where it ends.
 
@@ -85,8 +59,6 @@ def parse_json(text: str, start: int = 0) -> tuple[Any, int]:
         RowError: With the column in the message.
     """
     start = _skip_space(text, start)
-    if start == 0 and too_deep(text):
-        raise _deep()
     try:
         return _DECODER.raw_decode(text, start)
     except _Refused as error:
@@ -153,7 +125,7 @@ def _skip_space(text: str, start: int) -> int:
 
 def _deep() -> RowError:
     return RowError(
-        f"brackets nest deeper than {MAX_DEPTH}",
+        "brackets nest too deeply",
         kind="nesting",
         remedy=f"flatten the value or store it as a text; {SKIP_REMEDY}",
     )

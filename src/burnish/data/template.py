@@ -57,6 +57,26 @@ class Rendered:
     turn: int | None = None
 
 
+_EXCHANGE: list[Message] = [{"role": "user", "content": "aa"}, {"role": "assistant", "content": "bb"}]
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """What a template does with one exchange.
+
+    Attributes:
+        parts: Contents must be lists of parts (templates of models that also see images).
+        suffix: What follows an answer.
+        kept: The beginning of it that belongs to the answer: up to its end token.
+        end_ids: Ids that end an answer beside the tokenizer's own.
+    """
+
+    parts: bool
+    suffix: str
+    kept: str
+    end_ids: frozenset[int]
+
+
 class ChatTemplate:
     """A chat template bound to a tokenizer.
 
@@ -86,26 +106,42 @@ class ChatTemplate:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the template, its variables and one rendering (a template may read the date)."""
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            shown = self.render(probe)
+            shown = self.render(_EXCHANGE)
         except RowError as error:
             shown = error.message
         parts = [self.source, self.kwargs, shown]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
 
     @cached_property
+    def _probe(self) -> _Probe:
+        """What one rendered exchange shows of the template."""
+        for parts in (False, True):
+            try:
+                _, found, suffix = self._render(_with_parts(_EXCHANGE) if parts else _EXCHANGE, False, None).rpartition(
+                    "bb"
+                )
+            except RowError:
+                continue
+            if found:
+                return _Probe(parts, suffix, *self._end_of(suffix))
+        return _Probe(False, "", "", frozenset())
+
+    def _end_of(self, suffix: str) -> tuple[str, frozenset[int]]:
+        """The part of what follows an answer that belongs to it, and the ids that end it."""
+        specials = list(self._special.finditer(suffix)) if self._special else []
+        ids = [(found, self.tokenizer.token_id(found.group())) for found in specials]
+        known = [(found, i) for found, i in ids if i in self.tokenizer.eos_ids]
+        if known:
+            return suffix[: known[0][0].end()], frozenset()
+        if ids:
+            return suffix[: ids[-1][0].end()], frozenset(i for _, i in ids if i is not None)
+        return suffix.rstrip(), frozenset()
+
+    @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Ids that end an answer: the tokenizer's end tokens and the template's own end-of-turn token."""
-        probe = [{"role": "user", "content": "aa"}, {"role": "assistant", "content": "bb"}]
-        ids = set(self.tokenizer.eos_ids)
-        try:
-            _, _, suffix = self.render(probe).rpartition("bb")
-        except RowError:
-            return frozenset(ids)
-        found = self._special.search(suffix) if self._special else None
-        turn_end = self.tokenizer.token_id(found.group()) if found else None
-        return frozenset(ids if turn_end is None else ids | {turn_end})
+        """Ids that end an answer: the tokenizer's end tokens, or else those that the template puts behind it."""
+        return self.tokenizer.eos_ids | self._probe.end_ids
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: list[Any] | None = None
@@ -115,17 +151,17 @@ class ChatTemplate:
         Raises:
             RowError: The template refuses this conversation.
         """
+        shown = _with_parts(messages) if self._probe.parts else messages
+        return self._render(shown, add_generation_prompt, tools)
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool, tools: list[Any] | None) -> str:
         sandbox = self._tool_sandbox if tools else self._sandbox
-        variables = {**self.tokenizer.special_tokens, **self.kwargs}
+        variables = {"tools": tools, "documents": None, **self.tokenizer.special_tokens, **self.kwargs}
         if self.is_default:
             variables.setdefault("eos_token", "")
         try:
             return sandbox.render(
-                messages=list(messages),
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **variables,
+                **{**variables, "messages": list(messages), "add_generation_prompt": add_generation_prompt}
             )
         except TemplateError as error:
             raise RowError(
@@ -214,11 +250,12 @@ class ChatTemplate:
         return Rendered(prompt, (Segment(self._cut_tail(answer)[0], True),), n)
 
     def _cut_tail(self, answer: str) -> tuple[str, str]:
-        """An answer up to its end token, and the white space that the template puts behind it."""
+        """An answer up to its end token, and what the template puts behind it."""
+        suffix, kept = self._probe.suffix, self._probe.kept
+        if suffix and answer.endswith(suffix):
+            cut = len(answer) - len(suffix) + len(kept)
+            return answer[:cut], answer[cut:]
         found = self._tail.search(answer) if self._tail else None
-        if found is None and self.is_default:
-            kept = answer.removesuffix("\n\n")
-            return kept, answer[len(kept) :]
         return (answer[: found.start(1)], answer[found.start(1) :]) if found else (answer, "")
 
 
@@ -257,6 +294,10 @@ def _compile(source: str) -> Sandbox:
         raise DataError(
             f"the chat template is refused: {error}", where="chat_template", remedy="set data.chat_template to another"
         ) from error
+
+
+def _with_parts(messages: Sequence[Message]) -> list[Message]:
+    return [{**m, "content": [{"type": "text", "text": m.get("content") or ""}]} for m in messages]
 
 
 def _append(segments: list[Segment], text: str, *, scored: bool) -> None:

@@ -17,6 +17,7 @@ from burnish.data.template import ChatTemplate, Segment
 from burnish.data.tokenizer import TextTokenizer
 
 BATCH = 256
+WINDOW = 64
 
 
 @dataclass(frozen=True)
@@ -198,40 +199,61 @@ def _from_ids(example: Example, encoding: Encoding, log: ProblemLog) -> Draft | 
     return Draft(list(example.prompt), completions, len(completions) == 1, bos is not None and example.prompt[0] == bos)
 
 
+class _Texts:
+    """The texts of a batch, each different one once."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._specials = tuple(tokenizer.special_texts)
+        self._index: dict[tuple[str, bool], int] = {}
+        self._ids: list[list[int]] = []
+
+    def ask(self, text: str, before: str = "") -> int:
+        """Note a text that follows `before`; returns where its ids will be."""
+        goes_on = bool(before) and not (self._specials and before.endswith(self._specials))
+        return self._index.setdefault((text, goes_on), len(self._index))
+
+    def encode(self) -> None:
+        """Tokenise all of them."""
+        texts, continues = [text for text, _ in self._index], [goes_on for _, goes_on in self._index]
+        self._ids = self._tokenizer.encode_many(texts, continues=continues) if texts else []
+
+    def __getitem__(self, index: int) -> list[int]:
+        return self._ids[index]
+
+
 def _encode(pieces: Sequence[_Piece], encoding: Encoding, report: SplitReport) -> list[Draft]:
-    """Ids of rendered pieces: prompt and segments each on its own, and the whole to compare with."""
-    tokenizer = encoding.tokenizer
-    texts: list[str] = []
-    continues: list[bool] = []
-    specials = tuple(tokenizer.special_texts)
+    """Ids of rendered pieces: prompt and segments each on its own, as a model that samples would meet them.
 
-    def ask(text: str, before: str = "") -> int:
-        texts.append(text)
-        continues.append(bool(before) and not before.endswith(specials) if specials else bool(before))
-        return len(texts) - 1
-
+    Each border is compared with the ids of the joined text around it, and rows where they differ are counted.
+    """
+    texts = _Texts(encoding.tokenizer)
     plan = []
     for piece in pieces:
-        head = ask(piece.prompt) if piece.prompt else None
-        parts, wholes = [], []
+        head = texts.ask(piece.prompt) if piece.prompt else None
+        parts, borders = [], []
         for segments in piece.completions:
             before, indices = piece.prompt, []
             for segment in segments:
-                indices.append(ask(segment.text, before))
+                indices.append(texts.ask(segment.text, before))
+                if before:
+                    left, right = before[-WINDOW:], segment.text[:WINDOW]
+                    borders.append((texts.ask(left), texts.ask(right, left), texts.ask(left + right)))
                 before = segment.text
             parts.append(indices)
-            wholes.append(ask(piece.prompt + "".join(s.text for s in segments)) if head is not None else None)
-        plan.append((head, parts, wholes))
-    ids = tokenizer.encode_many(texts, continues=continues) if texts else []
+        plan.append((head, parts, borders))
+    texts.encode()
     drafts = []
-    for piece, (head, parts, wholes) in zip(pieces, plan):
-        prompt = list(ids[head]) if head is not None else []
+    for piece, (head, parts, borders) in zip(pieces, plan):
+        prompt = list(texts[head]) if head is not None else []
         completions = []
         for segments, indices in zip(piece.completions, parts):
-            joined = [token for i in indices for token in ids[i]]
-            mask = [s.scored for s, i in zip(segments, indices) for _ in ids[i]]
-            completions.append(Tokens(joined, mask))
-        if any(w is not None and ids[w] != prompt + c.ids for w, c in zip(wholes, completions)):
+            ids, mask = [], []
+            for segment, index in zip(segments, indices):
+                ids += texts[index]
+                mask += [segment.scored] * len(texts[index])
+            completions.append(Tokens(ids, mask))
+        if any(texts[whole] != texts[left] + texts[right] for left, right, whole in borders):
             report.apart.add(piece.example.place)
         drafts.append(_draft(piece, prompt, completions, encoding))
     return drafts

@@ -187,7 +187,8 @@ def _measure_rewards(
     """Scores of the held-out pairs by every reward model, and of the answers by the judge, which it returns."""
     judged: dict[str, Numbers] = {}
     scoring = [s.folder for s in rewards] if run.wants("preferences") else []
-    for folder in dict.fromkeys([*scoring, *([judge.folder] if judge is not None else [])]):
+    folders = [*scoring, judge.folder] if judge is not None else scoring
+    for folder in dict.fromkeys(folders):
         with loaded(run.load, folder, "score") as model:
             if folder in scoring:
                 run.scores[folder] = measure_scores(model, _items(run, "pairs", model.tokenizer))

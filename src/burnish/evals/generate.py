@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from burnish.errors import UsageError
+
 EndReason = Literal["eos", "length"]
 
 
@@ -85,39 +87,39 @@ def _generate_batch(
     """Greedy decoding of one batch; `alive` maps rows of the shrinking batch to rows of `prompts`."""
     ids, mask = _pad_left(prompts, model.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    ends = torch.tensor(sorted(eos_ids), device=model.device)
+    accepted = inspect.signature(model.forward).parameters
+    fixed = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in accepted else {})
+    ends = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=model.device)
     room = [limit if context is None else min(limit, context - len(p)) for p in prompts]
     written: list[list[int]] = [[] for _ in prompts]
-    answers: list[Answer | None] = [None] * len(prompts)
+    answers: dict[int, Answer] = {}
     alive = list(range(len(prompts)))
     cache = None
-    while alive:
-        out = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **keep
-        )
-        cache = out.past_key_values
+    while True:
+        where = {"position_ids": positions} if "position_ids" in accepted else {}
+        out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, **where, **fixed)
+        cache = getattr(out, "past_key_values", None)
+        if cache is None:
+            raise UsageError(
+                f"{type(model).__name__} has no key-value cache, so answers cannot be generated",
+                remedy="evaluate it with the tasks loss and preferences",
+            )
         token = out.logits[:, -1].argmax(-1)
-        ended = torch.isin(token, ends).tolist()
-        going = []
-        for row, (new, end) in enumerate(zip(token.tolist(), ended, strict=True)):
-            own = written[alive[row]]
-            own.append(new)
-            if end or len(own) >= room[alive[row]]:
-                answers[alive[row]] = Answer(tuple(own), "eos" if end else "length")
-            else:
-                going.append(row)
-        if len(going) < len(alive):
-            alive = [alive[row] for row in going]
-            if not alive:
-                break
+        for row, new, end in zip(alive, token.tolist(), torch.isin(token, ends).tolist(), strict=True):
+            if row not in answers:
+                written[row].append(new)
+                if end or len(written[row]) >= room[row]:
+                    answers[row] = Answer(tuple(written[row]), "eos" if end else "length")
+        going = [place for place, row in enumerate(alive) if row not in answers]
+        if not going:
+            return [answers[row] for row in range(len(prompts))]
+        if len(going) < len(alive) and hasattr(cache, "batch_select_indices"):
             rows = torch.tensor(going, device=token.device)
             cache.batch_select_indices(rows)
-            token, mask, positions = token[rows], mask[rows], positions[rows]
+            token, mask, positions, alive = token[rows], mask[rows], positions[rows], [alive[p] for p in going]
         ids = token[:, None]
         positions = positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-    return [a for a in answers if a is not None]
 
 
 def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

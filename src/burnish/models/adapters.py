@@ -211,9 +211,9 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
             f"the adapter does not fit {type(model).__name__}: {str(e).splitlines()[0]}",
             where=str(folder), remedy=RIGHT_BASE,
         ) from None  # fmt: skip
-    expected = set(peft.get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False))
-    if expected != found.tensors:
-        odd = sorted(expected ^ found.tensors)
+    expected = set(_adapter_tensors(wrapped))
+    odd = sorted(expected ^ {_stored_name(n) for n in found.tensors})
+    if odd:
         raise ConfigError(
             f"the adapter does not fit {type(model).__name__}: {odd[0]} is on one side only ({len(odd)} such tensors)",
             where=str(folder), found=odd[:8], remedy=RIGHT_BASE,
@@ -248,8 +248,7 @@ def save_adapter(
     _check_single(model)
     config: Any = model.peft_config[ADAPTER]  # pyright: ignore[reportArgumentType, reportIndexIssue]
     fields = config.to_dict() | {"base_model_name_or_path": base_model, "revision": revision, "inference_mode": True}
-    tensors = peft.get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    tensors = {n: t.detach().to("cpu").contiguous() for n, t in tensors.items()}
+    tensors = _adapter_tensors(model)
     if earlier is not None:
         before: Any = peft.PeftConfig.from_pretrained(str(earlier))
         joined = _join(load_file(earlier / "adapter_model.safetensors"), before, tensors, config)
@@ -263,6 +262,18 @@ def save_adapter(
     text = json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
     return True
+
+
+def _stored_name(name: str) -> str:
+    """DoRA's magnitudes under the name that both PEFT and transformers find (PEFT alone accepts the shorter one)."""
+    return f"{name}.weight" if name.endswith(".lora_magnitude_vector") else name
+
+
+def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    import peft
+
+    found = peft.get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    return {_stored_name(n): t.detach().to("cpu").contiguous() for n, t in found.items()}
 
 
 def _as_names(targets: Any) -> set[str]:

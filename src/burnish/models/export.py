@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -10,15 +11,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from burnish.errors import ConfigError
 from burnish.models.adapters import is_peft, merge_copy, save_adapter
 from burnish.models.fingerprint import TOKENIZER_FILES
+from burnish.models.folder import inspect_model_folder, read_safetensors_header
 from burnish.models.load import BuiltModel, Head, LoadedFrom, load_tokenizer, quiet
 from burnish.models.reward_head import PadToken, save_tokenizer_with_pad
 
+log = logging.getLogger("burnish")
+
 TRAINING_INFO = ("base_model_path", "training_config", "model_type", "dataset_name", "train_samples", "eval_samples")
+WORTH_SAYING = 0.1  # of the change, lost in rounding
 ExportDtype = Literal["source", "masters"]
 
 
@@ -41,7 +47,13 @@ def export_model(
     loaded = built.loaded
     earlier = loaded.folder if loaded.merged else None
     if not is_peft(built.model):
-        _save_full(built.model, built, folder, _choose_dtype(built, dtype), max_shard_size)
+        chosen = _choose_dtype(built, dtype)
+        if chosen in (torch.bfloat16, torch.float16) and (lost := compute_rounding_loss(built, chosen)) > WORTH_SAYING:
+            log.warning(
+                "storing the weights as %s rounds away %.0f %% of what this stage changed; save_dtype: fp32 keeps it",
+                str(chosen).removeprefix("torch."), 100 * lost,
+            )  # fmt: skip
+        _save_full(built.model, built, folder, chosen, max_shard_size)
     elif not save_adapter(built.model, folder, base_model=loaded.name, revision=loaded.revision, earlier=earlier):
         _save_full(merge_copy(built.model), built, folder, _choose_dtype(built, dtype), max_shard_size)
     for file in folder.glob("*.safetensors"):
@@ -52,6 +64,30 @@ def export_model(
         save_tokenizer(Path(tokenizer_source), folder, pad=loaded.pad, chat_template=chat_template)
     save_training_info(folder, {"base_model_path": loaded.name, "model_type": head} | dict(extra))
     _set_modes(folder)
+
+
+def compute_rounding_loss(built: BuiltModel, dtype: torch.dtype, *, tensors: int = 16) -> float:
+    """How much of the stage's change of the weights is lost when they are stored as `dtype`: ‖round(w) − w‖ / ‖w − w₀‖.
+
+    w₀ is read from the folder that the stage started from, for at most `tensors` matrices spread over the model. A
+    weight that starts on the grid of bf16 and moves by less than half a step is rounded back to where it was: at a
+    learning rate of 1e-6 most of the change can vanish. 0 where nothing can be compared.
+    """
+    loaded, lost, moved = built.loaded, 0.0, 0.0
+    if loaded.merged or is_peft(built.model):
+        return 0.0
+    stored = {
+        name: file for file in inspect_model_folder(loaded.base).weights for name in read_safetensors_header(file)
+    }
+    names = [n for n, p in built.trainable.items() if n in stored and p.ndim >= 2]
+    for name in names[:: max(1, len(names) // tensors)]:
+        with safe_open(stored[name], framework="pt") as file:
+            start = file.get_tensor(name).to(torch.float32)
+        now = built.trainable[name].detach().to("cpu", torch.float32)
+        if start.shape == now.shape:
+            lost += float((now.to(dtype).float() - now).square().sum())
+            moved += float((now - start).square().sum())
+    return (lost / moved) ** 0.5 if moved else 0.0
 
 
 def _choose_dtype(built: BuiltModel, dtype: ExportDtype | torch.dtype) -> torch.dtype:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from burnish.errors import ConfigError
+from burnish.models.folder import find_adapter_base
 
 CONFIGS = ("config.json", "adapter_config.json")
 TOKENIZER_FILES = (
@@ -49,9 +50,8 @@ def fingerprint_model(folder: str | Path) -> str:
 def _adapter_digest(file: Path) -> str:
     """Of an adapter's settings, with its base by content instead of by path."""
     settings = json.loads(file.read_text(encoding="utf-8"))
-    name = str(settings.pop("base_model_name_or_path", None))
-    base = next((p for p in (file.parent / name, Path(name).expanduser()) if p.is_dir()), None)
-    settings["base"] = fingerprint_model(base) if base else name
+    base = find_adapter_base(file.parent, settings)
+    settings["base_model_name_or_path"] = fingerprint_model(base) if Path(base).is_dir() else base
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 

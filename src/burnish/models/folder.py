@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from burnish.data import bundled
 from burnish.errors import ConfigError
 
 Kind = Literal["lm", "score", "adapter"]
@@ -87,6 +88,30 @@ def inspect_model_folder(folder: str | Path) -> ModelFolder:
         )  # fmt: skip
     config = read_json(path / "config.json")
     return _with_weights(path, find_kind(config, path), config, _find_weight_files(path))
+
+
+def find_adapter_base(adapter: Path, config: dict[str, Any]) -> str:
+    """What an adapter's base_model_name_or_path means: a folder as an absolute path, or a name as it stands.
+
+    A relative path is looked for beside the adapter first; a bundled model whose package has moved is found again.
+    """
+    name = str(config.get("base_model_name_or_path"))
+    for place in (adapter / name, Path(name).expanduser()):
+        if place.is_dir():
+            return str(place.resolve())
+    parts = Path(name).parts
+    if parts[-3:-1] == ("assets", "models"):
+        moved = bundled.resolve_model(parts[-1])
+        return str(moved.resolve()) if moved else name
+    return name
+
+
+def read_base_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of a model folder; of an adapter's, that of its base (which must be local)."""
+    found = inspect_model_folder(folder)
+    if found.kind != "adapter":
+        return found.config
+    return inspect_model_folder(find_adapter_base(found.path, found.config)).config
 
 
 def find_kind(config: dict[str, Any], path: Path) -> Kind:

@@ -7,7 +7,6 @@ random state is the same after loading as before.
 from __future__ import annotations
 
 import difflib
-import importlib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,10 +26,11 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from burnish.config.train import TrainSettings
+from burnish.data import bundled
 from burnish.errors import ConfigError, ServiceError
 from burnish.models.adapters import base_of, build_lora, find_head_parameters, merge_adapter, seeded
 from burnish.models.dropout import disable_dropout as switch_off_dropout
-from burnish.models.folder import ModelFolder, inspect_model_folder, read_json
+from burnish.models.folder import CONVERT, ModelFolder, find_adapter_base, inspect_model_folder, read_json
 from burnish.models.freeze import cast_trainable, compute_share, find_no_decay, freeze_all_but_top, untie_embeddings
 from burnish.models.reward_head import (
     PadToken,
@@ -113,11 +113,7 @@ def resolve_model_path(name: str, *, revision: str | None = None) -> str:
     Raises:
         ConfigError: None of these.
     """
-    try:
-        bundled = importlib.import_module("burnish.data.bundled").resolve_model(name)
-    except ModuleNotFoundError:
-        bundled = None
-    local = bundled or Path(name).expanduser()
+    local = bundled.resolve_model(name) or Path(name).expanduser()
     if local.exists():
         if revision is not None:
             raise ConfigError(
@@ -145,11 +141,13 @@ def fetch_model_folder(path: str, *, revision: str | None = None, trust_remote_c
 
     patterns = [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except LocalEntryNotFoundError:
+        near = difflib.get_close_matches(path, bundled.list_models(), n=1)
+        hint = f"did you mean the bundled model {near[0]}? Else " if near else ""
         raise ServiceError(
             f"model {path!r} is neither a local folder nor in the cache, and the hub cannot be reached",
-            where="model", found=path, remedy=f"go online once (burnish download {path}), or give a local folder",
+            where="model", found=path, remedy=f"{hint}go online once (burnish download {path}), or give a local folder",
         ) from None  # fmt: skip
     except HfHubHTTPError as e:
         raise ServiceError(
@@ -160,6 +158,12 @@ def fetch_model_folder(path: str, *, revision: str | None = None, trust_remote_c
         raise ServiceError(
             f"model {path!r} cannot be fetched: {e}", where="model", found=path, remedy="check the network and the disk"
         ) from None
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"model {path!r} has no safetensors weights on the hub, and pickled ones are not read",
+            where="model", found=path, remedy=f"use a revision that has them, or {CONVERT}",
+        )  # fmt: skip
+    return folder
 
 
 @contextmanager
@@ -192,9 +196,9 @@ def load_model(
         need_trained_head: Refuse to make a reward model from a language model.
     """
     asked = inspect_model_folder(fetch_model_folder(path, revision=revision, trust_remote_code=trust_remote_code))
-    base, name = asked, path
+    base, name = asked, str(asked.path) if Path(path).is_dir() else path
     if asked.kind == "adapter":
-        name = resolve_model_path(_find_base_name(asked))
+        name = resolve_model_path(find_adapter_base(asked.path, asked.config))
         base = inspect_model_folder(fetch_model_folder(name, revision=asked.config.get("revision")))
         revision = asked.config.get("revision")
         if base.kind == "adapter":
@@ -228,12 +232,6 @@ def _own_weights(model: nn.Module, dtype: torch.dtype) -> None:
     change of the file would reach the model. Not `model.to(dtype)`: that would round the rotary tables too."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def _find_base_name(adapter: ModelFolder) -> str:
-    name = str(adapter.config["base_model_name_or_path"])
-    beside = adapter.path / name
-    return str(beside.resolve()) if not Path(name).is_absolute() and beside.is_dir() else name
 
 
 def _check_head(asked: ModelFolder, head: Head, *, has_head: bool, need_trained: bool) -> None:
@@ -422,7 +420,8 @@ def build_model(
     compute, partly = compute_dtype or dtype_masters, settings.lora is not None or bool(settings.top_k)
     load_dtype = dtype_masters
     if partly:
-        stored = inspect_model_folder(fetch_model_folder(path, revision=settings.revision)).dtype
+        fetched = fetch_model_folder(path, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+        stored = inspect_model_folder(fetched).dtype
         load_dtype = find_frozen_dtype(settings, DTYPES.get(stored, torch.float32), compute, dtype_masters)
     model, loaded = load_model(
         path, head=head, dtype=load_dtype, seed=seed, head_init_std=getattr(settings, "head_init_std", 0.02),

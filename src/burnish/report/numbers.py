@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 
-_PROPORTIONS = ("accuracy", "accuracies", "rate", "share", "ratio", "pass@")
+_PROPORTIONS = ("accuracy", "accuracies", "share", "win_rate", "error_rate", "match_rate")
 MINUS, NARROW = "−", "\u202f"
 
 
 def is_proportion(metric: str) -> bool:
     """Whether a metric lies between 0 and 1 and is shown in percent."""
     last = metric.rpartition("/")[2].lower()
-    return any(last.endswith(p) or last.startswith(p) for p in _PROPORTIONS)
+    return last.endswith(_PROPORTIONS) or last.startswith("pass@")
 
 
 def show_value(metric: str, value: float | None) -> str:
@@ -31,8 +31,9 @@ def show_difference(metric: str, value: float | None) -> str:
         return "–"
     if not math.isfinite(value):
         return str(value)
-    text = f"{100 * value:+.1f}" if is_proportion(metric) else show_number(value, sign=True)
-    return _signless(text) + (" points" if is_proportion(metric) else "")
+    if is_proportion(metric):
+        return _signless(f"{100 * value:+.1f}") + " points"
+    return show_number(value, sign=True)
 
 
 def show_interval(metric: str, low: float | None, high: float | None, *, difference: bool = False) -> str:
@@ -60,7 +61,7 @@ def show_number(value: float, *, sign: bool = False) -> str:
     elif size >= 1000:
         text = f"{value:{plus},.0f}"
     else:
-        text = f"{value:{plus}.{2 if size >= 100 else 3}f}" if size >= 1 else f"{value:{plus}.4f}"
+        text = f"{value:{plus}.{1 if size >= 100 else 2 if size >= 10 else 3 if size >= 0.1 else 4}f}"
     return _signless(text)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from burnish.artifacts.run_folder import RUN, STAGE, load_run, load_stage, stage_folders
+from burnish.artifacts.redact import redact, redact_tree
+from burnish.artifacts.run_folder import STAGE, load_run, load_stage, plain_name, stage_folders
 from burnish.errors import BurnishError
 from burnish.track.metrics import METRICS, TIMING, read_metrics
 
@@ -22,7 +23,7 @@ class StageFiles:
 
     Attributes:
         folder: The stage's folder.
-        model: Folder of the model in a run of several, else None.
+        model: The model in a run of several, else None.
         record: stage.json.
         metrics: Rows of metrics.jsonl.
         timing: Rows of timing.jsonl.
@@ -78,7 +79,7 @@ class RunFiles:
 
     @property
     def models(self) -> list[str | None]:
-        """Model folders in order; [None] in a run of one model."""
+        """Models in the recipe's order; [None] in a run of one model."""
         return list(dict.fromkeys(stage.model for stage in self.stages)) or [None]
 
 
@@ -89,26 +90,30 @@ def read_run(run_dir: Path) -> RunFiles:
         UsageError: It has no readable run.json.
     """
     path = Path(run_dir)
-    record = load_run(path)
+    record = redact_tree(load_run(path))
     notes: list[str] = []
     text, resolved = _read_yaml(path / "resolved.yaml", notes)
     environment = _read_json(path / "environment.json", notes)
+    listed = resolved.get("models")
+    named = {plain_name(str(m)): str(m) for m in listed} if isinstance(listed, list) else {}
+    order = {name: at for at, name in enumerate(named)}
     stages = []
-    for folder in stage_folders(path):
+    for folder in sorted(stage_folders(path), key=lambda p: (order.get(p.relative_to(path).parts[0], len(order)), p)):
         relative = folder.relative_to(path)
         try:
-            stage_record = load_stage(folder) or {}
+            stage_record = redact_tree(load_stage(folder) or {})
         except BurnishError as exc:
             notes.append(f"{relative / STAGE}: {exc.message}")
             stage_record = {"state": "damaged"}
-        stage = StageFiles(folder, relative.parts[0] if len(relative.parts) > 1 else None, stage_record)
+        model = named.get(relative.parts[0], relative.parts[0]) if len(relative.parts) > 1 else None
+        stage = StageFiles(folder, model, stage_record)
         for name, attribute in ((METRICS, "metrics"), (TIMING, "timing"), (SAMPLES, "samples")):
             rows, note = read_metrics(folder / name)
-            setattr(stage, attribute, rows)
+            setattr(stage, attribute, redact_tree(rows) if attribute == "samples" else rows)
             if note:
                 stage.notes.append(note)
         stages.append(stage)
-    return RunFiles(path, record, resolved, text, environment, stages, notes)
+    return RunFiles(path, record, redact_tree(resolved), redact(text), redact_tree(environment), stages, notes)
 
 
 def as_dict(value: Any) -> dict[str, Any]:
@@ -145,6 +150,3 @@ def _read_yaml(place: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
     except (OSError, yaml.YAMLError, RecursionError) as exc:
         notes.append(f"{place.name} cannot be read ({type(exc).__name__})")
         return "", {}
-
-
-__all__ = ["RUN", "RunFiles", "StageFiles", "as_dict", "as_number", "as_rows", "read_run"]

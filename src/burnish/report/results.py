@@ -1,4 +1,4 @@
-"""What an evaluation found, ordered for reading: a block for each task and metric, and what the comparisons allow to say."""
+"""What an evaluation found, ordered for reading: a block for each task and metric, and what may be said of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from burnish.report.numbers import show_difference, show_interval, show_p, show_value
+from burnish.report.numbers import show_difference, show_interval, show_value
 from burnish.report.read import as_number, as_rows
 
 ALPHA = 0.05
@@ -103,7 +103,11 @@ def read_blocks(figures: dict[str, Any]) -> list[Block]:
         change = _read_change(row, block) if block else None
         if block and change:
             block.changes.append(change)
-    return list(blocks.values())
+    ordered = list(blocks.values())
+    pairs = {pair: at for at, pair in enumerate(_pairs(ordered))}
+    for block in ordered:
+        block.changes.sort(key=lambda c: pairs[c.a, c.b])
+    return ordered
 
 
 def _read_change(row: dict[str, Any], block: Block) -> Change | None:
@@ -150,34 +154,49 @@ def count_after_holm(changes: list[Change]) -> int:
 
 
 def write_remarks(blocks: list[Block]) -> list[str]:
-    """What may be said, a sentence each: clear changes first, then what made no difference, then the caution."""
+    """What may be said, a sentence for each pair of subjects, and a caution when many comparisons were made."""
     changes = [c for b in blocks for c in b.changes]
-    clear = [c for c in changes if c.verdict in ("better", "worse")]
-    remarks = [_say_change(c) for c in clear]
-    remarks += [_say_no_change(c) for c in changes if c.verdict == "no clear change"]
+    remarks = [_say_pair(a, b, [c for c in changes if (c.a, c.b) == (a, b)]) for a, b in _pairs(blocks)]
     significant = [c for c in changes if c.significant]
     if len(changes) > 3 and significant:
         kept = count_after_holm(changes)
-        remarks.append(
-            f"{len(changes)} comparisons were made, so one may look clear by chance: {kept} of the {len(significant)} "
-            f"clear ones {'stays' if kept == 1 else 'stay'} so when all are taken together (Holm's correction)."
-        )
+        many = f"{len(changes)} comparisons were made, and some would look clear by chance alone. "
+        if kept == len(significant):
+            remarks.append(f"{many}Taken together (Holm's correction), all {kept} clear ones stay clear.")
+        else:
+            remarks.append(
+                f"{many}Taken together (Holm's correction), {kept} of {len(significant)} clear ones stay so."
+            )
     return remarks
 
 
+def _pairs(blocks: list[Block]) -> list[tuple[str, str]]:
+    """Pairs that were compared, in the order of the subjects."""
+    order: dict[str, int] = {}
+    for block in blocks:
+        for figure in block.figures:
+            order.setdefault(figure.subject, len(order))
+    pairs = {(c.a, c.b) for block in blocks for c in block.changes}
+    last = len(order)
+    return sorted(pairs, key=lambda p: (order.get(p[1], last), order.get(p[0], last), p))
+
+
+def _say_pair(a: str, b: str, changes: list[Change]) -> str:
+    parts = []
+    for verdict, words in (
+        ("better", "better on"),
+        ("worse", "worse on"),
+        ("no clear change", "no significant change on"),
+        ("not tested", "not tested on"),
+    ):
+        found = [c for c in changes if c.verdict == verdict]
+        if found:
+            parts.append(f"{words} {', '.join(_say_change(c) for c in found)}")
+    return f"{b} against {a}: {'; '.join(parts)}."
+
+
 def _say_change(c: Change) -> str:
-    verb = "better" if c.verdict == "better" else "worse"
-    return f"{c.b} is {verb} than {c.a} on {c.task}: {say_metric(c.metric)} {_details(c)}."
-
-
-def _say_no_change(c: Change) -> str:
-    return f"No significant change from {c.a} to {c.b} on {c.task}: {say_metric(c.metric)} {_details(c)}."
-
-
-def _details(c: Change) -> str:
-    interval = show_interval(c.metric, c.low, c.high, difference=True)
-    inner = "; ".join(part for part in (f"95 % interval {interval}" if interval else "", show_p(c.p_value)) if part)
-    return show_difference(c.metric, c.difference) + (f" ({inner})" if inner else "")
+    return f"{c.task} ({say_metric(c.metric)} {show_difference(c.metric, c.difference)})"
 
 
 def show_figure(block: Block, figure: Figure) -> tuple[str, str]:

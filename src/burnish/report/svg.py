@@ -12,8 +12,8 @@ from html import escape
 
 from burnish.report.numbers import MINUS, is_proportion, show_number
 
-WIDTH, HEIGHT = 420, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 34
+WIDTH, HEIGHT = 340, 205
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 34
 _MOST_POINTS = 400
 
 Point = tuple[float, float]
@@ -47,8 +47,14 @@ class Chart:
 
 
 def smooth(points: Sequence[Point]) -> tuple[list[Point], int]:
-    """A centred moving mean over about a thirtieth of the points; returns it with the number of points it averages."""
+    """A centred moving mean over about a thirtieth of the points; returns it with the number of points it averages.
+
+    A spike that the scale leaves out counts as the scale's end: one step must not lift the whole neighbourhood.
+    """
     sound = [p for p in points if math.isfinite(p[1])]
+    if sound:
+        low, high = find_limits([y for _, y in sound])
+        sound = [(x, min(max(y, low), high)) for x, y in sound]
     half = max(1, len(sound) // 60)
     if len(sound) < 12:
         return [], 0
@@ -57,8 +63,8 @@ def smooth(points: Sequence[Point]) -> tuple[list[Point], int]:
         sums.append(sums[-1] + y)
     out = []
     for at, (x, _) in enumerate(sound):
-        reach = min(half, at, len(sound) - 1 - at)  # narrower towards the ends, so that they are not pulled
-        low, high = at - reach, at + reach + 1
+        reach = min(half, at)  # narrower at the start, where curves are steep
+        low, high = at - reach, min(at + reach + 1, len(sound))
         out.append((x, (sums[high] - sums[low]) / (high - low)))
     return out, 2 * half + 1
 
@@ -95,11 +101,14 @@ def draw_lines(series: Sequence[Series], *, metric: str, label: str) -> Chart | 
     steps = [x for s in series for x, _ in s.points]
     if not values:
         return None
-    low, high = _limits(values, metric)
+    noisy = [y for s in series if s.raw for _, y in s.points if math.isfinite(y)]
+    calm = [y for s in series if not s.raw for _, y in s.points if math.isfinite(y)]
+    ends = [*calm, *(find_limits(noisy) if noisy else ())]  # spikes of single steps may leave the scale, nothing else
+    low, high = _pad(min(ends), max(ends), metric)
     outside = sum(1 for y in values if not low <= y <= high)
     y_ticks = nice_ticks(low, high, 5)
     first, last = min(steps), max(steps)
-    x_ticks = [t for t in nice_ticks(first, last, 5, whole=True) if first <= t <= last]
+    x_ticks = [t for t in nice_ticks(first, last, 4, whole=True) if first <= t <= last]
     if last == first:
         first, last = first - 0.5, last + 0.5
 
@@ -151,26 +160,24 @@ def draw_interval(
     mark: float | None,
     label: str,
 ) -> str:
-    """A value with its limits on a scale that several rows share; `mark` draws a reference line (the first row's value)."""
-    width, height, pad = 220, 20, 6
+    """A value with its limits on a scale that several rows share; `mark` is where a reference line goes."""
     begin, end = scale
     if value is None or not math.isfinite(value) or end <= begin:
         return ""
 
-    def at(x: float) -> float:
-        return pad + (min(max(x, begin), end) - begin) / (end - begin) * (width - 2 * pad)
+    def at(x: float) -> str:
+        return f"{3 + 94 * (min(max(x, begin), end) - begin) / (end - begin):.2f}%"
 
-    middle = height / 2
+    said = escape(label, quote=True)
     parts = [
-        f'<svg viewBox="0 0 {width} {height}" class="interval" role="img" '
-        f'aria-label="{escape(label, quote=True)}"><title>{escape(label)}</title>',
-        f'<line class="grid" x1="{pad}" x2="{width - pad}" y1="{middle}" y2="{middle}"/>',
+        f'<svg class="interval" width="100%" height="20" role="img" aria-label="{said}"><title>{said}</title>',
+        '<line class="grid" x1="0" x2="100%" y1="10" y2="10"/>',
     ]
     if mark is not None and math.isfinite(mark):
-        parts.append(f'<line class="mark" x1="{at(mark):.1f}" x2="{at(mark):.1f}" y1="0" y2="{height}"/>')
+        parts.append(f'<line class="mark" x1="{at(mark)}" x2="{at(mark)}" y1="0" y2="20"/>')
     if low is not None and high is not None:
-        parts.append(f'<line class="whisker s1" x1="{at(low):.1f}" x2="{at(high):.1f}" y1="{middle}" y2="{middle}"/>')
-    parts.append(f'<circle class="dot s1" cx="{at(value):.1f}" cy="{middle}" r="4.5"/></svg>')
+        parts.append(f'<line class="whisker s1" x1="{at(low)}" x2="{at(high)}" y1="10" y2="10"/>')
+    parts.append(f'<circle class="dot s1" cx="{at(value)}" cy="10" r="4.5"/></svg>')
     return "".join(parts)
 
 
@@ -209,14 +216,19 @@ def tick_labels(ticks: Sequence[float], metric: str) -> list[str]:
     return [f"{0.0 if abs(t) < gap * 1e-6 else t:,.{decimals}f}".replace("-", MINUS) for t in ticks]
 
 
-def _limits(values: Sequence[float], metric: str) -> tuple[float, float]:
-    """The scale: all values, or, if a few spikes would flatten the rest, 98 % of them."""
+def find_limits(values: Sequence[float]) -> tuple[float, float]:
+    """Least and greatest value, or, if a few spikes would flatten the rest, those of the inner 98 %."""
     ordered = sorted(values)
     low, high = ordered[0], ordered[-1]
     if len(ordered) >= 30:
         inner_low, inner_high = ordered[len(ordered) // 100], ordered[-1 - len(ordered) // 100]
         if high - low > 4 * (inner_high - inner_low) > 0:
-            low, high = inner_low, inner_high
+            return inner_low, inner_high
+    return low, high
+
+
+def _pad(low: float, high: float, metric: str) -> tuple[float, float]:
+    """Some room above and below; a quantity that is never negative keeps its zero, a share its 100 %."""
     pad = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
     lower, upper = low - pad, high + pad
     if low >= 0 > lower:

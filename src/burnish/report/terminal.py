@@ -31,8 +31,8 @@ def render_table(figures: dict[str, Any]) -> str:
     if len(changes) > 1:
         lines += ["", *_align(changes, right={4})]
     remarks = write_remarks(blocks)
-    if remarks and remarks[-1].startswith(tuple("0123456789")):
-        lines += ["", remarks[-1]]
+    if len(changes) > 1:
+        lines += ["", *remarks]
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,93 @@
+"""The layout of a packed row as attention work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from burnish.core.batch import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of queries with its own causal keys, all as row positions.
+
+    Attributes:
+        start, stop: The queries, and the keys that they see causally.
+        prompt: Row positions [prompt, prompt_stop) that every query sees too; empty for a plain causal segment.
+    """
+
+    start: int
+    stop: int
+    prompt: int = 0
+    prompt_stop: int = 0
+
+
+@dataclass
+class AttentionPlan:
+    """The layout of one packed row as attention work, made once per batch and shared by all layers.
+
+    Attributes:
+        layout: The packed row.
+        heads: Plain causal segments: prompt and first completion of each group.
+        tails: The further completions, each with its prompt.
+        fans: (prompt, prompt_stop, start, stop) per group with tails: all tails of the group see that prompt.
+        longest: The largest position + 1 over the row: a window at least as long hides nothing.
+        calls: Layers that used this plan (the self-check counts them).
+    """
+
+    layout: Layout
+    heads: tuple[Segment, ...]
+    tails: tuple[Segment, ...]
+    fans: tuple[tuple[int, int, int, int], ...]
+    longest: int
+    calls: int = 0
+    _masks: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def total(self) -> int:
+        return self.layout.total
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """All segments in row order."""
+        return tuple(sorted(self.heads + self.tails, key=lambda s: s.start))
+
+    def future_penalty(self, size: int) -> Tensor:
+        """(size, size) fp32 on the CPU: −inf where the key comes after the query, else 0; cached across layers."""
+        key = ("future", size)
+        if key not in self._masks:
+            self._masks[key] = torch.full((size, size), float("-inf")).triu_(1)
+        return self._masks[key]
+
+    def visible(self, segment: Segment, window: int | None, device: torch.device) -> Tensor:
+        """(queries, keys) bool of a segment, keys being its prompt followed by itself; cached across layers."""
+        own = segment.stop - segment.start
+        before = segment.prompt_stop - segment.prompt
+        window = None if window is None or window >= before + own else window
+        key = (own, before, window, device)
+        if key not in self._masks:
+            q = torch.arange(before, before + own, device=device)[:, None]
+            k = torch.arange(before + own, device=device)[None, :]
+            mask = k <= q
+            if window is not None:
+                mask &= q - k < window
+            self._masks[key] = mask
+        return self._masks[key]
+
+
+def build_attention_plan(layout: Layout) -> AttentionPlan:
+    """The attention work of a packed row."""
+    heads, tails, fans, longest = [], [], [], 0
+    for group in layout.groups:
+        first, *rest = group.completions
+        prompt_stop = group.start + group.prompt
+        heads.append(Segment(group.start, first.start + first.length))
+        tails += [Segment(c.start, c.start + c.length, group.start, prompt_stop) for c in rest]
+        if rest:
+            fans.append((group.start, prompt_stop, rest[0].start, group.end))
+        longest = max(longest, group.prompt + max(c.length for c in group.completions))
+    return AttentionPlan(layout, tuple(heads), tuple(tails), tuple(fans), longest)

@@ -1,0 +1,142 @@
+"""The top of the report: what ran, on what, how long, and what came of it."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from burnish import __version__
+from burnish.report.numbers import show_count, show_seconds
+from burnish.report.read import RunFiles, StageFiles, as_dict, as_number
+
+_OUTCOME = {
+    "done": "Finished in {}.",
+    "failed": "Failed after {}.",
+    "interrupted": "Interrupted after {}; the same command continues it.",
+    "running": "Not finished.",
+}
+
+
+def render_headline(run: RunFiles) -> str:
+    """Title, one sentence, the few facts everybody asks for, and what went wrong if something did."""
+    record = run.record
+    name = str(record.get("name") or run.path.name)
+    parts = [
+        '<p class="kicker">burnish run</p>',
+        f"<h1>{escape(name)}</h1>",
+        f'<p class="lead">{escape(_sentence(run))}</p>',
+        _problems(run),
+        _facts(run),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _sentence(run: RunFiles) -> str:
+    """`sft → reward → dpo → evaluate on pocket. Finished in 4 min 12 s.`"""
+    first = run.models[0]
+    chain = " → ".join(s.name for s in run.stages if s.model == first) or "No stage was begun"
+    models = run.models if len(run.models) > 1 else [run.resolved.get("model") or _stage_model(run)]
+    named = [str(m) for m in models if m]
+    on = f" on {_join(named)}" if named else ""
+    state = str(run.record.get("state", "unknown"))
+    seconds = _seconds(run)
+    outcome = _OUTCOME.get(state, f"{state.capitalize()}.")
+    outcome = (
+        outcome.format(show_seconds(seconds)) if seconds else outcome.replace(" in {}", "").replace(" after {}", "")
+    )
+    return f"{chain}{on}. {outcome}"
+
+
+def _stage_model(run: RunFiles) -> Any:
+    for stage in run.stages:
+        model = as_dict(stage.record.get("settings")).get("model")
+        if model:
+            return model
+    return None
+
+
+def _seconds(run: RunFiles) -> float | None:
+    for key in ("seconds_total", "seconds"):
+        seconds = as_number(run.record.get(key))
+        if seconds:
+            return seconds
+    timed = [as_number(row.get("seconds")) or 0.0 for stage in run.stages for row in stage.timing]
+    return sum(timed) or None
+
+
+def _facts(run: RunFiles) -> str:
+    record, environment = run.record, run.environment
+    packages = as_dict(environment.get("packages"))
+    trained = [s for s in run.stages if not s.evaluates]
+    tokens = sum(as_number(s.figures.get("tokens")) or 0 for s in trained)
+    device = str(environment.get("device") or "")
+    where = environment.get("processor") if device in ("", "cpu") else device
+    starts = as_number(record.get("starts")) or 1
+    facts = [
+        ("Outcome", _badge(str(record.get("state", "unknown"))), True),
+        ("Began", str(record.get("created") or "")[:16].replace("T", " "), False),
+        ("Tokens trained on", show_count(tokens) if tokens else "", False),
+        ("Ran on", " · ".join(str(p) for p in (where, _plural(environment.get("threads"), "thread")) if p), False),
+        ("Data", ", ".join(dict.fromkeys(d for s in trained for d in describe_data(s))), False),
+        ("Seed", str(run.resolved.get("seed", "")), False),
+        ("Starts", f"{starts:.0f} (resumed {starts - 1:.0f}×)" if starts > 1 else "", False),
+        ("Versions", f"burnish {record.get('burnish') or __version__}, torch {packages.get('torch', '–')}", False),
+    ]
+    cells = "".join(
+        f"<div><dt>{title}</dt><dd>{value if raw else escape(value)}</dd></div>" for title, value, raw in facts if value
+    )
+    return f'<dl class="facts">{cells}</dl>'
+
+
+def describe_data(stage: StageFiles) -> list[str]:
+    """Names of a stage's sources."""
+    data = as_dict(stage.record.get("settings")).get("data")
+    sources = data if isinstance(data, list) else [data]
+    return [str(s.get("source")) if isinstance(s, dict) else str(s) for s in sources if s]
+
+
+def _problems(run: RunFiles) -> str:
+    out = []
+    if run.record.get("error"):
+        message, _, remedy = str(run.record["error"]).partition("\n")
+        extra = f"<p>{escape(remedy.strip())}</p>" if remedy.strip() else ""
+        out.append(f'<div class="warn bad"><p><b>{escape(message)}</b></p>{extra}</div>')
+    notes = [*run.notes, *(f"{s.folder.name}: {n}" for s in run.stages for n in s.notes)]
+    if notes:
+        items = "".join(f"<p>{escape(n)}</p>" for n in notes)
+        out.append(f'<div class="warn">{items}</div>')
+    return "".join(out)
+
+
+def _badge(state: str) -> str:
+    known = state if state in ("done", "failed", "interrupted", "running", "damaged") else "unknown"
+    return f'<span class="state {known}">{escape(state)}</span>'
+
+
+def badge(state: str) -> str:
+    """A state as a small label."""
+    return _badge(state)
+
+
+def render_footer(run: RunFiles) -> str:
+    """Where the page comes from."""
+    command = run.record.get("command")
+    said = ""
+    if isinstance(command, list) and command:
+        words = [str(c) for c in command]
+        words[0] = words[0].replace("\\", "/").rpartition("/")[2]
+        said = f"<p>Command: <code>{escape(' '.join(words))}</code></p>"
+    return (
+        f"{said}<p>Made by burnish {escape(__version__)} from the files of run "
+        f"<code>{escape(str(run.record.get('run_id', '')))}</code>. "
+        "The page is complete in itself: it loads nothing.</p>"
+    )
+
+
+def _plural(count: Any, noun: str) -> str:
+    number = as_number(count)
+    return "" if number is None else f"{number:.0f} {noun}{'' if number == 1 else 's'}"
+
+
+def _join(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
