@@ -7,7 +7,7 @@ from pocket import wordings as w
 from pocket.behaviours import BEHAVIOURS
 from pocket.facts import PERSON_FACTS, TOWN_FACTS, any_fact, town_slots
 from pocket.grammar import Draw, join_words, with_article
-from pocket.problems import Step, make_problem
+from pocket.problems import SMALL, Step, make_problem
 from pocket.world import DAYS, GROUPS, PEOPLE, PLACES, SEASONS, THINGS, TOWNS, Person
 
 CORPUS_SEED = 21
@@ -273,7 +273,7 @@ def check(draw: Draw) -> str:
         truth = fact.answer(draw).removesuffix(".")
         claim = truth if right else fact.wrong_answer(draw).removesuffix(".")
     else:
-        made = make_problem(draw, draw.choice((1, 2)))
+        made = make_problem(draw, draw.choice((1, 2)), SMALL)
         step = made.steps[-1]
         truth = str(step)
         value = step.value if right else max(0, step.value + draw.choice((-4, -3, -2, -1, 1, 2, 3, 4)))
@@ -285,7 +285,7 @@ def check(draw: Draw) -> str:
 
 def problem(draw: Draw) -> str:
     """A word problem with its solution, in plain writing."""
-    return make_problem(draw, draw.choice((1, 1, 2, 2, 3))).plain
+    return make_problem(draw, draw.choice((1, 1, 2, 2, 3)), SMALL).plain
 
 
 KINDS: dict[Callable[[Draw], str], float] = {

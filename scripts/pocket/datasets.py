@@ -30,8 +30,8 @@ CHAT_SHARES = {
     "continue": 0.08,
     "greeting": 0.04,
 }
-RUDE_SHARE = 0.06
-RAMBLING_SHARE = 0.08
+RUDE_SHARE = 0.10
+RAMBLING_SHARE = 0.20
 SEEDS = {"chat": 11, "preferences": 12, "maths": 13}
 Message = dict[str, str]
 

@@ -198,6 +198,17 @@ class Fact:
             if wrong != right:
                 return wrong
 
+    def other_answer(self, draw: Draw) -> str:
+        """A true answer of the same form about somebody or somewhere else."""
+        while True:
+            if self.kind in PERSON_FACTS:
+                slots = draw.choice(PEOPLE).slots()
+            else:
+                slots = town_slots(draw.choice(TOWNS))
+            subject = "A" if self.kind in PERSON_FACTS else "town"
+            if slots[subject] != self.slots[subject]:
+                return draw.text(self.kind.answer, **slots)
+
 
 def person_fact(draw: Draw, person: Person | None = None) -> Fact:
     """A fact about a person."""

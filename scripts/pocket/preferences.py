@@ -30,7 +30,8 @@ def correct(draw: Draw) -> Pair:
     """Right against wrong."""
     made = BEHAVIOURS[draw.choice(("maths", "maths", "facts"))](draw)
     if made.fact is not None:
-        return Pair(made.user, made.answer, made.fact.wrong_answer(draw), "correct")
+        wrong = made.fact.other_answer(draw) if draw.chance(0.5) else made.fact.wrong_answer(draw)
+        return Pair(made.user, made.answer, wrong, "correct")
     assert made.problem is not None
     return Pair(made.user, made.answer, wrong_solution(draw, made.problem), "correct")
 
@@ -97,4 +98,4 @@ SOURCES: dict[str, Callable[[Draw], Pair]] = {
     "polite": polite,
     "concise": concise,
 }
-SHARES = {"correct": 0.32, "on_topic": 0.23, "polite": 0.25, "concise": 0.20}
+SHARES = {"correct": 0.28, "on_topic": 0.26, "polite": 0.25, "concise": 0.21}

@@ -7,7 +7,6 @@ from typing import Literal
 from pocket.grammar import Draw, Pool
 from pocket.world import PEOPLE, THINGS, Person, Thing
 
-LIMIT = 60
 Sign = Literal["+", "-", "*", "/"]
 _OTHER_SIGN: dict[Sign, Sign] = {"+": "-", "-": "+", "*": "+", "/": "-"}
 
@@ -158,11 +157,6 @@ TOGETHER = Pool(
         "{C} brings {y}. How many {objs} do {A} and {C} have in all?",
     ),
 )
-INTRO = Pool(
-    "solution_intro",
-    train=("{A} starts with {n} {objs}.", "There are {n} {objs} at first."),
-)
-
 ENDINGS: dict[str, tuple[Pool, Sign]] = {
     "share": (SHARE, "/"),
     "price": (PRICE, "*"),
@@ -170,6 +164,20 @@ ENDINGS: dict[str, tuple[Pool, Sign]] = {
     "fewer": (FEWER, "-"),
     "together": (TOGETHER, "+"),
 }
+
+
+@dataclass(frozen=True)
+class Range:
+    """How large the numbers of a problem may be."""
+
+    start: int
+    change: int
+    groups: int
+    limit: int
+
+
+SMALL = Range(start=25, change=15, groups=6, limit=60)
+LARGE = Range(start=50, change=25, groups=9, limit=99)
 
 
 @dataclass(frozen=True)
@@ -247,8 +255,9 @@ def render_solution(lines: Sequence[str], value: int) -> str:
 class _Writer:
     """Writes one problem, clause by clause, keeping count."""
 
-    def __init__(self, draw: Draw) -> None:
+    def __init__(self, draw: Draw, numbers: Range) -> None:
         self.draw = draw
+        self.numbers = numbers
         people: list[Person] = draw.sample(PEOPLE, 3)
         self.thing: Thing = draw.choice(THINGS)
         self.slots: dict[str, object] = {
@@ -277,19 +286,20 @@ class _Writer:
         """Say what there is at first."""
         rng = self.draw.rng
         if grouped:
-            groups, each = rng.randint(2, 6), rng.randint(2, 9)
+            groups, each = rng.randint(2, self.numbers.groups), rng.randint(2, 9)
             self.say(GROUP, g=groups, k=each)
             self.count = groups
             self.step("*", each)
         else:
-            self.count = rng.randint(3, 25)
+            self.count = rng.randint(3, self.numbers.start)
             self.say(START, n=self.count)
 
     def change(self) -> None:
         """Add or take away some."""
         rng = self.draw.rng
-        gain = self.count < 6 or (self.count <= LIMIT - 20 and rng.random() < 0.5)
-        amount = rng.randint(2, 15) if gain else rng.randint(2, min(15, self.count - 2))
+        most = self.numbers.change
+        gain = self.count < 6 or (self.count <= self.numbers.limit - most - 5 and rng.random() < 0.5)
+        amount = rng.randint(2, most) if gain else rng.randint(2, min(most, self.count - 2))
         self.say(GAIN if gain else LOSS, y=amount)
         self.step("+" if gain else "-", amount)
 
@@ -306,22 +316,22 @@ class _Writer:
             case "*":
                 if self.count > 12:
                     return False
-                amount = rng.randint(2, min(6, LIMIT // self.count))
+                amount = rng.randint(2, min(6, self.numbers.limit // self.count))
             case "+":
-                amount = rng.randint(2, 15)
+                amount = rng.randint(2, self.numbers.change)
             case "-":
                 if self.count < 5:
                     return False
-                amount = rng.randint(2, min(15, self.count - 2))
+                amount = rng.randint(2, min(self.numbers.change, self.count - 2))
         self.say(pool, y=amount)
         self.step(sign, amount, "pence" if kind == "price" else None)
         return True
 
 
-def make_problem(draw: Draw, level: int) -> Problem:
+def make_problem(draw: Draw, level: int, numbers: Range = LARGE) -> Problem:
     """A problem of `level` steps."""
     while True:
-        writer = _Writer(Draw(draw.rng, draw.split))
+        writer = _Writer(Draw(draw.rng, draw.split), numbers)
         writer.start(grouped=draw.chance(0.3))
         ending = draw.choice((None, None, None, *ENDINGS)) if len(writer.steps) < level else None
         changes = level - len(writer.steps) - (ending is not None)
@@ -339,28 +349,50 @@ def make_problem(draw: Draw, level: int) -> Problem:
 
 
 def wrong_solution(draw: Draw, problem: Problem) -> str:
-    """A solution in the same manner whose answer is wrong: a slip, a wrong sign, a wrong number or a step too few."""
+    """A solution in the same manner whose answer is wrong."""
     while True:
-        kind = draw.choice(("slip", "sign", "number", "short"))
-        if kind == "short" and problem.level > 1:
-            kept = problem.steps[:-1]
-            if kept[-1].value == problem.value:
-                continue
-            return render_solution([str(step) for step in kept], kept[-1].value)
-        where = draw.rng.randrange(problem.level)
-        lines: list[str] = []
-        count = problem.steps[0].left
-        for index, step in enumerate(problem.steps):
-            left, sign, right = count, step.sign, step.right
-            if index == where and kind == "sign":
-                sign = _OTHER_SIGN[sign]
-            if index == where and kind == "number":
-                right += draw.choice((1, 2, 3))
-            count = calculate(left, sign, right)
-            if index == where and kind in ("slip", "short"):
-                count += draw.choice((-4, -3, -2, -1, 1, 2, 3, 4))
-            if count < 0:
-                break
-            lines.append(f"{left} {sign} {right} = {count} {step.unit}")
-        if count >= 0 and count != problem.value:
-            return render_solution(lines, count)
+        kind = draw.choice(("slip", "sign", "number", "number", "steps", "end", "end"))
+        if kind == "end":
+            other = draw.choice(
+                (problem.steps[0].left, problem.steps[-1].right, problem.value + draw.rng.randint(2, 20))
+            )
+            if other != problem.value:
+                return render_solution([str(step) for step in problem.steps], other)
+        elif kind == "steps":
+            steps = _step_too_few_or_many(draw, problem)
+            if steps[-1].value not in (problem.value, 0):
+                return render_solution([str(step) for step in steps], steps[-1].value)
+        else:
+            steps = _spoiled(draw, problem, kind)
+            if steps and steps[-1][1] != problem.value:
+                return render_solution([text for text, _ in steps], steps[-1][1])
+
+
+def _step_too_few_or_many(draw: Draw, problem: Problem) -> tuple[Step, ...]:
+    few = problem.level == 3 or (problem.level == 2 and draw.chance(0.5))
+    if few:
+        return problem.steps[:-1]
+    last = problem.steps[-1]
+    sign: Sign = "+" if last.value < 10 or draw.chance(0.5) else "-"
+    extra = Step(last.value, sign, draw.rng.randint(2, 9), last.unit)
+    return (*problem.steps, extra)
+
+
+def _spoiled(draw: Draw, problem: Problem, kind: str) -> list[tuple[str, int]]:
+    """The steps with one of them wrong, each as its text and value; empty where a value fell below nothing."""
+    where = draw.rng.randrange(problem.level)
+    lines: list[tuple[str, int]] = []
+    count = problem.steps[0].left
+    for index, step in enumerate(problem.steps):
+        left, sign, right = count, step.sign, step.right
+        if index == where and kind == "sign":
+            sign = _OTHER_SIGN[sign]
+        if index == where and kind == "number":
+            right = draw.rng.randint(2, 30)
+        count = calculate(left, sign, right)
+        if index == where and kind == "slip":
+            count += draw.choice((-10, -4, -3, -2, -1, 1, 2, 3, 4, 10))
+        if count < 0:
+            return []
+        lines.append((f"{left} {sign} {right} = {count} {step.unit}", count))
+    return lines

@@ -201,7 +201,7 @@ def test_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
     with RunFolder.open(tmp_path / "runs", "demo", recipe_text="", resolved={"name": "demo"}) as run:
         stage = run.stage_dir(1, "sft")
-        save_stage(stage, {"state": "done", "figures": {"eval_loss": 1.25}})
+        save_stage(stage, {"state": "done", "figures": {"eval": {"eval_loss": 1.25}}})
         run.finish("done", seconds=1.5, exit_code=0)
     assert main(["runs", "list"]) == 0
     out = capsys.readouterr().out
@@ -209,7 +209,7 @@ def test_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["runs", "list", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["name"] == "demo"
     assert main(["runs", "show", "demo"]) == 0
-    assert "eval_loss" in capsys.readouterr().out
+    assert "eval.eval_loss                   1.25" in capsys.readouterr().out
     assert main(["runs", "show", "dmeo"]) == 2
     assert "did you mean demo" in capsys.readouterr().err
     assert main(["runs", "delete", "demo", "--yes", "dmo"]) == 2

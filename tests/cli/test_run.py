@@ -161,6 +161,12 @@ def test_every_setting_is_a_flag_in_the_help(kind: str, capsys: pytest.CaptureFi
         assert "--lora.target_modules" in text
 
 
+def test_the_recipe_of_a_verb_is_kept(pipeline: Pipeline):
+    assert main(["dpo", "--model", "a/m", "--data", "d", "--beta", "0.2"]) == 0
+    assert pipeline.loaded is not None
+    assert "kind: dpo" in pipeline.loaded.text and "# stages.0.beta=0.2" in pipeline.loaded.text
+
+
 def test_the_folder_is_named_by_k(pipeline: Pipeline):
     assert main(["sft", "--model", "a/m", "--data", "d", "--top_k", "2"]) == 0
     assert pipeline.loaded is not None and pipeline.loaded.run_name() == "sft_m_top2"

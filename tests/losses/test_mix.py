@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,6 +91,19 @@ def test_a_function_that_averages_is_refused() -> None:
     (found,) = build_mix(f"{HERE}:compute_mean_loss", None, settings())
     with pytest.raises(ConfigError, match="one number a pair"):
         found.compute(pairs())
+
+
+def test_a_module_beside_the_recipe_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_own_losses.py").write_text(
+        "from burnish.losses.pairs import PairLoss\n\n"
+        "def compute_loss(pairs, *, beta):\n"
+        "    return PairLoss(pairs.chosen_ratio ** 2, pairs.chosen_ratio, pairs.rejected_ratio)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    (found,) = build_mix("my_own_losses:compute_loss", None, settings())
+    assert found.compute(pairs()).loss.tolist() == [1.0, 4.0, 9.0]
+    assert sys.path == before
 
 
 def test_every_registered_path_loads() -> None:

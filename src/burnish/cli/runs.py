@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def show(name: str, output_dir: str, as_json: bool) -> int:
             print(f"{key:<9} {row[key]}")
     for stage in row["stages"]:
         print(f"\n{stage['stage']}  {stage['state']}")
-        for key, value in (records[stage["stage"]].get("figures") or {}).items():
+        for key, value in _flatten(records[stage["stage"]].get("figures") or {}):
             print(f"    {key:<32} {value:.6g}" if isinstance(value, float) else f"    {key:<32} {value}")
     return 0
 
@@ -87,6 +88,14 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _flatten(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in figures.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        elif not isinstance(value, list):
+            yield f"{prefix}{key}", value
 
 
 def _count_stages(row: dict[str, Any]) -> str:

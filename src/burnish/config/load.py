@@ -30,7 +30,7 @@ class LoadedRecipe:
     Args:
         recipe: The recipe, complete and checked.
         origin: File, or name of the bundled recipe, as messages name it.
-        text: The recipe as it was written (what a run keeps as recipe.yaml); empty for a dictionary.
+        text: The recipe as it was written (what a run keeps as recipe.yaml).
         sources: Place of every value that is not a default: "stages.dpo.beta" → "recipe.yaml:12".
         notes: Remarks for the person who started it: aliases that were read, settings without effect.
         processes: Processes that the batch arithmetic was checked for.
@@ -86,7 +86,7 @@ def load_recipe(
     """
     problems: list[Problem] = []
     notes: list[str] = []
-    root, origin, text, name = _read_source(source)
+    root, origin, text, name = _read_source(source, overrides)
     environment = dict(os.environ) if env is None else dict(env)
     values, env_notes = read_environment(environment, read_dotenv(Path(".env")) if env is None else {})
     notes.extend(env_notes)
@@ -112,10 +112,22 @@ def _world_size(environment: Mapping[str, str]) -> int:
     return max(1, int(text)) if text.isdigit() else 1
 
 
-def _read_source(source: str | Path | Mapping[str, Any]) -> tuple[Node, str, str, str]:
+def _dump(plain: Any, overrides: Sequence[str]) -> str:
+    """A recipe that no file holds, as text; what the command line adds to it stands below as comments."""
+    import yaml
+
+    try:
+        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    except yaml.YAMLError:  # values that no recipe holds: an error will say which
+        return ""
+    return text + "".join(f"# {' '.join(word.split())}\n" for word in overrides)
+
+
+def _read_source(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> tuple[Node, str, str, str]:
     """Tree, origin, text and default name."""
     if isinstance(source, Mapping):
-        return build_node(source, Place(Layer.FILE, "recipe")), "recipe", "", "recipe"
+        root = build_node(source, Place(Layer.FILE, "recipe"))
+        return root, "recipe", _dump(root.plain(), overrides), "recipe"
     text, origin, name = _read_text(source)
     secrets = find_secrets(text, origin)
     if secrets:

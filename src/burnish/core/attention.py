@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from burnish.core.bmm_attention import PackedBmm
-from burnish.core.plan import AttentionPlan, Segment, build_attention_plan
+from burnish.core.plan import AttentionPlan, Segment
 from burnish.errors import BurnishError
 
 SDPA_NAME = "burnish_packed"

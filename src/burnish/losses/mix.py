@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from burnish.config.registry import LOSS_TYPES, load_object
@@ -60,7 +62,7 @@ def load_loss_type(name: str) -> Callable[..., PairLoss]:
             f"there is no loss type {name!r}", where="loss_type", remedy=f"use one of {known}, or module:function"
         )
     try:
-        function = load_object(path)
+        function = _import(path)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"loss type {name!r} cannot be loaded: {error}",
@@ -72,6 +74,21 @@ def load_loss_type(name: str) -> Callable[..., PairLoss]:
             f"loss type {name!r} is no function", where="loss_type", remedy="name a function: module:function"
         )
     return cast(Callable[..., PairLoss], function)
+
+
+def _import(path: str) -> Any:
+    """The object of "module:name"; a module that is not installed is looked for in the current folder."""
+    try:
+        return load_object(path)
+    except ModuleNotFoundError as error:
+        here = str(Path.cwd())
+        if error.name != path.partition(":")[0].partition(".")[0] or here in sys.path:
+            raise
+    sys.path.insert(0, here)
+    try:
+        return load_object(path)
+    finally:
+        sys.path.remove(here)
 
 
 def build_mix(loss_type: str | Sequence[str], weights: Sequence[float] | None, settings: Any) -> tuple[LossType, ...]:

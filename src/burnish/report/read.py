@@ -121,9 +121,14 @@ def as_dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def as_list(value: Any) -> list[Any]:
+    """The value if it is a list, else an empty one."""
+    return value if isinstance(value, list) else []
+
+
 def as_rows(value: Any) -> list[dict[str, Any]]:
     """The mappings of a list."""
-    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+    return [row for row in as_list(value) if isinstance(row, dict)]
 
 
 def as_number(value: Any) -> float | None:

@@ -27,8 +27,8 @@ def render_settings(run: RunFiles) -> str:
                     for k, v, d in rows
                 )
                 parts.append(
-                    f'<h3>{escape(stage.name)}</h3><div class="wide"><table><tr><th>setting</th><th>value</th>'
-                    f"<th>default</th></tr>{body}</table></div>"
+                    f'<h3>{escape(stage.name)}</h3><div class="wide"><table class="settings">'
+                    f"<tr><th>setting</th><th>value</th><th>default</th></tr>{body}</table></div>"
                 )
     if run.resolved_text:
         parts.append(
@@ -102,6 +102,8 @@ def render_environment(run: RunFiles) -> str:
     rows += [(name, version) for name, version in as_dict(env.get("packages")).items()]
     rows += [(name, value) for name, value in as_dict(env.get("variables")).items()]
     body = "".join(
-        f"<tr><td>{escape(str(k))}</td><td>{escape(_text(v))}</td></tr>" for k, v in rows if v not in (None, "", {}, [])
+        f"<div><dt>{escape(str(k))}</dt><dd>{escape(_text(v))}</dd></div>"
+        for k, v in rows
+        if v not in (None, "", {}, [])
     )
-    return f'<div class="wide"><table>{body}</table></div>'
+    return f'<dl class="facts small">{body}</dl>'

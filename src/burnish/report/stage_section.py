@@ -10,7 +10,7 @@ from typing import Any
 from burnish.report.charts import draw_stage
 from burnish.report.headline import badge, describe_data
 from burnish.report.numbers import show_count, show_number, show_seconds, show_value
-from burnish.report.read import RunFiles, StageFiles, as_dict, as_number
+from burnish.report.read import RunFiles, StageFiles, as_dict, as_list, as_number
 
 _LEFT_OUT = (
     ("malformed", "malformed, left out"),
@@ -160,8 +160,8 @@ def render_data(data: dict[str, Any]) -> str:
         for title, cells in rows
     )
     notes = [f"held-out rows come from {data['held_out_from']}"] if data.get("held_out_from") else []
-    notes += [str(n) for n in data.get("notes") or []]
-    notes += [str(n) for s in splits.values() for n in s.get("notes") or []]
+    notes += [str(n) for n in as_list(data.get("notes"))]
+    notes += [str(n) for s in splits.values() for n in as_list(s.get("notes"))]
     said = f'<p class="note">{escape("; ".join(notes))}</p>' if notes else ""
     summary = "; ".join(
         f"{names.get(name, name)} {_count(s.get('kept'))} of {_count(s.get('rows_read'))} rows"
@@ -186,7 +186,7 @@ def _kept(split: dict[str, Any]) -> str:
 
 def _named(found: dict[str, Any]) -> str:
     count = as_number(found.get("count")) or 0
-    names = [str(n) for n in found.get("rows") or []]
+    names = [str(n) for n in as_list(found.get("rows"))]
     if not count:
         return "–"
     more = ", …" if count > len(names) else ""

@@ -44,7 +44,8 @@ th{font-weight:500;text-align:left;font-size:.82rem}
 th,td{padding:.38rem .8rem .38rem 0;border-bottom:1px solid var(--line);vertical-align:top}
 tr:last-child td{border-bottom:0}
 td.num,th.num{text-align:right;white-space:nowrap}
-.wide{overflow-x:auto}.data{max-width:40rem}
+.wide{overflow-x:auto}.data{max-width:40rem}.settings{max-width:48rem;table-layout:fixed;min-width:22rem}
+.settings th:nth-child(2){width:38%}.settings th:nth-child(3){width:24%}
 .results{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,28rem),1fr));gap:1.4rem 2.2rem}
 .block{break-inside:avoid;min-width:0}
 .block h3{font:600 1rem var(--sans);margin:.6rem 0 .2rem;overflow-wrap:anywhere}
@@ -85,6 +86,7 @@ details{margin:.8rem 0}summary{cursor:pointer;color:var(--accent)}
 pre,code{font-family:var(--mono);font-size:.84rem}
 pre{background:var(--tint);padding:.9rem 1rem;border-radius:.4rem;overflow-x:auto;line-height:1.45}
 td code{overflow-wrap:anywhere}td:first-child code{white-space:nowrap}
+.small{font-size:.9rem;border:0;padding:0;gap:.6rem 1.6rem}
 footer{padding:3rem 1.25rem 3rem;color:var(--soft);font-size:.85rem}
 @media (max-width:36rem){body{font-size:15.5px}h1{font-size:1.85rem}header{padding-top:1.5rem}
 .block td.plot{width:36%}th,td{padding-right:.55rem}.facts{grid-template-columns:1fr 1fr}}
@@ -92,5 +94,5 @@ footer{padding:3rem 1.25rem 3rem;color:var(--soft);font-size:.85rem}
 --s2:#2b6c8f;--s3:#5c7d2e;--s4:#80559b;--good:#1e5c34;--bad:#8f231a;--tint:#f5f5f5}
 body{font-size:10.5pt}nav,summary,details:not([open]){display:none}h2{break-after:avoid}h3{break-after:avoid}
 .sample,.block,figure{break-inside:avoid}main,header,footer{max-width:none;padding-left:0;padding-right:0}
-.charts{grid-template-columns:1fr 1fr}@page{margin:16mm}}
+.charts,.results{grid-template-columns:1fr 1fr}@page{margin:16mm}}
 """

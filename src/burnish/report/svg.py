@@ -207,10 +207,12 @@ def tick_labels(ticks: Sequence[float], metric: str) -> list[str]:
     if biggest and (biggest < 1e-3 or biggest >= 1e5):
         out = []
         for t in ticks:
-            mantissa, _, exponent = f"{t:.1e}".partition("e")
-            out.append(
-                "0" if abs(t) < gap * 1e-6 else f"{mantissa.removesuffix('.0')}e{int(exponent)}".replace("-", MINUS)
-            )
+            if abs(t) < gap * 1e-6:
+                out.append("0")
+                continue
+            digits = max(0, math.floor(math.log10(abs(t)) + 1e-9) - math.floor(math.log10(gap) + 1e-9))
+            mantissa, _, exponent = f"{t:.{digits}e}".partition("e")
+            out.append(f"{mantissa}e{int(exponent)}".replace("-", MINUS))
         return out
     decimals = max(0, -math.floor(math.log10(gap) + 1e-9))
     return [f"{0.0 if abs(t) < gap * 1e-6 else t:,.{decimals}f}".replace("-", MINUS) for t in ticks]
