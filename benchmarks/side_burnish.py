@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,14 @@ from workload import Pair, Plan
 
 from burnish.config.registry import KINDS, load_object
 from burnish.config.train import TrainSettings
-from burnish.core.batch import build_packed_batch
 from burnish.core.group import Completion, Group
-from burnish.engine.loop import TrainJob, run_training
+from burnish.engine.job import TrainJob, choose_budget
+from burnish.engine.loop import run_training
 from burnish.engine.runtime import build_runtime
 from burnish.models.load import build_model
 from burnish.models.policy import Policy
 from burnish.models.precision import resolve_precision
-
-REFERENCE_TOKENS = 8192  # in one forward of the reference
+from burnish.models.reference import Reference, attach_table, compute_reference_table
 
 
 def build_groups(plan: Plan, pairs: Sequence[Pair]) -> list[Group]:
@@ -53,34 +51,6 @@ def build_settings(plan: Plan, model: Path) -> TrainSettings:
     if plan.method == "dpo":
         settings["beta"] = plan.beta
     return load_object(KINDS[plan.method].settings)(**settings)
-
-
-def add_reference(policy: Policy, groups: Sequence[Group]) -> list[Group]:
-    """The groups with the policy's present log-probs as their reference column."""
-    done: list[Group] = []
-    batch: list[Group] = []
-    for index, group in enumerate(groups):
-        batch.append(group)
-        last = index + 1 == len(groups)
-        if last or sum(g.tokens for g in batch) + groups[index + 1].tokens > REFERENCE_TOKENS:
-            with torch.no_grad():
-                found = policy(build_packed_batch(batch), frozenset({"logprobs"})).logprobs
-            assert found is not None
-            done += _attach(batch, found.float().numpy())
-            batch = []
-    return done
-
-
-def _attach(groups: Sequence[Group], values: np.ndarray) -> list[Group]:
-    done, cursor = [], 0
-    for group in groups:
-        completions = []
-        for c in group.completions:
-            column = values[cursor : cursor + len(c.ids)].astype(np.float32)
-            cursor += len(c.ids)
-            completions.append(replace(c, token_columns={"ref_logprobs": column}))
-        done.append(replace(group, completions=tuple(completions)))
-    return done
 
 
 class Watch:
@@ -124,9 +94,9 @@ def run_burnish(plan: Plan, pairs: Sequence[Pair], folder: Path, profile: Path |
     policy = Policy(built.model, head=method.head, attention=settings.attention, compute_dtype=precision.compute)
     groups, reference = build_groups(plan, pairs), 0.0
     if method.needs_reference:
-        policy.train(False)
         start = time.perf_counter()
-        groups = add_reference(policy, groups)
+        budget = choose_budget(settings, runtime.device.type)
+        groups = attach_table(groups, compute_reference_table(Reference(policy, "copy"), groups, budget=budget))
         reference = time.perf_counter() - start
     watch = Watch(plan.warmup_steps, profile)
     job = TrainJob(

@@ -253,3 +253,13 @@ def test_s2_11_state_is_saved_when_training_fails(tmp_path):
     with pytest.raises(ValueError, match="boom"):
         run_training(job)
     assert list_checkpoints(tmp_path / "a")[-1].step == 5
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_deterministic_holds_while_training_only(tmp_path, wanted):
+    job = make_job(tmp_path / "a", max_steps=1, deterministic=wanted)
+    seen: list[bool] = []
+    job.on_step = lambda step, figures, seconds: seen.append(torch.are_deterministic_algorithms_enabled())
+    run_training(job)
+    assert seen == [wanted]
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -80,12 +80,13 @@ def test_r33_results_load_in_plain_transformers(finished):
     """R-33: a fresh offline process without burnish loads every result."""
     code = """
 import sys
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM as Lm, AutoModelForSequenceClassification as Rm, AutoTokenizer
 root = sys.argv[1]
-for name, cls in (("01-sft", AutoModelForCausalLM), ("02-reward", AutoModelForSequenceClassification), ("03-dpo", AutoModelForCausalLM)):
+for name, cls in (("01-sft", Lm), ("02-reward", Rm), ("03-dpo", Lm)):
     model = cls.from_pretrained(f"{root}/{name}/final")
     tok = AutoTokenizer.from_pretrained(f"{root}/{name}/final")
-    ids = tok.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    chat = [{"role": "user", "content": "Hello"}]
+    ids = tok.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     out = model(**ids)
     assert out.logits.isfinite().all()
 assert out is not None and "burnish" not in sys.modules
@@ -166,7 +167,7 @@ def test_s1_01_a_dry_run_touches_nothing(tmp_path, tiny_inputs, capsys):
     recipe = write_recipe(tmp_path, tiny_inputs)
     assert main(["run", str(recipe), "--dry-run"]) == 0
     text = capsys.readouterr().out
-    assert "4 examples" in text
+    assert "effective batch 4 examples" in text
     assert "steps      3" in text
     assert "trains     100 %" in text
     assert not (tmp_path / "runs").exists()

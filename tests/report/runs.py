@@ -194,7 +194,7 @@ def resolved_of(name: str, kinds: tuple[str, ...], **extra: Any) -> dict[str, An
     }  # fmt: skip
 
 
-def make_quickstart(root: Path, *, logged: int = 1) -> Path:
+def make_quickstart(root: Path, *, steps: int = 300) -> Path:
     """A run of the whole pipeline, finished."""
     resolved = resolved_of("quickstart", ("sft", "reward", "dpo", "evaluate"))
     with RunFolder.open(
@@ -203,7 +203,7 @@ def make_quickstart(root: Path, *, logged: int = 1) -> Path:
         environment={"threads": 2, "device": "cpu", "processes": 1},
     ) as run:  # fmt: skip
         for index, kind in enumerate(("sft", "reward", "dpo"), 1):
-            add_training(run, index, kind, logged=logged)
+            add_training(run, index, kind, steps=steps)
         folder = run.stage_dir(4, "evaluate")
         save_stage(
             folder,

@@ -26,8 +26,8 @@ from tests.report.runs import (
 
 VOID = {"meta", "br"}
 TAGS = {
-    "html", "head", "meta", "title", "style", "body", "header", "main", "footer", "section", "nav", "p", "h1", "h2", "h3",
-    "h4", "a", "dl", "div", "dt", "dd", "span", "b", "ul", "li", "table", "tr", "th", "td", "figure", "figcaption", "i",
+    "html", "head", "meta", "title", "style", "body", "header", "main", "footer", "section", "nav", "p", "h1", "h2",
+    "h3", "h4", "a", "dl", "div", "dt", "dd", "span", "b", "ul", "li", "table", "tr", "th", "td", "figure", "figcaption", "i",
     "svg", "line", "text", "path", "circle", "details", "summary", "pre", "code", "article", "br",
 }  # fmt: skip
 
@@ -136,7 +136,7 @@ def test_the_same_files_give_the_same_page(tmp_path):
 def test_any_file_may_be_missing_or_damaged(tmp_path):
     """Each file of a run in turn removed, emptied, cut short or filled with rubbish: the page is made all the same."""
     rng = random.Random(0)
-    run = make_quickstart(tmp_path)
+    run = make_quickstart(tmp_path, steps=20)
     files = [p for p in run.rglob("*") if p.is_file() and p.name not in ("run.json", ".lock")]
     assert len(files) > 10
     rubbish = [b"", b"\xff\x00\xfe", b"[1, 2, {}]", b'{"table": 3, "a": [', b"null", b"[" * 50_000]
@@ -144,7 +144,7 @@ def test_any_file_may_be_missing_or_damaged(tmp_path):
         raw = path.read_bytes()
         path.unlink()
         check(render_report(run))
-        for bad in [*rubbish, raw[: rng.randrange(len(raw))]]:
+        for bad in [*rng.sample(rubbish, 3), raw[: rng.randrange(len(raw))]]:
             path.write_bytes(bad)
             check(render_report(run))
         path.write_bytes(raw)
@@ -152,7 +152,7 @@ def test_any_file_may_be_missing_or_damaged(tmp_path):
 
 def test_odd_values_in_the_records_do_no_harm(tmp_path):
     """Every value of every record replaced by others of the wrong type."""
-    run = make_quickstart(tmp_path)
+    run = make_quickstart(tmp_path, steps=20)
     rng = random.Random(1)
     odd = [None, True, -1, 1e300, float("nan"), "x", [], {}, [[1]], {"a": {"b": None}}]
 

@@ -1,11 +1,15 @@
 """Attention over packed groups, registered with transformers' attention registry.
 
 A row of groups needs no mask: a prompt and its first completion are one causal segment, and every further completion
-attends to its prompt (all of it) and, causally, to itself. On the CPU both parts run through PyTorch's own flash kernel on
-views of the projections (no keys are copied, grouped heads are stride-0 views) and are merged by their log-sum-exp; the
-backward pass calls the kernel's backward with the merged output and log-sum-exp, which gives the exact parts of the
-gradient. Elsewhere the public `scaled_dot_product_attention` does the same with concatenated keys. Sliding windows, softcaps,
-sinks and dropout take a written-out softmax in fp32, segment by segment.
+attends to its prompt (all of it) and, causally, to itself. Ways, all with the same numbers:
+
+- CPU, fp32 and fp64: PyTorch's flash kernel on views of the projections (no keys are copied, grouped heads are stride-0
+  views); both parts are merged by their log-sum-exp, and the kernel's backward gets the merged output and log-sum-exp,
+  which gives the exact parts of the gradient.
+- CPU, bf16: batched matrix products (`core.bmm_attention`).
+- Sliding windows, and other devices: the public `scaled_dot_product_attention`, one call a segment.
+- Softcaps, sinks and dropout: a softmax written out in fp32, segment by segment.
+- CUDA, if asked for: flex attention (`core.flex`).
 
 Shapes: T tokens of the row, H query heads, N key/value heads, D head size.
 """
@@ -22,6 +26,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from burnish.core.bmm_attention import PackedBmm
+from burnish.core.flex import run_flex
 from burnish.core.plan import AttentionPlan, Segment
 from burnish.errors import BurnishError
 
@@ -92,23 +97,55 @@ def packed_attention(
     Raises:
         PackingRefused: An argument is set that this function does not implement.
     """
-    plan = _find_plan(burnish_plan, kwargs)
+    plan = _admit(query, key, attention_mask, burnish_plan, kwargs)
+    query, key, value = _same_dtype(query, key, value)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    window = None if sliding_window is None or sliding_window >= plan.longest else sliding_window
+    if softcap is not None or s_aux is not None or dropout > 0:
+        return _Explicit(plan, scale, window, softcap, s_aux, dropout)(query, key, value), None
+    if window is None and _on_cpu(query, value):
+        if query.dtype == torch.bfloat16:
+            return PackedBmm.apply(query, key, value, plan, scale), None  # type: ignore[return-value]
+        if _FLASH is not None and _FLASH_BACKWARD is not None:
+            return _PackedFlash.apply(query, key, value, plan, scale), None  # type: ignore[return-value]
+    return _run_sdpa(plan, scale, window, query, key, value), None
+
+
+def flex_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    burnish_plan: AttentionPlan | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`packed_attention` through one block-masked kernel (CUDA); dropout takes the written-out way."""
+    plan = _admit(query, key, attention_mask, burnish_plan, kwargs)
+    query, key, value = _same_dtype(query, key, value)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    window = None if sliding_window is None or sliding_window >= plan.longest else sliding_window
+    if dropout > 0:
+        return _Explicit(plan, scale, window, softcap, s_aux, dropout)(query, key, value), None
+    return run_flex(plan, scale, window, softcap, s_aux, query, key, value), None
+
+
+def _admit(
+    query: Tensor, key: Tensor, attention_mask: Tensor | None, plan: AttentionPlan | None, kwargs: dict[str, Any]
+) -> AttentionPlan:
+    """The plan of this call, after checking that nothing is asked which packed attention does not do."""
+    plan = _find_plan(plan, kwargs)
     _refuse_unknown(attention_mask, kwargs)
     if query.shape[0] != 1 or query.shape[2] != plan.total or key.shape[2] != plan.total:
         raise PackingRefused(f"attention got {tuple(query.shape)} for a packed row of {plan.total} tokens")
     plan.calls += 1
-    query, key, value = _same_dtype(query, key, value)
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    if sliding_window is not None and sliding_window >= plan.longest:
-        sliding_window = None
-    if softcap is not None or s_aux is not None or dropout > 0:
-        run = _Explicit(plan, scale, sliding_window, softcap, s_aux, dropout)
-        return run(query, key, value), None
-    if sliding_window is None and query.dtype == torch.bfloat16 and _on_cpu(query, value):
-        return PackedBmm.apply(query, key, value, plan, scale), None  # type: ignore[return-value]
-    if sliding_window is None and _flash_takes(query, value):
-        return _PackedFlash.apply(query, key, value, plan, scale), None  # type: ignore[return-value]
-    return _run_sdpa(plan, scale, sliding_window, query, key, value), None
+    return plan
 
 
 def _refuse_unknown(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
@@ -139,11 +176,6 @@ _FLASH_BACKWARD: Callable[..., Any] | None = getattr(
 
 def _on_cpu(query: Tensor, value: Tensor) -> bool:
     return query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
-
-
-def _flash_takes(query: Tensor, value: Tensor) -> bool:
-    known = query.dtype in (torch.float32, torch.float64, torch.float16)
-    return known and _on_cpu(query, value) and _FLASH is not None and _FLASH_BACKWARD is not None
 
 
 class _PackedFlash(torch.autograd.Function):
@@ -211,7 +243,8 @@ def _grouped_views(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, T
     """(1, H, T, D), (1, N, T, D) → (N, H/N, T, D) each, without copies."""
     n = key.shape[1]
     rep = query.shape[1] // n
-    return query[0].unflatten(0, (n, rep)), *(x[0].unsqueeze(1).expand(-1, rep, -1, -1) for x in (key, value))
+    k, v = (x[0].unsqueeze(1).expand(-1, rep, -1, -1) for x in (key, value))
+    return query[0].unflatten(0, (n, rep)), k, v
 
 
 def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
@@ -237,7 +270,13 @@ def _run_sdpa(plan: AttentionPlan, scale: float, window: int | None, q: Tensor, 
         mask = None if plain else plan.visible(s, window, q.device)
         parts.append(
             F.scaled_dot_product_attention(
-                q.narrow(2, s.start, own), keys, values, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=grouped
+                q.narrow(2, s.start, own),
+                keys,
+                values,
+                attn_mask=mask,
+                is_causal=plain,
+                scale=scale,
+                enable_gqa=grouped,
             )
         )
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
@@ -294,18 +333,14 @@ class _Explicit:
             return torch.matmul(weights, v.unsqueeze(1))
 
 
-def _no_mask(*_args: Any, **_kwargs: Any) -> None:
-    """Mask function of packed attention: there is none."""
-    return
-
-
 def register_packed_attention() -> None:
-    """Make the packed backends known to transformers; safe to call again.
+    """Make the packed backends known to transformers.
 
     No mask function is registered: for an unregistered name transformers hands None to the layers at once, while a
     registered one first searches position ids for packed sequences (a device synchronisation).
     """
     AttentionInterface.register(SDPA_NAME, packed_attention)
+    AttentionInterface.register(FLEX_NAME, flex_attention)
 
 
 register_packed_attention()

@@ -91,7 +91,7 @@ class _Buffers:
         """d loss / d (q·k) in bf16, in a buffer."""
         dp = _shaped(self._scores, tuple(p.shape))
         torch.bmm(g, v.transpose(1, 2), out=dp)
-        ds = torch._softmax_backward_data(dp, p, -1, torch.float32)
+        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, torch.float32)
         return torch.mul(ds, scale, out=_shaped(self._low, tuple(p.shape)))
 
     def low(self, p: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class AttentionPlan:
         fans: (prompt, prompt_stop, start, stop) per group with tails: all tails of the group see that prompt.
         longest: The largest position + 1 over the row: a window at least as long hides nothing.
         calls: Layers that used this plan (the self-check counts them).
+        block_masks: The flex backend's masks, by window and device; cached across layers.
     """
 
     layout: Layout
@@ -45,6 +47,7 @@ class AttentionPlan:
     fans: tuple[tuple[int, int, int, int], ...]
     longest: int
     calls: int = 0
+    block_masks: dict[tuple, Any] = field(default_factory=dict, repr=False)
     _masks: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
 
     @property

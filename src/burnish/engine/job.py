@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from burnish.config.batch import compute_batch
 from burnish.config.train import TrainSettings
 from burnish.core.group import Group
 from burnish.engine.method import Method
@@ -70,19 +71,10 @@ class TrainOutcome:
     ledger: str
 
 
-def compute_batch_size(settings: TrainSettings, world: int) -> int:
-    """Examples per optimizer step over everything: batch_size, or per device × accumulation × processes, or 8."""
-    if settings.batch_size is not None:
-        return settings.batch_size
-    if settings.per_device_train_batch_size is None:
-        return 8 * (settings.gradient_accumulation_steps or 1) if settings.gradient_accumulation_steps else 8
-    return settings.per_device_train_batch_size * (settings.gradient_accumulation_steps or 1) * world
-
-
 def build_source(settings: TrainSettings, train: Sequence[Group], world: int) -> OfflineSource:
     """The order in which a stage reads its examples."""
     return OfflineSource(
-        train, batch_size=compute_batch_size(settings, world), epochs=settings.num_train_epochs,
+        train, batch_size=compute_batch(settings, world).batch_size, epochs=settings.num_train_epochs,
         max_steps=settings.max_steps, seed=settings.seed, shuffle=settings.shuffle,
     )  # fmt: skip
 

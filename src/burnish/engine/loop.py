@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class Trainer:
         progress = Progress(
             self.job.label, self.source.total_steps, done=self.state.counters.step, quiet=not self._speaks()
         )
-        with fork, self.signals, progress:
+        with fork, deterministic(self.job.settings.deterministic), self.signals, progress:
             try:
                 stopped_early = self._loop(progress)
             except (NumericStop, InterruptedRun):
@@ -340,6 +341,21 @@ class Trainer:
             where=self.job.label or self.job.method.name,
             remedy=f"set micro_batch_tokens: {smaller} (the gradient stays the same), or gradient_checkpointing: true",
         )
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Let torch choose kernels that give equal bits each time, where there are such (warns where there are none)."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    switches: Any = torch.utils.deterministic  # filling fresh memory costs time and helps only to find defects
+    filling = switches.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    switches.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        switches.fill_uninitialized_memory = filling
 
 
 def run_training(job: TrainJob) -> TrainOutcome:

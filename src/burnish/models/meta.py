@@ -9,13 +9,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from burnish.config.train import TrainSettings
 from burnish.models.adapters import build_lora
+from burnish.models.folder import find_adapter_base, inspect_model_folder
 from burnish.models.freeze import compute_share, freeze_all_but_top, untie_embeddings
 
 
 def compute_trainable_share(settings: TrainSettings, folder: Path) -> str:
     """The line "trainable: … of … parameters (…)" that training would print, from the configuration alone."""
     head = "score" if settings.kind == "reward" else "lm"
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    found = inspect_model_folder(folder)
+    base = find_adapter_base(found.path, found.config) if found.kind == "adapter" else folder
+    config = AutoConfig.from_pretrained(str(base), local_files_only=True)
     cls = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
     if head == "score":
         config.num_labels = 1

@@ -18,11 +18,11 @@ from burnish.core.attention import (
     SDPA_NAME,
     PackingRefused,
     attach_plan,
-    build_attention_plan,
 )
 from burnish.core.batch import Outputs, PackedBatch, build_packed_batch
 from burnish.core.group import Completion, Group
 from burnish.core.head import Functional, HeadInput, compute_token_logprobs
+from burnish.core.plan import build_attention_plan
 from burnish.errors import UsageError
 from burnish.models.lm_head import build_head_input
 from burnish.models.padded import PaddedRows, build_padded_rows, compute_padded_hidden
@@ -68,7 +68,9 @@ class Policy(nn.Module):
         if head not in _HEADS:
             raise UsageError(f"unknown head {head!r}", where="Policy", remedy="use 'lm' or 'score'")
         if attention not in ("auto", "sdpa", "flex", "padded"):
-            raise UsageError(f"unknown attention {attention!r}", where="Policy", remedy="use auto, sdpa, flex or padded")
+            raise UsageError(
+                f"unknown attention {attention!r}", where="Policy", remedy="use auto, sdpa, flex or padded"
+            )
         if any(getattr(c, "is_prompt_learning", False) for c in getattr(model, "peft_config", {}).values()):
             raise UsageError(
                 "prompt-learning adapters add virtual tokens, which packed and padded rows do not have",
@@ -157,7 +159,9 @@ class Policy(nn.Module):
         """
         if not want <= _HEADS[self.head]:
             remedy = f"this policy has {', '.join(sorted(_HEADS[self.head]))}"
-            raise UsageError(f"cannot compute {', '.join(sorted(want - _HEADS[self.head]))}", where="Policy", remedy=remedy)
+            raise UsageError(
+                f"cannot compute {', '.join(sorted(want - _HEADS[self.head]))}", where="Policy", remedy=remedy
+            )
         if not batch.layout.groups:
             return self._empty(batch, want, against, temperature, functionals)
         if self.head == "lm" and self._own_head:

@@ -23,9 +23,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from burnish.core.attention import PLAN_KWARG, SDPA_NAME, PackingRefused, attach_plan, build_attention_plan
+from burnish.core.attention import PLAN_KWARG, SDPA_NAME, PackingRefused, attach_plan
 from burnish.core.batch import PackedBatch, build_packed_batch
 from burnish.core.group import Completion, Group
+from burnish.core.plan import build_attention_plan
 from burnish.models.lm_head import build_head_input, has_plain_head
 from burnish.models.twin import VOCABULARY, build_twin
 
@@ -100,7 +101,9 @@ def _save(folder: Path | None, key: str, verdict: Verdict) -> None:
 def _run(inner: Any, head: str) -> Verdict:
     with _quiet():
         if not type(inner)._can_set_attn_implementation():
-            return Verdict(False, "its attention does not go through the library's attention registry", _try_head(inner, head))
+            return Verdict(
+                False, "its attention does not go through the library's attention registry", _try_head(inner, head)
+            )
         try:
             twin = build_twin(inner)
             batch = _build_probe()

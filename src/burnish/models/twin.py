@@ -12,24 +12,30 @@ import torch
 from torch import Tensor, nn
 
 VOCABULARY = 96
-_HEAD_SIZE = 16
 
-# Field → tiny value. Applied where the configuration has the field with an integer in it; the value is an upper bound.
+# Tiny value → fields that are cut to it where the configuration has more.
 _SIZES = {
-    "vocab_size": VOCABULARY, "hidden_size": 64, "n_embd": 64, "d_model": 64, "embed_dim": 64, "intermediate_size": 96,
-    "n_inner": 96, "ffn_dim": 96, "ffn_hidden_size": 96, "moe_intermediate_size": 32, "expert_ffn_hidden_size": 32,
-    "shared_expert_intermediate_size": 32, "shared_intermediate_size": 32, "intermediate_size_mlp": 96, "dense_intermediate_size": 96,
-    "head_dim": _HEAD_SIZE, "global_head_dim": _HEAD_SIZE, "swa_head_dim": _HEAD_SIZE, "v_head_dim": _HEAD_SIZE,
-    "swa_v_head_dim": _HEAD_SIZE, "kv_channels": _HEAD_SIZE, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-    "qk_head_dim": 16, "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
-    "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_k": 2, "moe_topk": 2, "top_k_experts": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
-    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "sliding_window": 4, "attention_chunk_size": 4,
-    "floor_scale": 4, "mamba_n_heads": 8, "mamba_d_head": 16, "index_topk": 4, "rotary_dim": 8, "word_embed_proj_dim": 64, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16,
-    "dim_model_base": 64, "max_position_embeddings": 64, "n_positions": 64, "max_seq_len": 64, "n_ctx": 64,
-    "embedding_size": 64, "num_kv_shared_layers": 0, "first_k_dense_replace": 1, "local_attention": 4, "window_size": 4,
-    "lru_width": 64, "attention_window_size": 4, "altup_num_inputs": 2, "laurel_rank": 8,
-}  # fmt: skip
-_GROUPS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "num_global_key_value_heads", "swa_num_key_value_heads")
+    VOCABULARY: "vocab_size vocab_size_per_layer_input",
+    96: "intermediate_size n_inner ffn_dim ffn_hidden_size intermediate_size_mlp dense_intermediate_size",
+    64: "hidden_size n_embd d_model embed_dim word_embed_proj_dim dim_model_base embedding_size lru_width "
+    "max_position_embeddings n_positions max_seq_len n_ctx original_max_position_embeddings",
+    32: "moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size shared_intermediate_size",
+    16: "head_dim global_head_dim swa_head_dim v_head_dim swa_v_head_dim kv_channels q_lora_rank kv_lora_rank qk_head_dim "
+    "hidden_size_per_layer_input mamba_d_head",
+    8: "qk_rope_head_dim qk_nope_head_dim rotary_dim mamba_n_heads laurel_rank",
+    4: "num_attention_heads n_head n_heads num_heads num_local_experts num_experts n_routed_experts moe_num_experts "
+    "sliding_window attention_window_size window_size local_attention attention_chunk_size floor_scale index_topk",
+    2: "num_experts_per_tok num_experts_per_token moe_k moe_topk top_k_experts altup_num_inputs",
+    1: "n_shared_experts n_group topk_group first_k_dense_replace",
+    0: "num_kv_shared_layers",
+}
+_GROUPS = (
+    "num_key_value_heads",
+    "num_kv_heads",
+    "multi_query_group_num",
+    "num_global_key_value_heads",
+    "swa_num_key_value_heads",
+)
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _NOT_PER_LAYER = ("architectures", "rope_parameters")
@@ -78,9 +84,10 @@ def _shrink(fields: dict[str, Any]) -> None:
 
 
 def _cut_sizes(fields: dict[str, Any]) -> None:
-    for name, value in _SIZES.items():
-        if _is_int(fields.get(name)) and fields[name] > value:
-            fields[name] = value
+    for value, names in _SIZES.items():
+        for name in names.split():
+            if _is_int(fields.get(name)) and fields[name] > value:
+                fields[name] = value
     if _is_int(fields.get("qk_rope_head_dim")) and "head_dim" in fields:  # latent attention rotates this part alone
         fields["head_dim"] = fields["qk_rope_head_dim"]
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from burnish.artifacts.run_folder import load_run, load_stage, stage_folders
-from burnish.config.load import LoadedRecipe, load_recipe
+from burnish.config.load import load_recipe
 from burnish.config.options import RunOptions
+from burnish.pipeline.naming import find_folder
 from burnish.pipeline.run import run_recipe
 
 
@@ -84,13 +85,6 @@ def train(kind: str, *, output_dir: str | Path = "runs", run_name: str | None = 
     """
     recipe = {"name": run_name or kind, "stages": [{"kind": kind, **settings}]}
     return next(iter(run(recipe, output_dir=output_dir, run_name=run_name or kind).stages.values()))
-
-
-def find_folder(loaded: LoadedRecipe, options: RunOptions) -> Path:
-    """Where the run of a recipe lies."""
-    models = loaded.recipe.model_list()
-    name = options.run_name or loaded.run_name(models[options.model_index or 0])
-    return Path(options.output_dir or loaded.recipe.output_dir) / name
 
 
 def load_record(path: str | Path, exit_code: int | None = None) -> RunRecord:

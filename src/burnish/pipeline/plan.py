@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from burnish.artifacts.run_folder import load_stage, plain_name
+from burnish.config.batch import compute_batch
 from burnish.config.load import LoadedRecipe
 from burnish.config.options import RunOptions
 from burnish.config.recipe import Recipe
@@ -18,6 +19,7 @@ from burnish.data.bundled import resolve_model
 from burnish.data.prepare import prepare_data
 from burnish.data.tokenizer import TextTokenizer
 from burnish.errors import UsageError
+from burnish.pipeline.naming import choose_models, find_folder
 
 
 def print_plan(loaded: LoadedRecipe, options: RunOptions, out: TextIO) -> int:
@@ -41,15 +43,8 @@ def print_plan(loaded: LoadedRecipe, options: RunOptions, out: TextIO) -> int:
 def build_plan_rows(loaded: LoadedRecipe, options: RunOptions) -> dict[str, Any]:
     """The plan as plain values: one entry per model and stage."""
     recipe = loaded.recipe
-    models = recipe.model_list()
-    if options.model_index is not None:
-        if not 0 <= options.model_index < len(models):
-            raise UsageError(
-                f"--model-index {options.model_index} is out of range: the recipe has {len(models)} models",
-                remedy=f"give a number from 0 to {len(models) - 1}",
-            )
-        models = [models[options.model_index]]
-    folder = Path(options.output_dir or recipe.output_dir) / (options.run_name or loaded.run_name(models[0]))
+    models = choose_models(recipe, options)
+    folder = find_folder(loaded, options)
     several = len(recipe.model_list()) > 1
     rows = []
     for model in models:
@@ -78,24 +73,18 @@ def _describe_stage(recipe: Recipe, stage: Any, folder: Path, options: RunOption
     model = find_root_model(recipe, stage)
     row |= {"from": stage.init_from or model, "data": _name_sources(stage.data)}
     processes = max(options.num_processes, 1)
-    row["batch"] = _describe_batch(stage, processes)
+    batch = compute_batch(stage, processes)
+    row |= {"batch": str(batch), "batch_size": batch.batch_size}
     path = find_local_model(model)
     if path is None:
         return row | {"note": f"{model} is not on this machine: rows and steps are known once it is fetched"}
     prepared = prepare_data(stage, TextTokenizer.load(str(path)))
-    per_epoch = math.ceil(len(prepared.train) / row["batch"]["examples"])
+    per_epoch = math.ceil(len(prepared.train) / batch.batch_size)
     steps = stage.max_steps if stage.max_steps >= 0 else math.ceil(per_epoch * stage.num_train_epochs - 1e-9)
     row |= {"train": len(prepared.train), "held_out": len(prepared.held_out), "steps": steps}
     row["data_report"] = prepared.report.lines()
     row["trainable"] = describe_trainable(stage, path)
     return row
-
-
-def _describe_batch(stage: TrainSettings, processes: int) -> dict[str, int]:
-    per_device, accumulation = stage.per_device_train_batch_size, stage.gradient_accumulation_steps or 1
-    examples = stage.batch_size or (per_device or 8) * accumulation * (processes if per_device else 1)
-    per_device = per_device or max(examples // (accumulation * processes), 1)
-    return {"examples": examples, "per_device": per_device, "accumulation": accumulation, "processes": processes}
 
 
 def describe_trainable(stage: TrainSettings, path: Path) -> str:
@@ -138,13 +127,9 @@ def _render(plan: dict[str, Any]) -> Iterable[str]:
             yield f"  of         {', '.join(row['of'])}"
             yield f"  tasks      {', '.join(row['tasks'])}"
             continue
-        batch = row["batch"]
         yield f"  starts at  {row['from']}"
         yield f"  data       {', '.join(row['data']) or 'none'}"
-        yield (
-            f"  batch      {batch['examples']} examples = {batch['per_device']} per device × "
-            f"{batch['accumulation']} accumulation × {batch['processes']} processes"
-        )
+        yield f"  batch      {row['batch']}"
         if "note" in row:
             yield f"  note       {row['note']}"
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.artifacts.redact import redact
-from burnish.artifacts.run_folder import RunFolder, load_stage, save_stage
+from burnish.artifacts.run_folder import RunFolder, load_run, load_stage, save_stage, stage_folders
 from burnish.clock import mono, wall
 from burnish.config.load import LoadedRecipe
 from burnish.config.options import RunOptions
@@ -19,6 +20,7 @@ from burnish.config.stages import EvaluateSettings
 from burnish.config.train import TrainSettings
 from burnish.errors import BurnishError, InterruptedRun, UsageError
 from burnish.pipeline.decide import Decision, compute_key, decide, fingerprint_result
+from burnish.pipeline.naming import choose_models, find_folder
 from burnish.track.log import attach_log_file, detach_log_file, setup_logging, success
 
 log = logging.getLogger("burnish")
@@ -75,34 +77,20 @@ def run_recipe(loaded: LoadedRecipe, options: RunOptions) -> int:
         runtime.close()
 
 
-def _choose_models(recipe: Recipe, options: RunOptions) -> list[str | None]:
-    models = recipe.model_list()
-    if options.model_index is None:
-        return models
-    if not 0 <= options.model_index < len(models):
-        raise UsageError(
-            f"--model-index {options.model_index} is out of range: the recipe has {len(models)} models",
-            remedy=f"give a number from 0 to {len(models) - 1}",
-        )
-    return [models[options.model_index]]
-
-
 def _run_in_folder(loaded: LoadedRecipe, options: RunOptions, runtime: Any) -> int:
-    recipe = loaded.recipe
-    models = _choose_models(recipe, options)
-    root = Path(options.output_dir or recipe.output_dir)
-    name = options.run_name or loaded.run_name(models[0])
+    models = choose_models(loaded.recipe, options)
+    folder = find_folder(loaded, options)
     run, failure = None, None
     if runtime.is_main:
         try:
-            run = _open_run(loaded, options, root, name, runtime)
+            run = _open_run(loaded, folder, runtime)
         except BurnishError as error:
             failure = error
     failure = runtime.gather(failure)[0]
     if failure is not None:
         raise failure
     if run is None:
-        run = RunFolder.attach(root / name)
+        run = RunFolder.attach(folder)
     begun = mono()
     if runtime.is_main:
         attach_log_file(run.log_path, redact=redact)
@@ -118,14 +106,21 @@ def _run_in_folder(loaded: LoadedRecipe, options: RunOptions, runtime: Any) -> i
     finally:
         if runtime.is_main:
             _close_run(run, outcome, status, mono() - begun)
+            if options.json:
+                sys.stdout.write(json.dumps(describe_run(run.path), ensure_ascii=False) + "\n")
 
 
-def _open_run(loaded: LoadedRecipe, options: RunOptions, root: Path, name: str, runtime: Any) -> RunFolder:
+def _open_run(loaded: LoadedRecipe, folder: Path, runtime: Any) -> RunFolder:
     import torch
 
     facts = {"threads": torch.get_num_threads(), "device": str(runtime.device), "processes": runtime.world}
     run = RunFolder.open(
-        root, name, recipe_text=loaded.text, resolved=loaded.recipe.resolved(), command=sys.argv, environment=facts
+        folder.parent,
+        folder.name,
+        recipe_text=loaded.text,
+        resolved=loaded.recipe.resolved(),
+        command=sys.argv,
+        environment=facts,
     )
     for note in run.notes:
         log.info("%s", note)
@@ -149,6 +144,25 @@ def _close_run(run: RunFolder, outcome: BaseException | None, status: int, secon
     finally:
         detach_log_file()
         run.close()
+
+
+def describe_run(folder: Path) -> dict[str, Any]:
+    """A run in plain values, for --json: state, exit status, and of each stage state, folder and figures."""
+    record = load_run(folder)
+    stages = []
+    for stage_dir in stage_folders(folder):
+        found = load_stage(stage_dir) or {}
+        stages.append(
+            {
+                "stage": found.get("label"),
+                "kind": found.get("kind"),
+                "state": found.get("state"),
+                "folder": str(stage_dir),
+            }
+            | {"figures": found.get("figures")}
+        )
+    kept = {k: record.get(k) for k in ("name", "run_id", "state", "exit_code", "seconds", "error")}
+    return kept | {"folder": str(folder), "stages": stages}
 
 
 def _run_models(

@@ -22,7 +22,7 @@ from burnish.engine.job import TrainJob, TrainOutcome
 from burnish.engine.loop import run_training
 from burnish.engine.runtime import Runtime
 from burnish.models.export import export_model
-from burnish.models.folder import inspect_model_folder
+from burnish.models.folder import read_base_config
 from burnish.models.load import BuiltModel, build_model, fetch_model_folder, resolve_model_path
 from burnish.models.policy import Policy
 from burnish.models.precision import PrecisionPlan, resolve_precision
@@ -31,7 +31,7 @@ from burnish.track.sinks import SinkContext, build_sinks
 
 log = logging.getLogger("burnish")
 
-SMALL_RESULT = 2_000_000_000
+SAVE_DTYPES: dict[str, Any] = {"fp32": "masters", "source": "source", "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -63,7 +63,7 @@ def load_inputs(settings: TrainSettings, model: str, fingerprint: Callable[[Path
     path = resolve_model_path(model, revision=settings.revision)
     folder = fetch_model_folder(path, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     tokenizer = TextTokenizer.load(str(folder))
-    data = prepare_data(settings, tokenizer)
+    data = prepare_data(settings, tokenizer, context=_context(folder))
     return StageInputs(path, folder, tokenizer, data, {"model": fingerprint(folder), "data": data.fingerprint})
 
 
@@ -121,18 +121,8 @@ def save_final(
     ) as writer:
         export_model(
             built, writer.folder, tokenizer_source=inputs.folder, head=head, extra=extra,
-            dtype=choose_save_dtype(settings, built), stop_ids=sorted(inputs.tokenizer.eos_ids),
+            dtype=SAVE_DTYPES[settings.save_dtype], stop_ids=sorted(inputs.tokenizer.eos_ids),
         )  # fmt: skip
-
-
-def choose_save_dtype(settings: TrainSettings, built: BuiltModel) -> Any:
-    """The type of the saved weights that `save_dtype` means for this model."""
-    if settings.save_dtype == "fp32":
-        return torch.float32
-    if settings.save_dtype == "bf16":
-        return torch.bfloat16
-    small = sum(p.numel() for p in built.model.parameters()) < SMALL_RESULT
-    return "masters" if settings.save_dtype == "auto" and small else "source"
 
 
 def _describe(
@@ -159,10 +149,20 @@ def _describe(
     }  # fmt: skip
 
 
+def _text_config(folder: Path) -> dict[str, Any]:
+    config = read_base_config(folder)
+    return config.get("text_config", config)
+
+
 def _hidden_size(folder: Path) -> int:
-    config = inspect_model_folder(folder).config
-    text = config.get("text_config", config)
-    return int(text.get("hidden_size") or text.get("n_embd") or text.get("d_model") or 4096)
+    config = _text_config(folder)
+    return int(config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 4096)
+
+
+def _context(folder: Path) -> int | None:
+    config = _text_config(folder)
+    found = config.get("max_position_embeddings") or config.get("n_positions")
+    return int(found) if found else None
 
 
 def _name_data(settings: TrainSettings) -> str:

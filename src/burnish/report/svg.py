@@ -212,6 +212,7 @@ def tick_labels(ticks: Sequence[float], metric: str) -> list[str]:
                 continue
             digits = max(0, math.floor(math.log10(abs(t)) + 1e-9) - math.floor(math.log10(gap) + 1e-9))
             mantissa, _, exponent = f"{t:.{digits}e}".partition("e")
+            mantissa = mantissa.rstrip("0").rstrip(".") if digits else mantissa
             out.append(f"{mantissa}e{int(exponent)}".replace("-", MINUS))
         return out
     decimals = max(0, -math.floor(math.log10(gap) + 1e-9))
