@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -142,6 +143,28 @@ def test_r04_order_of_operations(tmp_path):
     replaced = [op for op, _ in write(tmp_path / "c", {"x": b"2"}).operations]
     assert replaced[-3:] == ["rename", "fsync_parent", "remove_old"]
     assert not [p for p in tmp_path.iterdir() if p.name != "c"]
+
+
+def test_r04_everything_is_flushed_before_the_rename_and_the_parent_after(tmp_path, monkeypatch):
+    """What really reaches fsync, by file descriptor: an operation that is logged but not done would show here."""
+    flushed: list[str] = []
+    real_fsync, real_rename = os.fsync, Path.rename
+
+    def fsync(fd: int) -> None:
+        flushed.append(re.sub(r"\.tmp-c-\w+", "TMP", str(Path(f"/proc/self/fd/{fd}").readlink().relative_to(tmp_path))))
+        real_fsync(fd)
+
+    def rename(self: Path, target: Path) -> Path:
+        flushed.append("RENAME")
+        return real_rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    with FolderWriter(tmp_path / "c", kind="x", meta={}) as w:
+        w.write_bytes("a", b"1")
+        w.path("sub/b").write_bytes(b"2")
+    expected = ["TMP/a", "TMP/sub/b", "TMP/manifest.json", "TMP/sub", "TMP", "RENAME", "."]
+    assert flushed == expected
 
 
 @pytest.mark.parametrize("exchange", [True, False])

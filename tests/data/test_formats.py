@@ -32,7 +32,11 @@ def refused(data: dict[str, Any], want: str = "completion", **options: Any) -> R
         ({"messages": [S, U, A]}, [S, U], [A]),
         ({"messages": [U, A, U, B]}, [U], [A, U, B]),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [U], [A]),
-        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"}, [S, U], [A]),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
+            [S, U],
+            [A],
+        ),
         ({"conversations": [U, A]}, [U], [A]),
         ({"instruction": "q", "input": "", "output": "a"}, [U], [A]),
         ({"instruction": "q", "output": "a"}, [U], [A]),
@@ -80,7 +84,9 @@ def test_t13_an_implicit_prompt_needs_a_separator() -> None:
     error = refused({"chosen": "The sky is blue.", "rejected": "The sky is green."}, "pair")
     assert error.field == "prompt" and "nothing shows where the answer begins" in error.message
     assert "data.columns: {prompt:" in error.remedy
-    example = read({"chosen": "Q: x\n\nAssistant: The sky is blue.", "rejected": "Q: x\n\nAssistant: The sky is red."}, "pair")
+    example = read(
+        {"chosen": "Q: x\n\nAssistant: The sky is blue.", "rejected": "Q: x\n\nAssistant: The sky is red."}, "pair"
+    )
     assert example.prompt == "Q: x\n\nAssistant:" and example.completions == [" The sky is blue.", " The sky is red."]
     assert "does not begin with the prompt" in refused({"chosen": "x\n\nAssistant: a", "rejected": "b"}, "pair").message
 
@@ -128,8 +134,18 @@ def test_hh_prompts_in_a_column_of_their_own() -> None:
         ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": True}, "pair", "margin", "truth value"),
         ({"messages": [U, A], "tools": "{"}, "completion", "tools", "as JSON"),
         ({"messages": [U, A], "tools": [1]}, "completion", "tools", "tool descriptions"),
-        ({"conversations": [{"from": "alien", "value": "x"}]}, "completion", "conversations[0].from", "unknown speaker"),
-        ({"messages": [U, {"role": "assistant", "content": [{"type": "image"}]}]}, "completion", "messages[1].content[0]", "text parts"),
+        (
+            {"conversations": [{"from": "alien", "value": "x"}]},
+            "completion",
+            "conversations[0].from",
+            "unknown speaker",
+        ),
+        (
+            {"messages": [U, {"role": "assistant", "content": [{"type": "image"}]}]},
+            "completion",
+            "messages[1].content[0]",
+            "text parts",
+        ),
     ],
 )
 def test_d02_types_are_named_with_their_path(data: dict[str, Any], want: str, field: str, words: str) -> None:

@@ -107,7 +107,10 @@ def test_s0_17_sft_takes_the_chosen_dialogue(shared: Path) -> None:
 
 
 def test_raw_text_is_kept_for_a_tokenizer_without_a_template(tmp_path: Path) -> None:
-    row = {"chosen": HEAD + " hello\n\nHuman: more\n\nAssistant: good", "rejected": HEAD + " hello\n\nHuman: more\n\nAssistant: bad"}
+    row = {
+        "chosen": HEAD + " hello\n\nHuman: more\n\nAssistant: good",
+        "rejected": HEAD + " hello\n\nHuman: more\n\nAssistant: bad",
+    }
     file, tokenizer = write_lines(tmp_path / "a.jsonl", [row]), plain_tokenizer()
     (group,) = prepare_data(dpo(file), tokenizer).train
     assert tokenizer.decode(group.prompt) == HEAD + " hello\n\nHuman: more\n\nAssistant:"

@@ -17,7 +17,7 @@ from burnish.data.problems import ProblemLog
 from burnish.data.readers import count_rows, file_kind, read_rows
 from tests.data.toys import write_lines
 
-ROWS = [{"prompt": f"p{i}", "completion": f"c {i}, with \"quotes\"\nand lines"} for i in range(7)]
+ROWS = [{"prompt": f"p{i}", "completion": f'c {i}, with "quotes"\nand lines'} for i in range(7)]
 
 
 def read(path: Path, **options: Any) -> tuple[list[tuple[int, dict[str, Any]]], ProblemLog]:

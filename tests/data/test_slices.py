@@ -1,5 +1,7 @@
 """Split names with slices (S0-30)."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,7 +32,7 @@ def test_s0_30_slices_are_python_slices(start: str | None, stop: str | None, tot
 def test_percent_slices_cut_a_set_without_gap_or_overlap(total: int, cuts: list[int]) -> None:
     edges = [0, *sorted(cuts), 100]
     rows: list[int] = []
-    for a, b in zip(edges, edges[1:]):
+    for a, b in pairwise(edges):
         first, last = parse_split(f"train[{a}%:{b}%]").span(total)
         rows += range(total)[first:last]
     assert rows == list(range(total))

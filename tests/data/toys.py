@@ -33,7 +33,9 @@ def byte_level(special: list[str], size: int = 420) -> Tokenizer:
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokens = [AddedToken(text, special=True, normalized=False) for text in special]
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=tokens, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=tokens, initial_alphabet=alphabet, show_progress=False
+    )
     made.train_from_iterator(CORPUS, trainer)
     return made
 
@@ -83,10 +85,12 @@ def spaced_tokenizer() -> TextTokenizer:
     return TextTokenizer.load(str(write_tokenizer(Path(mkdtemp()), made, eos_token="</s>")))
 
 
-def template_tokenizer(source: str, special: tuple[str, ...] = ("</s>",), eos: str = "</s>") -> TextTokenizer:
+def template_tokenizer(
+    source: str, special: tuple[str, ...] = ("</s>",), eos: str = "</s>", **more: Any
+) -> TextTokenizer:
     """A tokenizer with a template of the test's own."""
     made = byte_level(list(special))
-    return TextTokenizer.load(str(write_tokenizer(Path(mkdtemp()), made, eos_token=eos, chat_template=source)))
+    return TextTokenizer.load(str(write_tokenizer(Path(mkdtemp()), made, eos_token=eos, chat_template=source, **more)))
 
 
 def write_lines(path: Path, rows: list[Any]) -> str:

@@ -18,7 +18,15 @@ _LLAMA = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 8, "max_position_embeddings": 128,
 }  # fmt: skip
-_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_GPT2 = {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
 _HYBRID = _LLAMA | {"num_hidden_layers": 4}
 
 # Family → (prefix of the classes, fields of the configuration).
@@ -67,7 +75,9 @@ PADDED = ("bloom", "falcon", "gptj", "rwkv", "mamba", "bamba")
 _LM = {"GPT2": "GPT2LMHeadModel"}
 
 
-def build_model(family: str, *, head: str = "lm", seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
+def build_model(
+    family: str, *, head: str = "lm", seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any
+) -> Any:
     """A random model of a family in train mode, with weights large enough that a wrong mask shows."""
     prefix, config_fields = FAMILIES[family]
     text = "Text" if prefix == "Gemma3" else ""

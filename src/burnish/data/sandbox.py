@@ -63,7 +63,10 @@ class _Meter:
 
 
 def _size(value: Any) -> int:
-    return len(value) if isinstance(value, str | bytes | list | tuple | dict) else 0
+    """Roughly the bytes that a value takes."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    return 64 * len(value) if isinstance(value, list | tuple | dict) else 0
 
 
 def _check_size(size: float) -> None:

@@ -238,7 +238,8 @@ def _run_coupled(
         return []
     if ctx.runtime.is_main:
         sums.add(result)
-    (loss if ctx.scale is None else loss * ctx.scale).backward()
+    if loss.requires_grad:  # else no row of the coupled part is on this rank
+        (loss if ctx.scale is None else loss * ctx.scale).backward()
     for index, batch, leaf, first in zip(coupled, batches, leaves, named, strict=True):
         outputs = first if single else _forward(ctx, batch, step, index).named()
         pairs = [(outputs[n], leaf[n].grad) for n in leaf if leaf[n].grad is not None and outputs[n].requires_grad]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from burnish.errors import ConfigError
@@ -14,9 +15,11 @@ def build_adamw_8bit(groups: list[dict], *, betas: tuple[float, float], eps: flo
         ConfigError: bitsandbytes is not installed.
     """
     try:
-        import bitsandbytes
+        bitsandbytes = import_module("bitsandbytes")
     except ImportError as error:
         raise ConfigError(
-            "optim: adamw_8bit needs bitsandbytes", where="optim", remedy="pip install 'burnish[quant]', or use adafactor"
+            "optim: adamw_8bit needs bitsandbytes",
+            where="optim",
+            remedy="pip install 'burnish[quant]', or use adafactor",
         ) from error
     return bitsandbytes.optim.AdamW8bit(groups, betas=betas, eps=eps)

@@ -285,7 +285,7 @@ def _identity(logits: Tensor) -> Tensor:
 def _packed_arguments(batch: PackedBatch) -> dict[str, Any]:
     """Forward arguments of a packed row, the attention plan among them."""
     plan = build_attention_plan(batch.layout)
-    positions = batch.position_ids[None]
+    positions = batch.position_ids[None].clone()  # its own storage: views of it lead back to the plan
     attach_plan(positions, plan)
     return {"input_ids": batch.input_ids[None], "position_ids": positions, "use_cache": False, PLAN_KWARG: plan}
 

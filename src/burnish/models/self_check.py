@@ -171,7 +171,7 @@ def _packed(twin: Any, batch: PackedBatch) -> Tensor:
     """The same from one packed row."""
     twin.set_attn_implementation(SDPA_NAME)
     plan = build_attention_plan(batch.layout)
-    positions = batch.position_ids[None]
+    positions = batch.position_ids[None].clone()  # its own storage: views of it lead back to the plan
     attach_plan(positions, plan)
     with torch.no_grad():
         given = {"input_ids": batch.input_ids[None], "position_ids": positions, "use_cache": False, PLAN_KWARG: plan}

@@ -86,7 +86,7 @@ def _shrink(fields: dict[str, Any]) -> None:
 def _cut_sizes(fields: dict[str, Any]) -> None:
     for value, names in _SIZES.items():
         for name in names.split():
-            if _is_int(fields.get(name)) and fields[name] > value:
+            if _is_int(fields.get(name)) and (fields[name] > value or value == VOCABULARY):  # the probe needs all its ids
                 fields[name] = value
     if _is_int(fields.get("qk_rope_head_dim")) and "head_dim" in fields:  # latent attention rotates this part alone
         fields["head_dim"] = fields["qk_rope_head_dim"]

@@ -116,7 +116,7 @@ def _draw_panel(panel: Panel, train: Sequence[dict], held_out: Sequence[dict]) -
             behind.append(Series(words, points, colour, raw=True))
             front.append(Series(words, smoothed, colour))
         else:
-            front.append(Series(words, points, colour, dots=len(points) <= 30))
+            front.append(Series(words, points, colour, dots=len(points) <= 30 and not plain))
         if plain:
             legend.append((colour, "peak", show_value(name, max(y for _, y in points))))
         else:

@@ -7,7 +7,7 @@ from typing import Any
 
 from burnish import __version__
 from burnish.report.numbers import show_count, show_seconds
-from burnish.report.read import RunFiles, StageFiles, as_dict, as_number
+from burnish.report.read import RunFiles, StageFiles, as_dict, as_number, as_rows
 
 _OUTCOME = {
     "done": "Finished in {}.",
@@ -33,8 +33,7 @@ def render_headline(run: RunFiles) -> str:
 
 def _sentence(run: RunFiles) -> str:
     """`sft → reward → dpo → evaluate on pocket. Finished in 4 min 12 s.`"""
-    first = run.models[0]
-    chain = " → ".join(s.name for s in run.stages if s.model == first) or "No stage was begun"
+    chain = " → ".join(_chain(run)) or "No stage was begun"
     models = run.models if len(run.models) > 1 else [run.resolved.get("model") or _stage_model(run)]
     named = [str(m) for m in models if m]
     on = f" on {_join(named)}" if named else ""
@@ -45,6 +44,18 @@ def _sentence(run: RunFiles) -> str:
         outcome.format(show_seconds(seconds)) if seconds else outcome.replace(" in {}", "").replace(" after {}", "")
     )
     return f"{chain}{on}. {outcome}"
+
+
+def _chain(run: RunFiles) -> list[str]:
+    """Names of the first model's stages in the recipe's order; those that did not finish say so."""
+    begun = {s.name: s for s in run.stages if s.model == run.models[0]}
+    names = [str(s.get("name") or s.get("kind")) for s in as_rows(run.resolved.get("stages"))]
+    chain = []
+    for name in [*names, *(n for n in begun if n not in names)]:
+        stage = begun.get(name)
+        state = "not run" if stage is None else stage.state
+        chain.append(name if state == "done" else f"{name} ({state})")
+    return chain if begun else []
 
 
 def _stage_model(run: RunFiles) -> Any:

@@ -20,7 +20,7 @@ _WATCHED = (
     ("margin", ("margin", "margins")),
     ("kl", ("kl", "approx_kl")),
 )
-_FIRST_LINES, _LINE_SECONDS = 2.0, 15.0
+_FIRST_LINES, _SHORTEST, _LONGEST = 2.0, 10.0, 60.0  # seconds between lines
 _RECENT = 0.1  # weight of the newest step in the running speed
 
 
@@ -122,7 +122,8 @@ class Progress:
         first = self.done == self._began + 1 or (
             self._written == self._began + 1 and now - self._last_line > _FIRST_LINES
         )
-        return first or self.done == self.total or now - self._last_line >= _LINE_SECONDS
+        interval = min(_LONGEST, max(_SHORTEST, (now - self._started) / 10))  # the longer it runs, the fewer
+        return first or self.done == self.total or now - self._last_line >= interval
 
     def _line(self) -> None:
         self._last_line, self._written = mono(), self.done
