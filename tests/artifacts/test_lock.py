@@ -57,6 +57,25 @@ def test_a_reused_pid_after_a_reboot_does_not_matter(tmp_path):
     RunLock(tmp_path).acquire().release()
 
 
+def test_a_folder_that_is_deleted_meanwhile_is_not_locked_in_the_bin(tmp_path, monkeypatch):
+    """The lock was taken, but on a file that a deletion has moved away: the new folder's file is locked instead."""
+    run = tmp_path / "r"
+    run.mkdir()
+    real = lock_module._take
+    moved = []
+
+    def take(fd: int, **kw) -> bool:
+        if not moved:
+            moved.append(run.rename(tmp_path / "bin"))
+            run.mkdir()
+        return real(fd, **kw)
+
+    monkeypatch.setattr(lock_module, "_take", take)
+    lock = RunLock(run).acquire()
+    assert lock_holder(run)["pid"] == os.getpid() and lock_holder(tmp_path / "bin") is None
+    lock.release()
+
+
 def test_twice_in_one_process(tmp_path):
     lock = RunLock(tmp_path).acquire()
     with pytest.raises(UsageError):

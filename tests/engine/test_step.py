@@ -39,7 +39,7 @@ def run_step(
 
 @pytest.mark.parametrize("name", METHODS)
 def test_r11_the_gradient_is_the_same_under_any_cut(name):
-    """R-11: one batch, capped batches, small budgets, groups cut by completion with their prompt repeated."""
+    """R-11, S4-16: one batch, capped batches, small budgets, groups cut by completion with their prompt repeated."""
     whole, expected = run_step(name, *CUTS[0])
     assert whole.bad == []
     assert expected.norm() > 1e-3
@@ -110,3 +110,22 @@ def test_a_signal_between_micro_batches_drops_the_step():
     )
     with pytest.raises(Stopped):
         compute_gradient(ctx, groups, build_plan(groups, budget=20), {}, step=0)
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "sigmoid"])
+def test_s1_17_gradient_checkpointing_gives_the_same_gradient(name):
+    """S1-17: activations recomputed in backward, packed: the same loss and gradient."""
+    method, head, k, reference = build_method(name)
+    found = []
+    for checkpointing in (False, True):
+        policy = build_policy(head)
+        if checkpointing:
+            policy.inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.train(True)
+        groups = build_groups(5, k=k, reference=reference)
+        ctx = StepContext(policy, method, Runtime(torch.device("cpu")), list(trainable(policy).values()), seed=0)
+        result = compute_gradient(ctx, groups, build_plan(groups, budget=60), {}, step=0)
+        grads = [p.grad.reshape(-1) for p in trainable(policy).values() if p.grad is not None]
+        found.append((result.figures["loss"], torch.cat(grads)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
+    assert (found[0][1] - found[1][1]).norm() / found[0][1].norm() < 1e-10

@@ -71,7 +71,7 @@ def test_rows_have_the_agreed_columns(done: Any) -> None:
         assert row["higher_is_better"] is (row["metric"] != "loss")
     for row in figures["comparisons"]:
         assert list(row) == ["task", "metric", "a", "b", "difference", "low", "high", "p_value", "test", "n"]
-        assert (row["a"], row["b"]) == ("tuned", "base") and 0 < row["p_value"] <= 1
+        assert (row["a"], row["b"]) == ("base", "tuned") and 0 < row["p_value"] <= 1
     assert json.loads(json.dumps(figures, allow_nan=False)) == figures
 
 
@@ -130,7 +130,7 @@ def test_items_are_kept_so_that_every_figure_can_be_made_again(done: Any) -> Non
         for n in ("base", "tuned")
     }
     wins = [np.sign(scores["tuned"][i] - s) / 2 + 0.5 for i, s in scores["base"].items()]
-    assert pick(figures, "tuned", "win_rate", "win_rate against base")["value"] == pytest.approx(np.mean(wins))
+    assert pick(figures, "tuned", "win_rate", "vs_base/win_rate")["value"] == pytest.approx(np.mean(wins))
     assert json.loads((folder / "figures.json").read_text("utf-8")) == figures
 
 
@@ -168,7 +168,7 @@ def test_a_model_against_itself_is_a_draw(tmp_path: Path) -> None:
     ]
     judge = Subject("scorer", Path("score-2"), kind="reward")
     found = evaluate_subjects(subjects, ALL, data=build_data(), out_dir=tmp_path, judge=judge, load=Shelf())
-    assert pick(found, "two", "win_rate", "win_rate against one")["value"] == 0.5
+    assert pick(found, "two", "win_rate", "vs_one/win_rate")["value"] == 0.5
     assert pick(found, "two", "preferences", "accuracy")["value"] == 0.5, "all pairs are ties"
     assert {r["p_value"] for r in found["comparisons"]} == {1.0}
     assert {r["difference"] for r in found["comparisons"]} == {0.0}
@@ -210,7 +210,7 @@ def test_right_answers_are_marked_right(tmp_path: Path) -> None:
         SUBJECTS[:1], settings, data=replace(whole, prompts=golden), out_dir=tmp_path, load=Shelf()
     )
     assert pick(found, "base", "set/one", "accuracy")["value"] == pytest.approx(len(readable) / 12)
-    assert pick(found, "base", "set/one", "answered")["value"] == pytest.approx(len(readable) / 12)
+    assert pick(found, "base", "set/one", "answered_share")["value"] == pytest.approx(len(readable) / 12)
 
 
 def test_max_items_takes_the_same_seeded_choice_for_all() -> None:

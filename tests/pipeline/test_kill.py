@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,3 +130,20 @@ def test_r01_one_kill(server, inputs, kind, lora, tmp_path):
 def test_r01_kills(server, inputs, kind, lora, tmp_path):
     """R-01: twelve enumerated points and four random moments for each method, full and LoRA."""
     check_kills(server, inputs, kind, lora, tmp_path, POINTS, 4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_r13_signals_save_and_say_so(server, inputs, number, tmp_path):
+    """R-13, S4-06: Ctrl-C gives 130 and SIGTERM 143, after saving; the same command then ends with the same bits."""
+    command = [*build_command(inputs, "dpo", False, tmp_path), "--max-steps", "400", "--save-steps", "1000"]
+    out = tmp_path / "log"
+    status = server.run(command, log=out, cwd=tmp_path, signal_after=(int(number), 4.0))
+    text = out.read_text()
+    assert status == 128 + number, text[-2000:]
+    assert "same command" in text
+    assert "Traceback" not in text
+    stage = tmp_path / "run" / "01-dpo"
+    assert json.loads((stage / "stage.json").read_text())["state"] == "interrupted"
+    steps = [int(p.name.removeprefix("checkpoint-")) for p in stage.glob("checkpoint-*")]
+    rows = (stage / "metrics.jsonl").read_text().splitlines()
+    assert steps == [json.loads(rows[-1])["step"]]

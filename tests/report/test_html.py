@@ -120,9 +120,10 @@ def test_other_runs(tmp_path, make):
         assert "Values of different models are not tested against each other" in words
     else:
         for expected in (
-            "dpo (interrupted) on pocket. Interrupted after", "stopped by a signal after step 200", "the last line of metrics.jsonl is torn",
-            "1 step was skipped for a non-finite loss or gradient (step 60)", "lowest at step 80",
-            "continued from step 50", "1 value beyond the scale", "No evaluation has been made in this run",
+            "dpo (interrupted) on pocket. Interrupted after", "stopped by a signal after step 200",
+            "the last line of metrics.jsonl is torn", "1 step was skipped for a non-finite loss or gradient (step 60)",
+            "lowest at step 80", "continued from step 50", "1 value beyond the scale",
+            "No evaluation has been made in this run",
         ):  # fmt: skip
             assert expected in words, expected
 

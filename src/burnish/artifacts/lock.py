@@ -51,13 +51,19 @@ class RunLock:
             UsageError: Another process has it; names its pid, host and start.
             ResourceError: The folder cannot be written.
         """
-        try:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as exc:
-            raise disk_error(exc, self.path, doing="lock the run folder") from exc
-        try:
+        while True:
+            try:
+                fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            except OSError as exc:
+                raise disk_error(exc, self.path, doing="lock the run folder") from exc
             if not _take(fd) or self._held_elsewhere(fd):
-                raise self._refused(_read(fd))
+                holder = _read(fd)
+                os.close(fd)
+                raise self._refused(holder)
+            if _is_at(fd, self.path):
+                break
+            os.close(fd)  # the folder was deleted, or replaced, while this process waited
+        try:
             os.ftruncate(fd, 0)
             os.pwrite(fd, json.dumps(_me()).encode(), 0) if hasattr(os, "pwrite") else os.write(
                 fd, json.dumps(_me()).encode()
@@ -191,6 +197,14 @@ def _take_by_pid(fd: int) -> bool:
     except (OSError, ValueError, TypeError, KeyError):
         return False
     return False
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except OSError:
+        return False
 
 
 def _read(fd: int) -> dict[str, Any]:

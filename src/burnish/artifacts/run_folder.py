@@ -313,7 +313,7 @@ def stage_folders(run_dir: Path) -> list[Path]:
     """Folders of a run's stages, in order, those of several models one model after the other."""
     run = Path(run_dir)
     found = [p.parent for p in run.glob(f"*/{STAGE}")] + [p.parent for p in run.glob(f"*/*/{STAGE}")]
-    return sorted(p for p in found if p.relative_to(run).parts[0] != SUPERSEDED)
+    return sorted(p for p in found if not p.relative_to(run).as_posix().startswith((SUPERSEDED, ".")))
 
 
 def _stage_state(stage: Path, *, alive: bool) -> str:

@@ -19,7 +19,7 @@ class Figures:
 
     Attributes:
         table: {"subject", "task", "metric", "value", "low", "high", "n", "higher_is_better"}.
-        comparisons: {"task", "metric", "a", "b", "difference" (a − b), "low", "high", "p_value", "test", "n"}.
+        comparisons: {"task", "metric", "a", "b", "difference" (b − a), "low", "high", "p_value", "test", "n"}.
         reports: Reward subject → its report (see `reward_report`).
         items: One row for each item and subject: what the figures were made from.
         samples: {"task", "id", "prompt", "reference", "answers": {subject: text}, "marks": {subject: bool}}.
@@ -44,7 +44,7 @@ class Figures:
         )  # fmt: skip
 
     def compare(self, task: str, metric: str, a: str, b: str, found: Comparison) -> None:
-        """Append a paired comparison a − b."""
+        """Append a paired comparison from a to b: `found` holds b − a."""
         self.comparisons.append(
             {
                 "task": task, "metric": metric, "a": a, "b": b, "difference": found.difference,

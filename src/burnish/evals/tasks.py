@@ -62,7 +62,7 @@ def report_loss(
             continue
         difference = b.values[right, 0] - a.values[left, 0]
         compared = compute_sign_flip(difference, a.tokens[left, 0], confidence=settings.confidence, seed=settings.seed)
-        figures.compare("loss", "loss", subject.name, other.name, compared)
+        figures.compare("loss", "loss", other.name, subject.name, compared)
 
 
 def report_policy_preferences(
@@ -98,7 +98,7 @@ def report_policy_preferences(
             compared = compare_marks(
                 ranks[subject.name][left], ranks[other.name][right], confidence=settings.confidence, seed=settings.seed
             )
-            figures.compare("preferences", "ranking_accuracy", subject.name, other.name, compared)
+            figures.compare("preferences", "ranking_accuracy", other.name, subject.name, compared)
 
 
 def report_reward_preferences(
@@ -125,7 +125,7 @@ def report_reward_preferences(
             compared = compare_marks(
                 marks[subject.name][left], marks[other.name][right], confidence=settings.confidence, seed=settings.seed
             )
-            figures.compare("preferences", "accuracy", subject.name, other.name, compared)
+            figures.compare("preferences", "accuracy", other.name, subject.name, compared)
 
 
 def report_checkable(
@@ -148,7 +148,7 @@ def report_checkable(
         kept[subject.name], marks[subject.name] = run, right
         answered = np.array([float(r.value is not None) for r in read])
         ended = np.array([float(a.end == "eos") for a in run.answers])
-        for metric, values in (("accuracy", right), ("answered", answered), ("ended", ended)):
+        for metric, values in (("accuracy", right), ("answered_share", answered), ("ended_share", ended)):
             _add_share(figures, settings, subject, task, metric, values)
         for i, prompt in enumerate(run.prompts):
             row = {"source": prompt.source, "mark": bool(right[i]), "tokens": len(run.answers[i].ids)}
@@ -161,7 +161,7 @@ def report_checkable(
                 marks[subject.name][left], marks[other.name][right_rows],
                 confidence=settings.confidence, seed=settings.seed,
             )  # fmt: skip
-            figures.compare(task, "accuracy", subject.name, other.name, compared)
+            figures.compare(task, "accuracy", other.name, subject.name, compared)
     add_samples(figures, settings, task, subjects, kept, marks)
 
 
@@ -188,13 +188,14 @@ def report_win_rate(
             continue
         difference = scores[subject.name][left] - scores[other.name][right]
         wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
+        against = f"vs_{other.name}/win_rate"
         rate = compute_wilson(wins + (len(left) - wins - losses) / 2, len(left), settings.confidence)
-        figures.add(subject.name, "win_rate", f"win_rate against {other.name}", rate)
+        figures.add(subject.name, "win_rate", against, rate)
         p_value = compute_sign_test(wins, losses)
         tested = Comparison(rate.value - 0.5, rate.low - 0.5, rate.high - 0.5, p_value, "sign", len(left))
-        figures.compare("win_rate", "win_rate", subject.name, other.name, tested)
+        figures.compare("win_rate", against, other.name, subject.name, tested)
         gap = compute_sign_flip(difference, confidence=settings.confidence, seed=settings.seed)
-        figures.compare("win_rate", "judge_score", subject.name, other.name, gap)
+        figures.compare("win_rate", "judge_score", other.name, subject.name, gap)
     add_samples(figures, settings, "win_rate", subjects, found, {})
 
 

@@ -191,13 +191,13 @@ def _open_bar(label: str, total: int, done: int, stream: TextIO) -> tuple[Any, A
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar
 
+    console = Console(file=stream)
     bar = Bar(
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=max(4, min(30, console.width - 80))),  # the figures matter more than the bar
         MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}", markup=False),
-        console=Console(file=stream),
-        transient=False,
+        console=console,
         refresh_per_second=4,
     )
     bar.start()

@@ -1,0 +1,26 @@
+"""Put on PYTHONPATH: every attempt to connect or to look up a name is recorded and refused."""
+
+import os
+import socket
+from pathlib import Path
+
+_RECORD = Path(os.environ["BURNISH_NETWORK_RECORD"])
+
+
+def _refuse(*args, **kwargs):
+    with _RECORD.open("a") as file:
+        file.write(f"{os.getpid()} {args}\n")
+    raise OSError("the network is off in this test")
+
+
+def _connect(self, address):
+    if self.family == socket.AF_UNIX:
+        return _real_connect(self, address)
+    return _refuse(address)
+
+
+_real_connect = socket.socket.connect
+socket.socket.connect = _connect
+socket.socket.connect_ex = _refuse
+socket.getaddrinfo = _refuse
+socket.gethostbyname = _refuse
