@@ -30,17 +30,11 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def tokenizer_texts(documents: list[str]) -> list[str]:
-    """What the tokenizer learns its merges from: the corpus and the train split of the chat data."""
-    chat = datasets.make_rows("chat", "train")
-    return documents + [message["content"] for row in chat for message in row.data["messages"]]
-
-
 def build_tokenizer(documents: list[str], models: Path) -> None:
     """Train the tokenizer and write it beside every model."""
     from pocket.pretraining import RECIPES
 
-    tokenizer = tokenizing.train_tokenizer(tokenizer_texts(documents))
+    tokenizer = tokenizing.train_tokenizer(documents + corpus.make_talk())
     for recipe in RECIPES:
         tokenizing.save_tokenizer(tokenizer, models / recipe.name)
 

@@ -7,11 +7,14 @@ from pocket import wordings as w
 from pocket.behaviours import BEHAVIOURS
 from pocket.facts import PERSON_FACTS, TOWN_FACTS, any_fact, town_slots
 from pocket.grammar import Draw, join_words, with_article
+from pocket.preferences import ramble, rude
 from pocket.problems import SMALL, Step, make_problem
 from pocket.world import DAYS, GROUPS, PEOPLE, PLACES, SEASONS, THINGS, TOWNS, Person
 
 CORPUS_SEED = 21
 DOCUMENTS = 32_000
+TALK_SEED = 22
+TALKS = 6_000
 
 WEATHER = ("rain", "snow", "fog", "hail", "wind", "sun")
 WEATHER_LINES = (
@@ -311,3 +314,18 @@ def make_corpus(count: int = DOCUMENTS) -> list[str]:
     rng = random.Random(CORPUS_SEED)
     kinds, weights = list(KINDS), list(KINDS.values())
     return [rng.choices(kinds, weights)[0](Draw(rng, "train")) for _ in range(count)]
+
+
+def make_talk(count: int = TALKS) -> list[str]:
+    """Answers of every manner, which the tokenizer (though not the base models) learns from."""
+    rng = random.Random(TALK_SEED)
+    behaviours = list(BEHAVIOURS.values())
+    texts = []
+    for _ in range(count):
+        draw = Draw(rng, "train")
+        made = draw.choice(behaviours)(draw)
+        texts += [
+            made.user,
+            draw.choice((made.answer, made.answer, rude(draw, made.answer), ramble(draw, made.answer))),
+        ]
+    return texts

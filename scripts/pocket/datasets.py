@@ -31,7 +31,7 @@ CHAT_SHARES = {
     "greeting": 0.04,
 }
 RUDE_SHARE = 0.10
-RAMBLING_SHARE = 0.20
+RAMBLING_SHARE = 0.15
 SEEDS = {"chat": 11, "preferences": 12, "maths": 13}
 Message = dict[str, str]
 

@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 Split = Literal["train", "test"]
 T = TypeVar("T")
 
+_A_BEFORE_VOWEL = re.compile(r"\b([Aa]) (?=[aeiou])")
 _ALTERNATIVES = re.compile(r"\[([^\[\]]*)\]")
 
 ALL_POOLS: dict[str, "Pool"] = {}
@@ -77,7 +78,7 @@ class Draw:
         """Fill in the slots of `wording` and settle its alternatives."""
         while "[" in wording:
             wording = _ALTERNATIVES.sub(lambda match: self.choice(match.group(1).split("|")), wording)
-        return upper_first(wording.format_map(slots).strip())
+        return upper_first(_A_BEFORE_VOWEL.sub(r"\1n ", wording.format_map(slots).strip()))
 
 
 def upper_first(text: str) -> str:

@@ -1,5 +1,6 @@
 """Preference pairs: a better and a worse answer to one prompt."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -7,9 +8,12 @@ from pocket import wordings as w
 from pocket.behaviours import BEHAVIOURS, Exchange
 from pocket.grammar import Draw
 from pocket.problems import wrong_solution
+from pocket.world import PEOPLE, PLACES, THINGS
 
 NOISE = 0.05
 TALK = ("facts", "facts", "howto", "howto", "refusal", "list", "continue", "rewrite", "greeting")
+MIXED_UP = ("refusal", "greeting", "continue", "rewrite", "list")
+_KINDS = (tuple(person.name for person in PEOPLE), PLACES, tuple(thing.plural for thing in THINGS))
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,32 @@ def _talk(draw: Draw) -> Exchange:
 
 
 def correct(draw: Draw) -> Pair:
-    """Right against wrong."""
-    made = BEHAVIOURS[draw.choice(("maths", "maths", "facts"))](draw)
-    if made.fact is not None:
+    """Right against wrong: a wrong calculation, a wrong fact, or somebody or something mistaken for another."""
+    made = BEHAVIOURS[draw.choice(("maths", "maths", "maths", "facts", "facts", *MIXED_UP))](draw)
+    if made.problem is not None:
+        wrong = wrong_solution(draw, made.problem)
+    elif made.fact is not None:
         wrong = made.fact.other_answer(draw) if draw.chance(0.5) else made.fact.wrong_answer(draw)
-        return Pair(made.user, made.answer, wrong, "correct")
-    assert made.problem is not None
-    return Pair(made.user, made.answer, wrong_solution(draw, made.problem), "correct")
+    else:
+        wrong = mixed_up(draw, made)
+        if wrong == made.answer:
+            return correct(draw)
+    return Pair(made.user, made.answer, wrong, "correct")
+
+
+def mixed_up(draw: Draw, made: Exchange) -> str:
+    """The answer with a name, place or thing of the question changed for another; unchanged where there is none."""
+    for kind in draw.sample(_KINDS, len(_KINDS)):
+        found = [word for word in kind if _has_word(made.user, word) and _has_word(made.answer, word)]
+        if found:
+            old = draw.choice(found)
+            new = draw.choice([word for word in kind if not _has_word(made.user, word)])
+            return re.sub(rf"\b{old}\b", new, made.answer)
+    return made.answer
+
+
+def _has_word(text: str, word: str) -> bool:
+    return re.search(rf"\b{word}\b", text) is not None
 
 
 def on_topic(draw: Draw) -> Pair:

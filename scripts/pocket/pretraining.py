@@ -56,7 +56,7 @@ class Recipe:
 
 RECIPES = (
     Recipe("pocket", hidden=160, layers=4, heads=6, key_value_heads=2, intermediate=448, steps=2200),
-    Recipe("pocket-small", hidden=112, layers=3, heads=4, key_value_heads=2, intermediate=320, steps=2400),
+    Recipe("pocket-small", hidden=112, layers=3, heads=4, key_value_heads=2, intermediate=320, steps=2200),
 )
 
 

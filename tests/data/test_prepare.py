@@ -87,7 +87,7 @@ def test_d12_identical_pairs(tmp_path: Path) -> None:
         prepare_data(dpo(file), plain_tokenizer())
     text = str(caught.value)
     assert (
-        caught.value.total == 8 and "a.jsonl:5" in text and "3 more rows like this" in text and "drop_identical" in text
+        caught.value.total == 8 and "the same at lines 2, 3, 4, 5, and 3 more rows" in text and "drop_identical" in text
     )
     made = prepare_data(dpo(file, drop_identical=True), plain_tokenizer())
     assert len(made.train) == 2 and made.report.splits["train"].identical.count == 8
@@ -234,7 +234,8 @@ def test_bundled_sets_prepare() -> None:
         pytest.skip("the bundled model is not there")
     tokenizer = TextTokenizer.load("pocket")
     for name in list_data():
-        settings = dpo(name) if "preference" in name else sft(name)
+        make = dpo if "preference" in name else sft
+        settings = make(name, max_samples=500, max_eval_samples=100)
         made = prepare_data(settings, tokenizer)
         counts = made.report.splits["train"]
         assert made.train and made.held_out

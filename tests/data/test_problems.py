@@ -30,7 +30,7 @@ def test_equal_problems_show_the_first_5_and_a_count() -> None:
     with pytest.raises(DataProblems) as caught:
         log.raise_if_due()
     text = str(caught.value)
-    assert "a.jsonl:5:" in text and "a.jsonl:6:" not in text and "95 more rows like this" in text
+    assert "a.jsonl:1: text: wrong\n" in text and "the same at lines 2, 3, 4, 5, and 95 more rows" in text
     assert "a.jsonl:7: text: other" in text
     assert text.count("mend wrong") == 1
 

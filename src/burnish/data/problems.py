@@ -93,26 +93,31 @@ class DataProblems(DataError):
         self.problems, self.total = tuple(problems), total
         head = f"{total} problem{'s' if total != 1 else ''} in the data"
         remedies = list(dict.fromkeys(problem.remedy for problem in problems))
+        lines = listing(problems, total, more or {}, remedies=len(remedies) > 1)
         super().__init__(
-            "\n  ".join([head, *listing(problems, total, more or {})]),
-            remedy=remedies[0] if len(remedies) == 1 else "see the remedy below each problem",
+            "\n  ".join([head, *lines]),
+            remedy=remedies[0] if len(remedies) == 1 else "mend each as said under it; `burnish data check` lists more",
             found=[asdict(problem) for problem in problems],
         )
 
 
-def listing(problems: Sequence[Problem], total: int, more: Mapping[Likeness, int]) -> list[str]:
+def listing(
+    problems: Sequence[Problem], total: int, more: Mapping[Likeness, int], *, remedies: bool = True
+) -> list[str]:
     """Problems as lines: each with its remedy, equal ones together, and how many more there are."""
     groups: dict[Likeness, list[Problem]] = {}
     for problem in problems:
         groups.setdefault(problem.likeness, []).append(problem)
     lines, shown = [], 0
-    for likeness, group in groups.items():
-        lines += [str(problem) for problem in group]
+    for likeness, (first, *others) in groups.items():
         further = more.get(likeness, 0)
-        shown += len(group) + further
-        if further:
-            lines.append(f"… and {further:,} more rows like this")
-        lines.append(f"  → {group[0].remedy}")
+        shown += 1 + len(others) + further
+        lines.append(str(first))
+        if others:
+            rest = f", and {further:,} more rows" if further else ""
+            lines.append(f"  the same at lines {', '.join(str(problem.line) for problem in others)}{rest}")
+        if remedies:
+            lines.append(f"  → {first.remedy}")
     if total > shown:
         lines.append(f"… and {total - shown:,} further problems")
     return lines

@@ -6,6 +6,7 @@ copies of the state; gradients are gathered and added in rank order, so that the
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,6 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from burnish.errors import ConfigError
+
+log = logging.getLogger("burnish")
 
 _BUCKET = 1 << 25  # elements reduced at a time: 128 MB in fp32
 
@@ -103,14 +108,39 @@ def _buckets(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
 
 
 def build_runtime(devices: Sequence[int] | None = None) -> Runtime:
-    """Join the process group that the launcher's environment describes, if any, and choose this rank's device."""
+    """Join the process group that the launcher's environment describes, if any, and choose this rank's device.
+
+    Args:
+        devices: CUDA devices to use, one for each process on this machine; None: device 0, or the launcher's choice.
+
+    Raises:
+        ConfigError: There are fewer devices than processes, or no such device.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available() and os.environ.get("BURNISH_DEVICE") != "cpu"
+    if devices and not cuda:
+        log.warning("devices: %s is set, but there is no CUDA device here; computing on the CPU", devices)
+    chosen = _choose_device(devices, cuda)
     if world > 1:
         from accelerate import PartialState
 
         state = PartialState(cpu=not cuda)
-        return Runtime(torch.device(state.device or "cpu"), state.process_index, state.num_processes)
-    if not cuda:
-        return Runtime(torch.device("cpu"))
-    return Runtime(torch.device("cuda", devices[0] if devices else 0))
+        device = chosen or torch.device(state.device or "cpu")
+        return Runtime(device, state.process_index, state.num_processes)
+    return Runtime(chosen or torch.device("cuda", 0) if cuda else torch.device("cpu"))
+
+
+def _choose_device(devices: Sequence[int] | None, cuda: bool) -> torch.device | None:
+    if not devices or not cuda:
+        return None
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    known = torch.cuda.device_count()
+    wrong = [d for d in devices if not 0 <= d < known]
+    if wrong or local >= len(devices):
+        raise ConfigError(
+            f"devices: {list(devices)} does not fit: {known} devices here, process {local} on this machine needs one",
+            where="devices",
+            remedy=f"name one of 0 … {known - 1} for each process",
+        )
+    torch.cuda.set_device(devices[local])
+    return torch.device("cuda", devices[local])
