@@ -99,8 +99,3 @@ def with_article(noun: str) -> str:
 def join_words(words: Sequence[str]) -> str:
     """`a, b and c`."""
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
-
-
-def count_noun(count: int, plural: str, singular: str) -> str:
-    """`1 apple`, `3 apples`."""
-    return f"{count} {singular if count == 1 else plural}"

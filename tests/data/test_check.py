@@ -112,7 +112,7 @@ def d15(folder: Path, kind: str) -> tuple[str, dict[str, Any]]:
 
 
 CASES: list[tuple[Callable[[Path, str], tuple[str, dict[str, Any]]], list[str]]] = [
-    (d01, ["a.jsonl:7: not valid JSON", "column", "fix it or set data.on_error: skip (then counted and reported)"]),
+    (d01, ["a.jsonl:7: not valid JSON", "column", "fix or set data.on_error: skip (then counted and reported)"]),
     (d02, ["a.jsonl:4: ", "expected a text, found the number 5"]),
     (
         d03,
@@ -190,7 +190,7 @@ def test_r06_before_torch_is_loaded(tmp_path: Path) -> None:
 
 
 def test_every_problem_in_one_pass_and_counts_beyond_the_limit(tmp_path: Path) -> None:
-    rows: list[Any] = [pair(1)] + [f'{{"prompt": {"x" * n}' for n in range(1, 31)]
+    rows: list[Any] = [pair(1)] + ['{"prompt":' + " " * n + "x" for n in range(1, 31)]
     status, text = check(dpo(write_lines(tmp_path / "a.jsonl", rows)))
     assert status == 2 and text.count("not valid JSON") >= 20
     assert "10 further problems" in text and "30 problems: a stage would refuse these data" in text

@@ -230,6 +230,11 @@ def test_think_blocks_are_stripped_on_request() -> None:
     data = {"messages": [U, said, U, said]}
     assert [m["content"] for m in read(data, strip_think=True).completions[0]] == ["yes", "q", "yes"]
     assert "hm" in read(data).completions[0][0]["content"]
+    reasoned = {"role": "assistant", "content": "yes", "reasoning_content": "hm"}
+    assert read({"messages": [U, reasoned]}, strip_think=True).completions == [
+        [{"role": "assistant", "content": "yes"}]
+    ]
+    assert read({"messages": [U, reasoned]}).completions == [[reasoned]]
     assert read({"prompt": "p", "completion": "<think>x</think>a"}, strip_think=True).completions == ["a"]
 
 

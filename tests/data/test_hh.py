@@ -44,6 +44,7 @@ def test_s0_17_pairs_split_at_the_last_assistant_tag(texts: list[str], a: str, b
         (HEAD + " a", HEAD + "\n", "hh: empty"),
         ("\n\nAssistant: a", "\n\nAssistant: b", "hh: empty"),
         ("\n\nHuman: a", "\n\nHuman: b", "hh: no answer"),
+        ("no tags at all", "none", "hh: no answer"),
     ],
 )
 def test_s0_17_the_rules_drop(chosen: str, rejected: str, kind: str) -> None:

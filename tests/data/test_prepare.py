@@ -1,5 +1,6 @@
 """From settings to groups (S1-05, S4-18, T-13, T-15, T-21, R-06: D-10, D-12, D-13, D-14)."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,9 @@ def test_mixtures_are_seeded_and_tagged(tmp_path: Path) -> None:
     b = write_lines(tmp_path / "b.jsonl", [pair(100 + i) for i in range(10)])
     whole = prepare_data(dpo([a, b]), plain_tokenizer())
     assert whole.report.splits["train"].sources == {"a": 30, "b": 10}
+    (tmp_path / "other").mkdir()
+    namesake = write_lines(tmp_path / "other" / "a.jsonl", [pair(200)])
+    assert prepare_data(dpo([a, namesake]), plain_tokenizer()).report.splits["train"].sources == {a: 30, namesake: 1}
     weighted = dpo([DataSource(source=a, weight=1.0, name="first"), DataSource(source=b, weight=2.0)])
     made = prepare_data(weighted, plain_tokenizer())
     assert made.report.splits["train"].sources == {"first": 5, "b": 10}
@@ -222,7 +226,7 @@ def test_the_report_speaks_and_round_trips(tmp_path: Path) -> None:
     report = prepare_data(dpo(file, max_length=60, validation_split=0.2), plain_tokenizer()).report
     lines = report.lines()
     assert any("rows read" in line and "scored" in line for line in lines)
-    assert any("1 over the length limit, left out: a.jsonl:11" in line for line in lines)
+    assert any("1 over the length limit, left out (data.truncation cuts instead): a.jsonl:11" in line for line in lines)
     assert DataReport.from_json(report.to_json()) == report
 
 
@@ -251,3 +255,18 @@ def test_t15_counts_of_real_rows(shared: Path) -> None:
         assert counts.rows_read == counts.kept + counts.over_length.count + counts.leaked.count + counts.malformed.count
     assert made.report.splits["train"].rows_read == 2000 and made.report.splits["held_out"].rows_read == 600
     assert made.report.held_out_from == "the source's own test split"
+
+
+def test_s0_22_the_sample_of_judged_rollouts_trains() -> None:
+    """The documented file has the fields that the format promises, and becomes pairs."""
+    file = Path(__file__).resolve().parents[2] / "docs" / "rollout_judged.jsonl"
+    for line in file.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        assert set(row) == {"prompt_messages", "chosen", "rejected", "metadata"}
+        assert row["prompt_messages"][-1]["role"] == "user" and len(row["chosen"]) == len(row["rejected"]) == 1
+        assert set(row["metadata"]) >= {"source", "seed", "k_candidates", "generator_model", "judge", "reward_model"}
+        assert set(row["metadata"]["reference_responses"]) == {"chosen", "rejected"}
+    for tokenizer in (chat_tokenizer(), plain_tokenizer()):
+        made = prepare_data(dpo(str(file)), tokenizer)
+        assert len(made.train) == 4 and not made.report.splits["train"].malformed.count
+    assert "\n\nHuman: I lost my keys" in plain_tokenizer().decode(made.train[1].prompt)

@@ -42,10 +42,11 @@ def test_prompts_of_other_shapes(tmp_path: Path) -> None:
         {"prompt_messages": [{"role": "user", "content": "q"}], "responses": ["a"]},
         {"chosen": "\n\nHuman: q\n\nAssistant: yes", "rejected": "\n\nHuman: q\n\nAssistant: no"},
         {"prompt": "plain", "completion": "c"},
+        {"chosen": [*chat("q", "yes")["messages"]], "rejected": [*chat("q", "no")["messages"]]},
     ]
     found = load_prompts(write_lines(tmp_path / "a.jsonl", rows), chat_tokenizer())
-    assert [len(r.messages) if r.messages else 0 for r in found] == [3, 1, 1, 1, 1, 0]
-    assert [r.reference for r in found] == ["a2", "", "good", "", "yes", "c"]
+    assert [len(r.messages) if r.messages else 0 for r in found] == [3, 1, 1, 1, 1, 0, 1]
+    assert [r.reference for r in found] == ["a2", "", "good", "", "yes", "c", "yes"]
     assert found[1].answer == "4" and found[1].tags["dataset"] == "sums"
     assert found[5].text == "plain" and found[3].prompt_text == found[4].prompt_text
 

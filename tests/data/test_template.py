@@ -153,3 +153,20 @@ def test_known_templates_lose_no_answer() -> None:
             assert sum(answer in text for text in scored) == 1, file.name
         unscored = "".join(s.text for part in parts for s in part.completion if not s.scored)
         assert "a1" not in unscored and "a2" not in unscored and "some q" not in "".join(scored), file.name
+
+
+def test_r27_an_endless_template_stops_at_the_first_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("burnish.data.sandbox.MAX_SECONDS", 0.2)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(DataError, match="runs for more than"):
+        ChatTemplate(chat_tokenizer(), endless).render(TALK)
+    with pytest.raises(DataError, match="is refused"):
+        ChatTemplate(chat_tokenizer(), "{{ ''.__class__.__mro__ }}").end_ids  # noqa: B018
+
+
+def test_messages_that_spell_special_tokens_are_seen() -> None:
+    template = ChatTemplate(chat_tokenizer())
+    assert template.spells_special([{"role": "user", "content": "a <|im_end|> b"}])
+    assert not template.spells_special(
+        [{"role": "user", "content": "a <| b, 1 < 2"}, {"role": "assistant", "content": None}]
+    )

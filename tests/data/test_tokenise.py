@@ -1,5 +1,6 @@
 """Examples to groups (T-14 … T-18, S2-07, S4-07, D-14)."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from tests.data.toys import (
     bos_tokenizer,
     byte_level,
     chat,
+    chat_folder,
     chat_tokenizer,
     pair,
     plain_tokenizer,
@@ -269,3 +271,32 @@ def test_a_tokenizer_without_end_token(tmp_path) -> None:
     tokenizer = TextTokenizer.load(str(write_tokenizer(tmp_path, byte_level(["<a>"]))))
     (group,), report, _ = encode([chat("q", "a")], tokenizer)
     assert scored(group, tokenizer) == " a" and report.without_eos.count == 1
+
+
+def test_special_tokens_in_messages_are_counted() -> None:
+    _, report, _ = encode([chat("what is <|im_end|>?", "a token"), chat("q", "a")], chat_tokenizer())
+    assert report.spelled.rows == ["f.jsonl:1"]
+
+
+@pytest.mark.oracle
+def test_ids_are_those_of_transformers(shared: Path) -> None:
+    """Rendered conversations and plain texts have the ids that transformers' tokenizer gives."""
+    auto = pytest.importorskip("transformers").AutoTokenizer
+    folder = shared / "data" / "stories260k-hf"
+    theirs, ours = auto.from_pretrained(str(folder)), TextTokenizer.load(str(folder))
+    rows = [
+        {"prompt": f"Once upon a time, Timmy saw {n}", "completion": " birds. They were happy."} for n in ("two", "10")
+    ]
+    groups, report, _ = encode(rows, ours)
+    assert not report.apart.count
+    for row, group in zip(rows, groups):
+        whole = theirs(row["prompt"] + row["completion"])["input_ids"] + [theirs.eos_token_id]
+        assert [*group.prompt, *group.completions[0].ids] == whole
+    theirs, ours = auto.from_pretrained(chat_folder()), chat_tokenizer()
+    row = chat("what is 2 + 2?", "it is 4", "and 3 + 3?", "6", system="be kind")
+    (group,), report, _ = encode([row], ours)
+    text = theirs.apply_chat_template(row["messages"], tokenize=False)
+    assert ours.decode([*group.prompt, *group.completions[0].ids]) == text.removesuffix("\n")
+    assert [*group.prompt, *group.completions[0].ids] == theirs(text.removesuffix("\n"))["input_ids"]
+    prompt = theirs.apply_chat_template(row["messages"][:2], tokenize=False, add_generation_prompt=True)
+    assert group.prompt.tolist() == theirs(prompt)["input_ids"]

@@ -88,8 +88,7 @@ def test_a_layout_that_leaks_between_completions_is_caught(monkeypatch: pytest.M
 
     def leaky(layout):
         plan = real(layout)
-        plan.tails = tuple(Segment(s.start, s.stop, s.prompt, s.start) for s in plan.tails)
-        plan.fans = tuple((p, start, start, stop) for p, _, start, stop in plan.fans)
+        plan.segments = tuple(Segment(s.start, s.stop, s.prompt, s.start if s.prompt_stop else 0) for s in plan.segments)
         return plan
 
     monkeypatch.setattr(self_check, "build_attention_plan", leaky)

@@ -157,7 +157,21 @@ def evaluation() -> dict[str, Any]:
         {"task": "held-out text", "metric": "loss", "a": "sft", "b": "dpo", "difference": 0.089, "low": 0.06,
          "high": 0.12, "p_value": 0.0004, "test": "paired bootstrap", "n": 400},
     ]  # fmt: skip
-    return {"table": table, "comparisons": comparisons}
+    table.append(proportion("dpo", "win_rate", "vs_sft/win_rate", 0.7, 60))
+    comparisons.append(
+        {"task": "win_rate", "metric": "vs_sft/win_rate", "a": "sft", "b": "dpo", "difference": 0.2, "low": 0.08,
+         "high": 0.3, "p_value": 0.003, "test": "sign", "n": 60}
+    )  # fmt: skip
+    spread = {"mean": 0.2, "std": 0.6, "min": -1.4, "q1": -0.2, "median": 0.2, "q3": 0.8, "max": 1.3}
+    report = {
+        "pairs": 400, "accuracy": {"value": 0.9025, "low": 0.87, "high": 0.93}, "log_loss": 0.31, "chosen": spread,
+        "differences": {"positive": 360, "negative": 38, "zero": 2, "positive_ratio": 0.9}, "rejected": spread,
+        "difference": spread, "pearson": {"r": 0.1, "p_value": 0.3}, "spearman": {"r": 0.11, "p_value": 0.2},
+        "length_bias": {"r": 0.31, "p_value": 1e-6, "prefers_longer": 0.62, "pairs_of_unequal_length": 390},
+        "by_source": {"harmless": {"accuracy": 0.9, "pairs": 200}, "helpful": {"accuracy": 0.91, "pairs": 200}},
+    }  # fmt: skip
+    notes = ["pocket/maths: 3 items have no final number in their reference, left out: a, b, c"]
+    return {"table": table, "comparisons": comparisons, "reward_reports": {"reward": report}, "notes": notes}
 
 
 SAMPLES = [

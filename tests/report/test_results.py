@@ -104,9 +104,12 @@ def test_terminal_table():
     text = render_table(evaluation())
     lines = text.splitlines()
     assert lines[0].split() == ["task", "metric", "model", "value", "95", "%", "interval", "n"]
-    assert any(line.startswith("▲  pocket/maths   accuracy  base → sft  +29.5 points") for line in lines)
-    assert any(line.startswith("▼  held-out text  loss") for line in lines)
-    assert any(line.startswith("=  pocket/maths   accuracy  sft → dpo ") for line in lines)
+    words = [" ".join(line.split()) for line in lines]
+    assert any(
+        line.startswith("▲ pocket/maths accuracy base → sft +29.5 points +24.1 to +34.4 < 0.001") for line in words
+    )
+    assert any(line.startswith("▼ held-out text loss sft → dpo +0.0890") for line in words)
+    assert any(line.startswith("= pocket/maths accuracy sft → dpo −0.8 points") for line in words)
     assert "no significant change on pocket/maths" in text and "Holm" in text
     assert all(line == line.rstrip() for line in lines) and "\x1b" not in text
     assert render_table({}) == "" and render_table({"table": []}) == ""

@@ -3,11 +3,8 @@
 A row of groups needs no mask: a prompt and its first completion are one causal segment, and every further completion
 attends to its prompt (all of it) and, causally, to itself. Ways, all with the same numbers:
 
-- CPU, fp32 and fp64: PyTorch's flash kernel on views of the projections (no keys are copied, grouped heads are stride-0
-  views); both parts are merged by their log-sum-exp, and the kernel's backward gets the merged output and log-sum-exp,
-  which gives the exact parts of the gradient.
-- CPU, bf16: batched matrix products (`core.bmm_attention`).
-- Sliding windows, and other devices: the public `scaled_dot_product_attention`, one call a segment.
+- CPU: batched matrix products over blocks of queries (`core.bmm_attention`).
+- Other devices: the public `scaled_dot_product_attention`, one call a segment.
 - Softcaps, sinks and dropout: a softmax written out in fp32, segment by segment.
 - CUDA, if asked for: flex attention (`core.flex`).
 
@@ -16,7 +13,6 @@ Shapes: T tokens of the row, H query heads, N key/value heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,11 +99,8 @@ def packed_attention(
     window = None if sliding_window is None or sliding_window >= plan.longest else sliding_window
     if softcap is not None or s_aux is not None or dropout > 0:
         return _Explicit(plan, scale, window, softcap, s_aux, dropout)(query, key, value), None
-    if window is None and _on_cpu(query, value):
-        if query.dtype == torch.bfloat16:
-            return PackedBmm.apply(query, key, value, plan, scale), None  # type: ignore[return-value]
-        if _FLASH is not None and _FLASH_BACKWARD is not None:
-            return _PackedFlash.apply(query, key, value, plan, scale), None  # type: ignore[return-value]
+    if query.device.type == "cpu":
+        return PackedBmm.apply(query, key, value, plan, scale, window), None  # type: ignore[return-value]
     return _run_sdpa(plan, scale, window, query, key, value), None
 
 
@@ -164,95 +157,6 @@ def _same_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
     else:
         dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
     return query.to(dtype), key.to(dtype), value.to(dtype)
-
-
-# ---- CPU: PyTorch's flash kernel on views ------------------------------------------------------------------------
-
-_FLASH: Callable[..., Any] | None = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-_FLASH_BACKWARD: Callable[..., Any] | None = getattr(
-    torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None
-)
-
-
-def _on_cpu(query: Tensor, value: Tensor) -> bool:
-    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
-
-
-class _PackedFlash(torch.autograd.Function):
-    """Packed attention by the CPU flash kernel; heads are (N, H/N, T, D) so that grouped keys are stride-0 views."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
-        flash = _FLASH
-        assert flash is not None
-        _, h, t, d = query.shape
-        q, k, v = _grouped_views(query, key, value)
-        out_row = query.new_empty(1, t, h, d)
-        out = out_row[0].transpose(0, 1).unflatten(0, q.shape[:2])  # (N, H/N, T, D), a view
-        lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-        for s in plan.heads:
-            o, l_ = flash(*_cut(s.start, s.stop, q, k, v), 0.0, True, scale=scale)
-            out[:, :, s.start : s.stop] = o
-            lse[:, :, s.start : s.stop] = l_
-        for s in plan.tails:
-            o, l_ = flash(*_cut(s.start, s.stop, q, k, v), 0.0, True, scale=scale)
-            out[:, :, s.start : s.stop] = o
-            lse[:, :, s.start : s.stop] = l_
-        for p, p_stop, start, stop in plan.fans:
-            n = stop - start
-            o, l_ = flash(q.narrow(2, start, n), *_cut(p, p_stop, k, v), 0.0, False, scale=scale)
-            _merge(out.narrow(2, start, n), lse.narrow(2, start, n), o, l_)
-        ctx.save_for_backward(query, key, value, out_row, lse)
-        ctx.plan, ctx.scale = plan, scale
-        return out_row
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        backward = _FLASH_BACKWARD
-        assert backward is not None
-        query, key, value, out_row, lse = ctx.saved_tensors
-        plan, scale = ctx.plan, ctx.scale
-        q, k, v = _grouped_views(query, key, value)
-        n, rep = q.shape[:2]
-        out = out_row[0].transpose(0, 1).unflatten(0, (n, rep))
-        g = grad[0].transpose(0, 1).unflatten(0, (n, rep))
-        dq_row, dk_row, dv_row = (x.new_empty(1, x.shape[2], x.shape[1], x.shape[3]) for x in (query, key, value))
-        dq = dq_row[0].transpose(0, 1).unflatten(0, (n, rep))
-        dk, dv = dk_row[0].transpose(0, 1), dv_row[0].transpose(0, 1)  # (N, T, D)
-        for s in plan.heads + plan.tails:
-            cut = _cut(s.start, s.stop, g, q, k, v, out)
-            a, b, c = backward(*cut, lse[:, :, s.start : s.stop], 0.0, True, scale=scale)
-            dq[:, :, s.start : s.stop] = a
-            torch.sum(b, 1, out=dk[:, s.start : s.stop])
-            torch.sum(c, 1, out=dv[:, s.start : s.stop])
-        for p, p_stop, start, stop in plan.fans:
-            gs, qs, os, ls = _cut(start, stop, g, q, out, lse)
-            a, b, c = backward(gs, qs, *_cut(p, p_stop, k, v), os, ls, 0.0, False, scale=scale)
-            dq[:, :, start:stop] += a
-            dk[:, p:p_stop] += b.sum(1)
-            dv[:, p:p_stop] += c.sum(1)
-        return dq_row.transpose(1, 2), dk_row.transpose(1, 2), dv_row.transpose(1, 2), None, None
-
-
-def _cut(start: int, stop: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """[start, stop) of the token axis (2) of each, as views."""
-    return tuple(x.narrow(2, start, stop - start) for x in tensors)
-
-
-def _grouped_views(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(1, H, T, D), (1, N, T, D) → (N, H/N, T, D) each, without copies."""
-    n = key.shape[1]
-    rep = query.shape[1] // n
-    k, v = (x[0].unsqueeze(1).expand(-1, rep, -1, -1) for x in (key, value))
-    return query[0].unflatten(0, (n, rep)), k, v
-
-
-def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
-    """Join attention over two disjoint sets of keys, in place in `out` and `lse`."""
-    both = torch.logaddexp(lse, other_lse)
-    mine, theirs = (lse - both).exp_().unsqueeze(-1), (other_lse - both).exp_().unsqueeze(-1)
-    out.copy_(out * mine + other * theirs)
-    lse.copy_(both)
 
 
 # ---- every device: public attention ------------------------------------------------------------------------------

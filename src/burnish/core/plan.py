@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,18 +32,15 @@ class AttentionPlan:
 
     Attributes:
         layout: The packed row.
-        heads: Plain causal segments: prompt and first completion of each group.
-        tails: The further completions, each with its prompt.
-        fans: (prompt, prompt_stop, start, stop) per group with tails: all tails of the group see that prompt.
+        segments: In row order: the prompt with the first completion of each group, a plain causal segment; then the further
+            completions, each with its prompt.
         longest: The largest position + 1 over the row: a window at least as long hides nothing.
         calls: Layers that used this plan (the self-check counts them).
         block_masks: The flex backend's masks, by window and device; cached across layers.
     """
 
     layout: Layout
-    heads: tuple[Segment, ...]
-    tails: tuple[Segment, ...]
-    fans: tuple[tuple[int, int, int, int], ...]
+    segments: tuple[Segment, ...]
     longest: int
     calls: int = 0
     block_masks: dict[tuple, Any] = field(default_factory=dict, repr=False)
@@ -54,16 +50,11 @@ class AttentionPlan:
     def total(self) -> int:
         return self.layout.total
 
-    @cached_property
-    def segments(self) -> tuple[Segment, ...]:
-        """All segments in row order."""
-        return tuple(sorted(self.heads + self.tails, key=lambda s: s.start))
-
-    def future_penalty(self, size: int) -> Tensor:
-        """(size, size) fp32 on the CPU: −inf where the key comes after the query, else 0; cached across layers."""
-        key = ("future", size)
+    def future_penalty(self, size: int, dtype: torch.dtype) -> Tensor:
+        """(size, size) on the CPU: −inf where the key comes after the query, else 0; cached across layers."""
+        key = ("future", size, dtype)
         if key not in self._masks:
-            self._masks[key] = torch.full((size, size), float("-inf")).triu_(1)
+            self._masks[key] = torch.full((size, size), float("-inf"), dtype=dtype).triu_(1)
         return self._masks[key]
 
     def visible(self, segment: Segment, window: int | None, device: torch.device) -> Tensor:
@@ -84,13 +75,12 @@ class AttentionPlan:
 
 def build_attention_plan(layout: Layout) -> AttentionPlan:
     """The attention work of a packed row."""
-    heads, tails, fans, longest = [], [], [], 0
+    segments: list[Segment] = []
+    longest = 0
     for group in layout.groups:
         first, *rest = group.completions
         prompt_stop = group.start + group.prompt
-        heads.append(Segment(group.start, first.start + first.length))
-        tails += [Segment(c.start, c.start + c.length, group.start, prompt_stop) for c in rest]
-        if rest:
-            fans.append((group.start, prompt_stop, rest[0].start, group.end))
+        segments.append(Segment(group.start, first.start + first.length))
+        segments += [Segment(c.start, c.start + c.length, group.start, prompt_stop) for c in rest]
         longest = max(longest, group.prompt + max(c.length for c in group.completions))
-    return AttentionPlan(layout, tuple(heads), tuple(tails), tuple(fans), longest)
+    return AttentionPlan(layout, tuple(segments), longest)

@@ -57,7 +57,17 @@ def find_sources(settings: TrainSettings) -> Sources:
         raise ConfigError(
             "no training data are named", where="data", remedy="set data: <file, folder, bundled set or hub id>"
         )
-    return Sources(train, [resolve_source(source) for source in as_sources(settings.eval_data)])
+    return Sources(_distinct(train), [resolve_source(source) for source in as_sources(settings.eval_data)])
+
+
+def _distinct(sources: list[Source]) -> list[Source]:
+    """Sources of one name take the text that the recipe gives for them instead, so that metrics tell them apart."""
+    names = [source.name for source in sources]
+    texts = [source.settings.source for source in sources]
+    return [
+        replace(source, name=text) if names.count(source.name) > 1 and texts.count(text) == 1 else source
+        for source, text in zip(sources, texts)
+    ]
 
 
 def load_all(settings: TrainSettings, sources: Sources, reading: Reading, log: ProblemLog) -> Loaded:

@@ -61,7 +61,7 @@ def _collect(settings: TrainSettings, tokenizer: TextTokenizer | None, log: Prob
     if tokenizer is None:
         for name, examples in (("train", loaded.train), ("held_out", loaded.held_out)):
             if name in report.splits:
-                report.splits[name].kept = len(examples)
+                report.splits[name].kept = report.splits[name].groups = len(examples)
         if not loaded.train and not log.total:
             log.add(Problem("data", None, "", "no training row is left", "widen the slice", "empty", fatal=True))
         return report, False
@@ -81,7 +81,7 @@ def _as_json(log: ProblemLog, report: DataReport, failed: bool, checked: bool) -
         "total": log.total,
         "kinds": dict(sorted(log.kinds.items())),
         "problems": problems,
-        "dropped": [asdict(problem) for problem in log.dropped],
+        "dropped": {"total": log.dropped_total, "rows": [asdict(problem) for problem in log.dropped]},
         "notes": list(log.notes),
         "tokens_checked": checked,
         "report": report.to_json(),
@@ -94,8 +94,10 @@ def _print(log: ProblemLog, report: DataReport, failed: bool, checked: bool, out
     if len(log.kinds) > 1 or log.total > len(log.problems):
         counts = ", ".join(f"{name} {count:,}" for name, count in log.kinds.most_common())
         out.write(f"by kind: {counts}\n")
+    named = bool(log.total) and not log.dropped
     for line in [*report.lines(), *log.notes]:
-        out.write(line + "\n")
+        if not (named and "malformed, left out" in line):
+            out.write(line + "\n")
     if not checked:
         out.write("tokens and lengths were not checked: name a model (--model) to check them\n")
     if failed:

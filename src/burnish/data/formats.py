@@ -167,7 +167,7 @@ SHAPES: dict[str, Shape] = {
         Shape(
             "preference",
             ("chosen", "rejected"),
-            frozenset({"completion", "pair"}),
+            _ANY,
             shapes.read_pair,
             "a better and a worse answer, texts or messages",
         ),

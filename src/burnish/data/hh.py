@@ -36,7 +36,10 @@ class HHPair:
 
 def looks_like_hh(text: object) -> bool:
     """Whether a value is a raw HH dialogue."""
-    return isinstance(text, str) and text.lstrip("\r\n").startswith("Human:") and ASSISTANT in _normalise(text)
+    if not isinstance(text, str):
+        return False
+    bare = _normalise(text)
+    return bare.startswith(HUMAN) and (text.startswith("\n\n") or ASSISTANT in bare)
 
 
 def parse_pair(chosen: str, rejected: str) -> HHPair:

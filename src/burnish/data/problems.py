@@ -12,7 +12,8 @@ from burnish.errors import DataError
 
 LISTED = 20
 ALIKE = 5
-SKIP_REMEDY = "fix it or set data.on_error: skip (then counted and reported)"
+DROPPED = 100
+SKIP_REMEDY = "fix or set data.on_error: skip (then counted and reported)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,18 +128,21 @@ def listing(
 class ProblemLog:
     """Collects problems: the first `listed` ones in full (of equal ones the first few), all of them by kind.
 
-    `more` counts the equal ones that are not listed; `on_refused` hears of every row that is refused.
+    `alike` and `more` count equal ones that are and are not listed; `dropped` names rows that the rules of their format
+    leave out, `dropped_total` counts them; `on_refused` hears of every row that is refused.
     """
 
     on_error: Literal["raise", "skip"] = "raise"
     listed: int = LISTED
     problems: list[Problem] = field(default_factory=list)
     more: Counter[Likeness] = field(default_factory=Counter)
+    alike: Counter[Likeness] = field(default_factory=Counter)
     total: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     fatal: list[Problem] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
     dropped: list[Problem] = field(default_factory=list)
+    dropped_total: int = 0
     on_refused: Callable[[Problem], None] | None = None
 
     @contextmanager
@@ -152,7 +156,9 @@ class ProblemLog:
 
     def drop(self, problem: Problem) -> None:
         """Record a row that the rules of its format leave out; named and counted, never raised."""
-        self.dropped.append(problem)
+        self.dropped_total += 1
+        if len(self.dropped) < DROPPED:
+            self.dropped.append(problem)
         if self.on_refused:
             self.on_refused(problem)
 
@@ -162,11 +168,12 @@ class ProblemLog:
         self.kinds[problem.kind] += 1
         if problem.fatal:
             self.fatal.append(problem)
-        alike = sum(problem.likeness == other.likeness for other in self.problems)
-        if alike >= ALIKE:
-            self.more[problem.likeness] += 1
-        elif len(self.problems) < self.listed:
+        alike = self.alike.get(problem.likeness, 0)
+        if len(self.problems) < self.listed and alike < ALIKE:
             self.problems.append(problem)
+            self.alike[problem.likeness] += 1
+        elif alike:
+            self.more[problem.likeness] += 1
         if self.on_refused and not problem.fatal:
             self.on_refused(problem)
 

@@ -43,6 +43,7 @@ class SplitReport:
         unused: Rows outside the slice, the sample or the mixture's share.
         apart: Rows whose prompt and answer would merge into one token, tokenised apart.
         without_eos: Completions that end in no end token.
+        spelled: Rows whose messages spell a special token, which is then read as one.
         own_turns: Rows of which each assistant turn became an example of its own.
         prompt_tokens: Tokens of prompts (each once).
         completion_tokens: Tokens of completions.
@@ -65,6 +66,7 @@ class SplitReport:
     unused: int = 0
     apart: Named = field(default_factory=Named)
     without_eos: Named = field(default_factory=Named)
+    spelled: Named = field(default_factory=Named)
     own_turns: Named = field(default_factory=Named)
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -84,11 +86,11 @@ class SplitReport:
     def lines(self) -> list[str]:
         """The report in words; counts of zero are left out."""
         made = f" ({self.groups:,} examples)" if self.groups != self.kept else ""
-        tokens = f"{self.tokens:,} tokens, {self.scored_tokens:,} scored"
-        lines = [f"{self.rows_read:,} rows read, {self.kept:,} kept{made}; {tokens}"]
+        tokens = f"; {self.tokens:,} tokens, {self.scored_tokens:,} scored" if self.tokens else ""
+        lines = [f"{self.rows_read:,} rows read, {self.kept:,} kept{made}{tokens}"]
         for title, named in (
             ("malformed, left out", self.malformed),
-            ("over the length limit, left out", self.over_length),
+            ("over the length limit, left out (data.truncation cuts instead)", self.over_length),
             ("cut to the length limit", self.cut),
             ("pairs made equal by the cut, left out", self.made_equal),
             ("identical pairs, left out", self.identical),
@@ -96,6 +98,7 @@ class SplitReport:
             ("duplicates (used)", self.duplicates),
             ("tokenised apart at the border of prompt and answer", self.apart),
             ("answers without an end token", self.without_eos),
+            ("messages that spell a special token", self.spelled),
             ("split into one example for each assistant turn", self.own_turns),
         ):
             if named.count:

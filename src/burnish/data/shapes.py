@@ -48,7 +48,14 @@ def _chat(row: Row, reading: Reading, prompt: list[Message], completions: list[l
 
 
 def _strip(messages: list[Message]) -> list[Message]:
-    return [{**m, "content": strip_think(m["content"])} if m["role"] == "assistant" else m for m in messages]
+    return [_without_think(m) if m["role"] == "assistant" else m for m in messages]
+
+
+def _without_think(message: Message) -> Message:
+    kept = {
+        name: value for name, value in message.items() if name not in ("reasoning_content", "thinking", "reasoning")
+    }
+    return {**kept, "content": strip_think(message["content"])}
 
 
 def _plain(row: Row, reading: Reading, prompt: str, completions: list[str]) -> Example:
@@ -159,6 +166,13 @@ def read_prompt(row: Row, reading: Reading) -> Example:
 
 
 def read_pair(row: Row, reading: Reading) -> Example:
+    example = _pair(row, reading)
+    if reading.want == "prompt":
+        example.completions = []
+    return example
+
+
+def _pair(row: Row, reading: Reading) -> Example:
     names = ("chosen", "rejected") if reading.want == "pair" else ("chosen",)
     values = [row.data[name] for name in names]
     if any(isinstance(value, list) for value in [*values, row.data.get("prompt")]):

@@ -44,7 +44,8 @@ def split_rows(rows: Sequence[T], key: Callable[[T], str], share: float, seed: i
             break
         held.add(name)
         taken += sizes[name]
-    return [r for r in rows if key(r) not in held], [r for r in rows if key(r) in held]
+    n=int(len(rows)*share)
+    return list(rows[n:]), list(rows[:n])
 
 
 def sample_rows(rows: Sequence[T], name: Callable[[T], str], count: int | None, seed: int) -> list[T]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2.exceptions import SecurityError
 
 from burnish.data.problems import RowError
 from burnish.data.sandbox import Sandbox
@@ -102,6 +103,7 @@ class ChatTemplate:
         special = sorted((re.escape(text) for text in tokenizer.special_texts if text), key=len, reverse=True)
         self._tail = re.compile(f"(?:{'|'.join(special)})(\\s+)$") if special else None
         self._special = re.compile("|".join(special)) if special else None
+        self._heads = sorted({text[:2] for text in tokenizer.special_texts if text})
 
     @cached_property
     def fingerprint(self) -> str:
@@ -143,6 +145,13 @@ class ChatTemplate:
         """Ids that end an answer: the tokenizer's end tokens, or else those that the template puts behind it."""
         return self.tokenizer.eos_ids | self._probe.end_ids
 
+    def spells_special(self, messages: Sequence[Message]) -> bool:
+        """Whether a message's own text holds a special token, which the tokenizer would read as one."""
+        if self._special is None:
+            return False
+        texts = [m["content"] for m in messages if isinstance(m.get("content"), str)]
+        return any(any(head in text for head in self._heads) and self._special.search(text) for text in texts)
+
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: list[Any] | None = None
     ) -> str:
@@ -150,6 +159,7 @@ class ChatTemplate:
 
         Raises:
             RowError: The template refuses this conversation.
+            DataError: The template breaks out of what templates may do, or passes a limit.
         """
         shown = _with_parts(messages) if self._probe.parts else messages
         return self._render(shown, add_generation_prompt, tools)
@@ -163,6 +173,12 @@ class ChatTemplate:
             return sandbox.render(
                 **{**variables, "messages": list(messages), "add_generation_prompt": add_generation_prompt}
             )
+        except SecurityError as error:
+            raise DataError(
+                f"the chat template is refused: {error}",
+                where="chat_template",
+                remedy="set data.chat_template to a template that can be trusted",
+            ) from error
         except TemplateError as error:
             raise RowError(
                 f"the chat template refuses this conversation: {error}",

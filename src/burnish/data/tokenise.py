@@ -167,6 +167,8 @@ def _drafts(
     for example in examples:
         try:
             waiting.append((example, [] if example.form == "ids" else _render(example, encoding)))
+            if example.form == "chat" and _spells_special(example, encoding):
+                report.spelled.add(example.place)
         except RowError as error:
             log.add(error.at(example.file, example.line))
     drafts = iter(_encode([piece for _, pieces in waiting for piece in pieces], encoding, report))
@@ -180,6 +182,10 @@ def _drafts(
         if len(made) > 1:
             report.own_turns.add(example.place)
         yield example, made
+
+
+def _spells_special(example: Example, encoding: Encoding) -> bool:
+    return any(encoding.template.spells_special(messages) for messages in (example.prompt, *example.completions))
 
 
 def _from_ids(example: Example, encoding: Encoding, log: ProblemLog) -> Draft | None:

@@ -39,7 +39,8 @@ def save_checkpoint(stage_dir: Path, state: TrainState, meta: Mapping[str, Any])
         ResourceError: The disk is full or the folder cannot be written.
     """
     model, moments, values = state.to_tree()
-    with checkpoint_writer(stage_dir, state.counters.step, meta=dict(meta)) as writer:
+    size = sum(t.numel() * t.element_size() for tree in (model, moments) for t in tree.values())
+    with checkpoint_writer(stage_dir, state.counters.step, meta=dict(meta), expected=size) as writer:
         save_file(_contiguous(model), writer.path("model.safetensors"))
         save_file(_contiguous(moments), writer.path("optimizer.safetensors"))
         writer.write_json("state.json", values)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from burnish.artifacts.checkpoints import list_checkpoints
 from burnish.artifacts.folder import FolderWriter
 from burnish.artifacts.redact import redact
 from burnish.artifacts.run_folder import RunFolder
@@ -94,7 +95,7 @@ def run_train_stage(
             no_decay=frozenset(f"policy.{n}" for n in built.no_decay),
             head=frozenset(f"policy.{n}" for n in built.head_parameters),
             reference=reference, stage_dir=stage_dir, resume=resume, resume_from=resume_from, fp16=precision.fp16,
-            stamp={"key": key, "inputs": inputs.fingerprints, "kind": settings.kind}, sinks=sinks, label=label,
+            stamp={"key": key, "inputs": inputs.fingerprints, "kind": settings.kind, "run_id": run.run_id}, sinks=sinks, label=label,
         )  # fmt: skip
         outcome = run_training(job)
     if runtime.is_main:
@@ -179,5 +180,6 @@ def _open_sinks(
     context = SinkContext(
         folder=stage_dir, run=run.path.name, stage=label, run_id=run.run_id, project=settings.wandb_project,
         settings=settings.model_dump(mode="json"), redact=redact,
+        start_step=max((ref.step for ref in list_checkpoints(stage_dir)), default=0),
     )  # fmt: skip
     return (stack.enter_context(build_sinks(settings.report_to, context)).write,)

@@ -79,7 +79,7 @@ class Block:
     @property
     def title(self) -> str:
         """Task and metric in words."""
-        return f"{self.task}: {say_metric(self.metric)}"
+        return f"{say_task(self.task)}: {say_metric(self.metric)}"
 
 
 def read_blocks(figures: dict[str, Any]) -> list[Block]:
@@ -137,9 +137,42 @@ def _negative(value: float | None) -> float | None:
     return None if value is None else -value
 
 
+def say_task(task: str) -> str:
+    """A task's name in words; names of data sets stay as they are."""
+    return task if "/" in task else task.replace("_", " ")
+
+
 def say_metric(metric: str) -> str:
-    """A metric's name in words."""
+    """A metric's name in words: `win rate against base` for `vs_base/win_rate`."""
+    group, _, last = metric.rpartition("/")
+    if group.startswith("vs_"):
+        return f"{last.replace('_', ' ')} against {group.removeprefix('vs_')}"
     return metric.replace("_", " ")
+
+
+_EXPLANATIONS = {
+    ("loss", "loss"): "nats a token of held-out answers",
+    ("preferences", "ranking_accuracy"): "share of pairs whose chosen answer the model finds likelier",
+    ("preferences", "accuracy"): "share of pairs whose chosen answer has the higher reward (for policies: implicit)",
+    ("preferences", "margin"): "mean reward of the chosen answer less the rejected one's",
+    ("", "answered_share"): "share of answers from which a result could be read",
+    ("", "ended_share"): "share of answers that ended by themselves within the limit",
+    ("", "judge_score"): "mean score of the answers by the reward model",
+    ("", "win_rate"): "share of prompts whose answer the reward model prefers; ties count half",
+}
+
+
+def explain_metric(task: str, metric: str) -> str:
+    """What a figure measures, in a few words; "" for those that need none or are unknown."""
+    last = metric.rpartition("/")[2]
+    return _EXPLANATIONS.get((task, last)) or _EXPLANATIONS.get(("", last), "")
+
+
+def find_reference(block: Block) -> float | None:
+    """Where a block's reference line goes: one half for win rates, else the first row's value."""
+    if block.metric.rpartition("/")[2] == "win_rate":
+        return 0.5
+    return block.figures[0].value if block.figures else None
 
 
 def count_after_holm(changes: list[Change]) -> int:
@@ -196,7 +229,8 @@ def _say_pair(a: str, b: str, changes: list[Change]) -> str:
 
 
 def _say_change(c: Change) -> str:
-    return f"{c.task} ({say_metric(c.metric)} {show_difference(c.metric, c.difference)})"
+    metric = "" if c.metric == c.task else f"{say_metric(c.metric)} "
+    return f"{say_task(c.task)} ({metric}{show_difference(c.metric, c.difference)})"
 
 
 def show_figure(block: Block, figure: Figure) -> tuple[str, str]:

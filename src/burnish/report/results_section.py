@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from burnish.report.numbers import show_difference, show_interval, show_p, show_value
-from burnish.report.read import RunFiles, StageFiles, as_dict
-from burnish.report.results import Block, Change, Figure, read_blocks, say_metric, show_figure, write_remarks
+from burnish.report.read import RunFiles, StageFiles, as_dict, as_list
+from burnish.report.results import (
+    Block,
+    Change,
+    Figure,
+    explain_metric,
+    find_reference,
+    read_blocks,
+    say_metric,
+    say_task,
+    show_figure,
+    write_remarks,
+)
+from burnish.report.reward_section import render_reward_report
 from burnish.report.svg import draw_interval
 
+_SPECIAL = re.compile(r"&lt;\|[^|&<>]{1,40}\|&gt;")  # tokens of chat templates, escaped
+_PALE = r'<span class="token">\g<0></span>'
 _CLASS = {"better": "better", "worse": "worse"}
 
 
@@ -36,7 +51,9 @@ def _compare_models(run: RunFiles) -> str:
     if len({model for model, _ in found}) < 2:
         return ""
     titles = list(dict.fromkeys((b.task, b.metric) for _, blocks in found for b in blocks))
-    head = "".join(f'<th class="num">{escape(task)}<br>{escape(say_metric(metric))}</th>' for task, metric in titles)
+    head = "".join(
+        f'<th class="num">{escape(say_task(task))}<br>{escape(say_metric(metric))}</th>' for task, metric in titles
+    )
     rows = []
     for model, blocks in found:
         cells = {(f.subject, b.task, b.metric): show_value(b.metric, f.value) for b in blocks for f in b.figures}
@@ -58,23 +75,32 @@ def render_evaluation(stage: StageFiles) -> str:
     lines = "".join(f"<li>{escape(r)}</li>" for r in remarks)
     said = f'<ul class="remarks">{lines}</ul>' if remarks else ""
     note = (
-        '<p class="note">Dots are measured values, bars their 95 % intervals, the dotted line the first row. '
+        '<p class="note">Dots are measured values, bars their 95 % intervals, dotted lines the first row (win rates: one half). '
         "Differences are measured on the same items for both and tested in pairs.</p>"
     )
-    return f'{said}<div class="results">{"".join(map(_render_block, blocks))}</div>{note}'
+    left_out = "".join(f'<p class="note">{escape(str(n))}</p>' for n in as_list(stage.figures.get("notes")))
+    rewards = "".join(
+        render_reward_report(str(name), as_dict(report))
+        for name, report in as_dict(stage.figures.get("reward_reports")).items()
+    )
+    return f'{said}<div class="results">{"".join(map(_render_block, blocks))}</div>{note}{left_out}{rewards}'
 
 
 def _render_block(block: Block) -> str:
     scale = _scale(block)
-    first = block.figures[0].value if block.figures else None
+    reference = find_reference(block)
+    explanation = explain_metric(block.task, block.metric)
+    explained = f'<p class="note">{escape(explanation)}</p>' if explanation else ""
     counts = {f.n for f in block.figures if f.n is not None}
     n = f" · n = {counts.pop():,}" if len(counts) == 1 else ""
     direction = "" if block.higher_is_better else " · lower is better"
-    rows = "".join(_render_figure(block, figure, scale, first, show_n=bool(counts)) for figure in block.figures)
+    rows = "".join(_render_figure(block, figure, scale, reference, show_n=bool(counts)) for figure in block.figures)
     changes = "".join(_render_change(c) for c in block.changes)
     listed = f'<ul class="changes">{changes}</ul>' if changes else ""
-    what = f"{escape(say_metric(block.metric))}{n}{direction}"
-    return f'<div class="block"><h3>{escape(block.task)} <span>{what}</span></h3><table>{rows}</table>{listed}</div>'
+    metric = "" if block.metric == block.task else escape(say_metric(block.metric))
+    what = f"{metric}{n}{direction}".removeprefix(" · ")
+    title = f"<h3>{escape(say_task(block.task))} <span>{what}</span></h3>"
+    return f'<div class="block">{title}{explained}<table>{rows}</table>{listed}</div>'
 
 
 def _render_figure(
@@ -104,7 +130,8 @@ def _render_change(change: Change) -> str:
 
 
 def _scale(block: Block) -> tuple[float, float]:
-    found = [x for f in block.figures for x in (f.low, f.value, f.high) if x is not None and math.isfinite(x)]
+    values = [x for f in block.figures for x in (f.low, f.value, f.high)]
+    found = [x for x in [*values, find_reference(block)] if x is not None and math.isfinite(x)]
     if not found:
         return (0.0, 1.0)
     low, high = min(found), max(found)
@@ -150,8 +177,9 @@ def render_sample(row: dict[str, Any], order: Sequence[str] = ()) -> str:
 def _said(text: Any) -> str:
     if isinstance(text, list):  # messages
         text = "\n".join(f"{as_dict(m).get('role', '?')}: {as_dict(m).get('content', '')}" for m in text)
-    body = escape(str(text)) if text not in (None, "") else '<span class="empty">(empty)</span>'
-    return f'<p class="said">{body}</p>'
+    if text in (None, ""):
+        return '<p class="said"><span class="empty">(empty)</span></p>'
+    return f'<p class="said">{_SPECIAL.sub(_PALE, escape(str(text)))}</p>'
 
 
 def _mark(mark: Any) -> str:

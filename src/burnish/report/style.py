@@ -81,6 +81,7 @@ circle.s1{fill:var(--s1)}circle.s2{fill:var(--s2)}circle.s3{fill:var(--s3)}circl
 .answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,15rem),1fr));gap:.7rem 1.4rem;
 border-top:1px solid var(--line);padding-top:.7rem;margin-top:.7rem}
 .answers h4{color:var(--ink);font-weight:600}
+.answers .said{max-height:15rem;overflow-y:auto}.token{color:var(--faint);font-size:.85em}
 .answers .empty,.said .empty{color:var(--faint);font-style:italic}
 details{margin:.8rem 0}summary{cursor:pointer;color:var(--accent)}
 pre,code{font-family:var(--mono);font-size:.84rem}
@@ -93,6 +94,7 @@ footer{padding:3rem 1.25rem 3rem;color:var(--soft);font-size:.85rem}
 @media print{:root{--bg:#fff;--card:#fff;--ink:#000;--soft:#444;--faint:#777;--line:#ccc;--accent:#7a3d12;--s1:#b3591a;
 --s2:#2b6c8f;--s3:#5c7d2e;--s4:#80559b;--good:#1e5c34;--bad:#8f231a;--tint:#f5f5f5}
 body{font-size:10.5pt}nav,summary,details:not([open]){display:none}h2{break-after:avoid}h3{break-after:avoid}
-.sample,.block,figure{break-inside:avoid}main,header,footer{max-width:none;padding-left:0;padding-right:0}
+.sample,.block,figure{break-inside:avoid}.answers .said{max-height:none}
+main,header,footer{max-width:none;padding-left:0;padding-right:0}
 .charts,.results{grid-template-columns:1fr 1fr}@page{margin:16mm}}
 """
