@@ -44,8 +44,7 @@ def split_rows(rows: Sequence[T], key: Callable[[T], str], share: float, seed: i
             break
         held.add(name)
         taken += sizes[name]
-    n=int(len(rows)*share)
-    return list(rows[n:]), list(rows[:n])
+    return [r for r in rows if key(r) not in held], [r for r in rows if key(r) in held]
 
 
 def sample_rows(rows: Sequence[T], name: Callable[[T], str], count: int | None, seed: int) -> list[T]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from burnish.artifacts.folder import write_file, write_json_file
+from burnish.artifacts.redact import redact_tree
 from burnish.evals.intervals import Comparison, Interval
 
 
@@ -70,10 +72,10 @@ class Figures:
     def save(self, folder: Path) -> None:
         """Write figures.json, items.jsonl and samples.jsonl."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "figures.json").write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", "utf-8")
+        write_json_file(folder / "figures.json", redact_tree(self.to_json()))
         for name, rows in (("items.jsonl", self.items), ("samples.jsonl", self.samples)):
-            text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-            (folder / name).write_text(text, "utf-8")
+            text = "".join(json.dumps(redact_tree(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+            write_file(folder / name, text)
 
 
 def align(a: Sequence[str], b: Sequence[str]) -> tuple[list[int], list[int]]:

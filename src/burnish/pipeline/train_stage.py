@@ -95,7 +95,8 @@ def run_train_stage(
             no_decay=frozenset(f"policy.{n}" for n in built.no_decay),
             head=frozenset(f"policy.{n}" for n in built.head_parameters),
             reference=reference, stage_dir=stage_dir, resume=resume, resume_from=resume_from, fp16=precision.fp16,
-            stamp={"key": key, "inputs": inputs.fingerprints, "kind": settings.kind, "run_id": run.run_id}, sinks=sinks, label=label,
+            stamp={"key": key, "inputs": inputs.fingerprints, "kind": settings.kind, "run_id": run.run_id},
+            sinks=sinks, label=label,
         )  # fmt: skip
         outcome = run_training(job)
     if runtime.is_main:
