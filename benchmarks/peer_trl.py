@@ -94,9 +94,10 @@ def _build_trainer(plan: Plan, mode: str, folder: Path, data: Any, tokenizer: An
 
         class TimedDpo(trl.DPOTrainer):
             def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
-                start = time.perf_counter()
+                start, start_cpu = time.perf_counter(), time.process_time()
                 found = super()._precompute_ref_logps(*args, **kwargs)
                 seconds["reference"] = time.perf_counter() - start
+                seconds["reference_cpu"] = time.process_time() - start_cpu
                 return found
 
         # The path, not an object: the reference then is the same checkpoint.
@@ -111,7 +112,8 @@ def run_trl(plan: Plan, pairs: Sequence[Pair], folder: Path, mode: str) -> dict[
 
     Returns:
         `losses`, one a step; `seconds`, all of the time between the end of the warm-up steps and the end of the last
-        step, plus the timed rows' share of the reference's log-probs if computed ahead; `reference_seconds`.
+        step, plus the timed rows' share of the reference's log-probs if computed ahead; `cpu_seconds`, the processor time
+        of the same stretch; `reference_seconds`.
     """
     os.environ["HF_DATASETS_CACHE"] = str(folder / f"cache-{os.getpid()}")  # log-probs are computed, never found
     import datasets
@@ -120,17 +122,23 @@ def run_trl(plan: Plan, pairs: Sequence[Pair], folder: Path, mode: str) -> dict[
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     data = datasets.Dataset.from_list(build_rows(plan.method, pairs))
-    seconds = {"reference": 0.0}
+    seconds = {"reference": 0.0, "reference_cpu": 0.0}
     trainer = _build_trainer(plan, mode, folder, data, tokenizer, seconds)
     check_ids(plan.method, list(trainer.train_dataset), pairs)
-    losses, ends = _watch(trainer), []
+    losses, ends, cpu = _watch(trainer), [], []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             ends.append(time.perf_counter())
+            cpu.append(time.process_time())
 
     trainer.add_callback(Clock())
     trainer.train()
     timed = 1.0 - plan.warmup_steps * plan.batch_size / len(pairs)
-    total = ends[-1] - ends[plan.warmup_steps - 1] + seconds["reference"] * timed
-    return {"losses": losses, "seconds": total, "reference_seconds": seconds["reference"]}
+    first = plan.warmup_steps - 1
+    return {
+        "losses": losses,
+        "seconds": ends[-1] - ends[first] + seconds["reference"] * timed,
+        "cpu_seconds": cpu[-1] - cpu[first] + seconds["reference_cpu"] * timed,
+        "reference_seconds": seconds["reference"],
+    }

@@ -59,6 +59,7 @@ class Watch:
     def __init__(self, warmup_steps: int, profile: Path | None) -> None:
         self.losses: list[float] = []
         self.ends: list[float] = []
+        self.cpu: list[float] = []
         self.warmup_steps = warmup_steps
         self.profiler = (
             torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True)
@@ -69,6 +70,7 @@ class Watch:
 
     def __call__(self, step: int, figures: Any, seconds: float) -> None:
         self.ends.append(time.perf_counter())
+        self.cpu.append(time.process_time())
         self.losses.append(float(figures["loss"]))
         if self.profiler and step + 1 == self.warmup_steps:
             self.profiler.start()
@@ -92,12 +94,12 @@ def run_burnish(plan: Plan, pairs: Sequence[Pair], folder: Path, profile: Path |
     precision = resolve_precision(plan.precision, runtime.device, plan.shape.hidden)
     built = build_model(settings, str(model), head=method.head, seed=plan.seed, compute_dtype=precision.compute)
     policy = Policy(built.model, head=method.head, attention=settings.attention, compute_dtype=precision.compute)
-    groups, reference = build_groups(plan, pairs), 0.0
+    groups, reference, reference_cpu = build_groups(plan, pairs), 0.0, 0.0
     if method.needs_reference:
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         budget = choose_budget(settings, runtime.device.type)
         groups = attach_table(groups, compute_reference_table(Reference(policy, "copy"), groups, budget=budget))
-        reference = time.perf_counter() - start
+        reference, reference_cpu = time.perf_counter() - start, time.process_time() - start_cpu
     watch = Watch(plan.warmup_steps, profile)
     job = TrainJob(
         policy=policy,
@@ -114,5 +116,11 @@ def run_burnish(plan: Plan, pairs: Sequence[Pair], folder: Path, profile: Path |
     run_training(job)
     watch.close()
     timed = 1.0 - plan.warmup_steps * plan.batch_size / len(pairs)
-    total = watch.ends[-1] - watch.ends[plan.warmup_steps - 1] + reference * timed
-    return {"losses": watch.losses, "seconds": total, "reference_seconds": reference, "backend": policy.backend}
+    first = plan.warmup_steps - 1
+    return {
+        "losses": watch.losses,
+        "seconds": watch.ends[-1] - watch.ends[first] + reference * timed,
+        "cpu_seconds": watch.cpu[-1] - watch.cpu[first] + reference_cpu * timed,
+        "reference_seconds": reference,
+        "backend": policy.backend,
+    }

@@ -49,6 +49,7 @@ def run_worker(side: str, mode: str, folder: Path, out: Path, profile: Path | No
     """One measurement in this process: figures go to `out`."""
     import resource
 
+    import torch
     from flops import compute_useful_flops, measure_matmul_peak
 
     plan, pairs = load_workload(folder)
@@ -65,6 +66,7 @@ def run_worker(side: str, mode: str, folder: Path, out: Path, profile: Path | No
     found["matmul_peak"] = measure_matmul_peak(plan.precision)
     timed = pairs[plan.warmup_steps * plan.batch_size :]
     found["peak_share"] = compute_useful_flops(timed, plan) / found["seconds"] / found["matmul_peak"]
+    found["busy"] = found["cpu_seconds"] / found["seconds"] / torch.get_num_threads()
     out.write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -77,7 +79,10 @@ def measure(side: str, folder: Path, profile: Path | None = None) -> dict[str, A
         words += ["--profile-out", str(profile)]
     _start(words)
     found = json.loads(out.read_text(encoding="utf-8"))
-    note(f"  {side}: {found['seconds']:.2f} s, {found['gb']:.2f} GB, peak share {found['peak_share']:.2f}")
+    note(
+        f"  {side}: {found['seconds']:.2f} s ({found['cpu_seconds']:.1f} s of processor, busy {found['busy']:.2f}), "
+        f"{found['gb']:.2f} GB, peak share {found['peak_share']:.2f}"
+    )
     return found
 
 
@@ -128,6 +133,9 @@ def compute_row(plan: Plan, runs: dict[str, list[dict[str, Any]]], facts: dict[s
         "burnish_gb": rounded(median("burnish", "gb")),
         "peer_gb": rounded(median("defaults", "gb")),
         "peer_tuned_gb": rounded(median("tuned", "gb")),
+        "cpu_time_ratio": ratio("defaults", "cpu_seconds"),
+        "cpu_time_ratio_tuned": ratio("tuned", "cpu_seconds"),
+        "busy": {side: rounded(median(side, "busy")) for side in runs},
         "loss_max_abs_diff": difference(main),
         "loss_first": runs["burnish"][0]["losses"][0] if runs.get("burnish") else None,
         "matmul_peak_share": rounded(median("burnish", "peak_share")),
@@ -135,7 +143,7 @@ def compute_row(plan: Plan, runs: dict[str, list[dict[str, Any]]], facts: dict[s
         "peer_matmul_peak_share": rounded(median("defaults", "peak_share")),
         "precision": plan.precision,
         "batch_size": plan.batch_size,
-        "threads": os.cpu_count(),
+        "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         "runs": {side: [rounded(r["seconds"]) for r in found] for side, found in runs.items()},
     }
     return row | facts
@@ -178,6 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="threads of each side (default: all processors)")
     parser.add_argument("--json", action="store_true", help="accepted for clarity: the last line always is JSON")
     parser.add_argument("--profile", action="store_true", help="one more burnish run, under the profiler")
     parser.add_argument("--curve", action="store_true", help="cost against batch size, prompt share, spread and layers")
@@ -195,6 +204,8 @@ def main() -> int:
         profile = Path(arguments.profile_out) if arguments.profile_out else None
         run_worker(arguments.worker, arguments.peer_mode, Path(arguments.folder), Path(arguments.out), profile)
         return 0
+    if arguments.threads:
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     if arguments.rows % arguments.batch_size:
         raise SystemExit(f"--rows {arguments.rows} is not a multiple of --batch-size {arguments.batch_size}")
     data = find_data(arguments.data)

@@ -226,7 +226,7 @@ def test_the_report_speaks_and_round_trips(tmp_path: Path) -> None:
     report = prepare_data(dpo(file, max_length=60, validation_split=0.2), plain_tokenizer()).report
     lines = report.lines()
     assert any("rows read" in line and "scored" in line for line in lines)
-    assert any("1 over the length limit, left out (data.truncation cuts instead): a.jsonl:11" in line for line in lines)
+    assert any("1 over the length limit, left out (truncation cuts instead): a.jsonl:11" in line for line in lines)
     assert DataReport.from_json(report.to_json()) == report
 
 

@@ -53,6 +53,7 @@ def test_r27_no_way_out(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     [
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{% for i in range(99999) %}{% for j in range(99999) %}{{ j }}{% endfor %}{% endfor %}",
+        "{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% for k in r %}{% endfor %}{% endfor %}{% endfor %}",
         "{% for i in range(10**10) %}x{% endfor %}",
         "{{ 'a' * 10**9 }}",
         "{{ 10**9 * 'a' }}",

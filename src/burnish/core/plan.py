@@ -35,6 +35,8 @@ class AttentionPlan:
         segments: In row order: the prompt with the first completion of each group, a plain causal segment; then the further
             completions, each with its prompt.
         longest: The largest position + 1 over the row: a window at least as long hides nothing.
+        keep: (K,) int64, the row positions that are read after the last layer; None = all.
+        kept: The last layer returned the rows of `keep` only.
         calls: Layers that used this plan (the self-check counts them).
         block_masks: The flex backend's masks, by window and device; cached across layers.
     """
@@ -42,6 +44,8 @@ class AttentionPlan:
     layout: Layout
     segments: tuple[Segment, ...]
     longest: int
+    keep: Tensor | None = None
+    kept: bool = False
     calls: int = 0
     block_masks: dict[tuple, Any] = field(default_factory=dict, repr=False)
     _masks: dict[tuple, Tensor] = field(default_factory=dict, repr=False)

@@ -76,7 +76,7 @@ def _identical(example: Example) -> Problem:
         "chosen and rejected are equal",
         kind="identical pair",
         field="rejected",
-        remedy="remove such rows, or set data.drop_identical: true (then left out and counted)",
+        remedy="remove such rows, or set drop_identical: true (then left out and counted)",
     )
     return error.at(example.file, example.line)
 

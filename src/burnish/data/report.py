@@ -90,7 +90,7 @@ class SplitReport:
         lines = [f"{self.rows_read:,} rows read, {self.kept:,} kept{made}{tokens}"]
         for title, named in (
             ("malformed, left out", self.malformed),
-            ("over the length limit, left out (data.truncation cuts instead)", self.over_length),
+            ("over the length limit, left out (truncation cuts instead)", self.over_length),
             ("cut to the length limit", self.cut),
             ("pairs made equal by the cut, left out", self.made_equal),
             ("identical pairs, left out", self.identical),

@@ -173,7 +173,7 @@ def read_pair(row: Row, reading: Reading) -> Example:
 
 
 def _pair(row: Row, reading: Reading) -> Example:
-    names = ("rejected", "chosen") if reading.want == "pair" else ("chosen",)
+    names = ("chosen", "rejected") if reading.want == "pair" else ("chosen",)
     values = [row.data[name] for name in names]
     if any(isinstance(value, list) for value in [*values, row.data.get("prompt")]):
         return _chat_pair(row, reading, names)

@@ -177,14 +177,14 @@ class ChatTemplate:
             raise DataError(
                 f"the chat template is refused: {error}",
                 where="chat_template",
-                remedy="set data.chat_template to a template that can be trusted",
+                remedy="set chat_template to a template that can be trusted",
             ) from error
         except TemplateError as error:
             raise RowError(
                 f"the chat template refuses this conversation: {error}",
                 kind="template",
                 field="messages",
-                remedy="change the row, or set data.chat_template (or chat_template_kwargs)",
+                remedy="change the row, or set chat_template (or chat_template_kwargs)",
             ) from error
 
     def split(
@@ -259,7 +259,7 @@ class ChatTemplate:
                     "the chat template renders the earlier messages differently once an answer follows",
                     kind="template",
                     field=f"messages[{i}]",
-                    remedy="set data.chat_template to a template that renders earlier messages the same",
+                    remedy="set chat_template to a template that renders earlier messages the same",
                 )
             shared = _shared(header, tail)
             answer = tail[shared:]
@@ -290,7 +290,7 @@ def load_template(
         if not path.is_file():
             raise DataError(
                 f"{choice!r} is neither a template file nor a template text",
-                where="data.chat_template",
+                where="chat_template",
                 remedy="give the path of a .jinja file, or a text with {{ … }}",
             )
         choice = path.read_text(encoding="utf-8")
@@ -304,11 +304,11 @@ def _compile(source: str) -> Sandbox:
         raise DataError(
             f"the chat template is not valid: {error.message} (line {error.lineno})",
             where="chat_template",
-            remedy="mend the template, or set data.chat_template",
+            remedy="mend the template, or set chat_template",
         ) from error
     except TemplateError as error:
         raise DataError(
-            f"the chat template is refused: {error}", where="chat_template", remedy="set data.chat_template to another"
+            f"the chat template is refused: {error}", where="chat_template", remedy="set chat_template to another"
         ) from error
 
 

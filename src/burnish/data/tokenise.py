@@ -106,10 +106,10 @@ def _render(example: Example, encoding: Encoding) -> list[_Piece]:
     if example.form == "text":
         if mode in ("assistant", "last"):
             raise RowError(
-                f"plain text has no assistant turns, which data.train_on: {mode} asks for",
+                f"plain text has no assistant turns, which train_on: {mode} asks for",
                 kind="train_on",
                 field="text",
-                remedy="set data.train_on: auto",
+                remedy="set train_on: auto",
             )
         return [_Piece(example, "", [(Segment(example.completions[0], True),)], plain=True, everything=True)]
     if example.form == "plain":
@@ -152,7 +152,7 @@ def _render_chat(example: Example, encoding: Encoding, mode: TrainOn) -> list[_P
         "the chat template renders these answers so that they share no prompt",
         kind="template",
         field="chosen",
-        remedy="give answers of one assistant message each, or set data.chat_template",
+        remedy="give answers of one assistant message each, or set chat_template",
     )
 
 
@@ -348,7 +348,7 @@ def _identical(example: Example, encoding: Encoding, log: ProblemLog, report: Sp
         "chosen and rejected are equal",
         kind="identical pair",
         field="rejected",
-        remedy="remove such rows, or set data.drop_identical: true (then left out and counted)",
+        remedy="remove such rows, or set drop_identical: true (then left out and counted)",
     )
     log.add(error.at(example.file, example.line))
 

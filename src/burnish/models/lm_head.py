@@ -14,6 +14,12 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 
 
+def get_backbone(inner: Any) -> nn.Module:
+    """The transformers model below its head."""
+    base = inner.base_model
+    return inner.model if base is inner else base
+
+
 def read_transform(config: Any) -> LogitTransform:
     """What the model of this configuration does to its logits.
 

@@ -22,9 +22,10 @@ from burnish.core.attention import (
 from burnish.core.batch import Outputs, PackedBatch, build_packed_batch
 from burnish.core.group import Completion, Group
 from burnish.core.head import Functional, HeadInput, compute_token_logprobs
-from burnish.core.plan import build_attention_plan
+from burnish.core.plan import AttentionPlan, build_attention_plan
 from burnish.errors import UsageError
-from burnish.models.lm_head import build_head_input
+from burnish.models.fuse import fuse_blocks, split_blocks
+from burnish.models.lm_head import build_head_input, get_backbone
 from burnish.models.padded import PaddedRows, build_padded_rows, compute_padded_hidden
 from burnish.models.self_check import check_architecture
 
@@ -127,6 +128,9 @@ class Policy(nn.Module):
         if not verdict.packs:
             return self._become_padded(verdict.reason, asked=attention != "auto")
         self.inner.set_attn_implementation(FLEX_NAME if attention == "flex" else SDPA_NAME)
+        split_blocks(self.backbone)
+        if verdict.fuses and attention != "flex":
+            fuse_blocks(self.backbone)
         return "flex" if attention == "flex" else "sdpa"
 
     def _become_padded(self, reason: str, *, asked: bool = False) -> str:
@@ -216,9 +220,14 @@ class Policy(nn.Module):
         last_index = batch.last_index if want_last else batch.last_index[:0]
         if self.backend != "padded":
             try:
+                given = _packed_arguments(batch)
+                plan: AttentionPlan = given[PLAN_KWARG]
+                plan.keep = torch.cat((batch.source_index, last_index)) if want_last else batch.source_index
                 with self._autocast():
-                    hidden = self.backbone(**_packed_arguments(batch))[0][0]
-                return hidden.index_select(0, batch.source_index), hidden.index_select(0, last_index)
+                    hidden = self.backbone(**given)[0][0]
+                read = hidden if plan.kept else hidden.index_select(0, plan.keep)
+                scored = len(batch.source_index)
+                return read[:scored], read[scored:]
             except PackingRefused as refusal:
                 self._become_padded(refusal.message)
         with self._autocast():
@@ -270,12 +279,6 @@ class Policy(nn.Module):
             if f.name not in outputs.functionals and anchor is not None:
                 outputs.functionals[f.name] = anchor
         return outputs
-
-
-def get_backbone(inner: Any) -> nn.Module:
-    """The transformers model below its head."""
-    base = inner.base_model
-    return inner.model if base is inner else base
 
 
 def _identity(logits: Tensor) -> Tensor:

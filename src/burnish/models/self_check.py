@@ -27,13 +27,14 @@ from burnish.core.attention import PLAN_KWARG, SDPA_NAME, PackingRefused, attach
 from burnish.core.batch import PackedBatch, build_packed_batch
 from burnish.core.group import Completion, Group
 from burnish.core.plan import build_attention_plan
-from burnish.models.lm_head import build_head_input, has_plain_head
+from burnish.models.fuse import fuse_blocks
+from burnish.models.lm_head import build_head_input, get_backbone, has_plain_head
 from burnish.models.twin import VOCABULARY, build_twin
 
 log = logging.getLogger("burnish")
 
 TOLERANCE = 1e-4  # of the largest hidden state or logit
-_VERSION = 1  # of this check
+_VERSION = 2  # of this check
 _known: dict[str, Verdict] = {}
 
 
@@ -45,11 +46,13 @@ class Verdict:
         packs: Packed rows give the hidden states of separate passes.
         reason: Why not, one clause; "" if it packs.
         head_agrees: The chunked head with the table's transforms gives the model's own logits (True for score heads).
+        fuses: Fused blocks (`models.fuse`) give the same as well; False where there are none.
     """
 
     packs: bool
     reason: str = ""
     head_agrees: bool = True
+    fuses: bool = False
 
 
 def check_architecture(inner: Any, head: str = "lm", cache_dir: Path | None = None) -> Verdict:
@@ -117,16 +120,17 @@ def _run(inner: Any, head: str) -> Verdict:
             return Verdict(False, refusal.message, agrees)
         except Exception as error:
             return Verdict(False, f"its code does not run on a packed row ({_brief(error)})", agrees)
-    return _compare(found, expected, agrees)
+        return _compare(found, expected, agrees, twin, batch)
 
 
-def _compare(found: Tensor, expected: Tensor, agrees: bool) -> Verdict:
+def _compare(found: Tensor, expected: Tensor, agrees: bool, twin: Any, batch: PackedBatch) -> Verdict:
     """Verdict from (positions, hidden size) states of both ways."""
     if not bool(torch.isfinite(expected).all()):
         return Verdict(False, "the self-check's small copy gives non-finite numbers", agrees)
     gap = _relative_gap(found, expected)
     if gap <= TOLERANCE:
-        return Verdict(True, "", agrees)
+        fuses = fuse_blocks(get_backbone(twin)) > 0 and _relative_gap(_packed(twin, batch), expected) <= TOLERANCE
+        return Verdict(True, "", agrees, fuses)
     return Verdict(False, f"packed rows differ from separate passes by {gap:.2g} in the self-check", agrees)
 
 
@@ -162,7 +166,7 @@ def _rows(batch: PackedBatch) -> Iterator[tuple[Tensor, int, Tensor]]:
 def _separate(twin: Any, batch: PackedBatch) -> Tensor:
     """Hidden states at every position of every prompt + completion, one eager pass each."""
     twin.set_attn_implementation("eager")
-    backbone = _backbone(twin)
+    backbone = get_backbone(twin)
     with torch.no_grad():
         return torch.cat([backbone(ids, use_cache=False)[0][0] for ids, _, _ in _rows(batch)])
 
@@ -175,7 +179,7 @@ def _packed(twin: Any, batch: PackedBatch) -> Tensor:
     attach_plan(positions, plan)
     with torch.no_grad():
         given = {"input_ids": batch.input_ids[None], "position_ids": positions, "use_cache": False, PLAN_KWARG: plan}
-        hidden = _backbone(twin)(**given)[0][0]
+        hidden = get_backbone(twin)(**given)[0][0]
     if plan.calls == 0:
         raise PackingRefused("its attention layers never ask the attention registry")
     return hidden[torch.cat([index for _, _, index in _rows(batch)])]
@@ -189,7 +193,7 @@ def _head_agrees(twin: Any, batch: PackedBatch) -> bool:
     ids = next(_rows(batch))[0]
     try:
         with torch.no_grad():
-            ours = build_head_input(twin, _backbone(twin)(ids, use_cache=False)[0][0]).logits(0, ids.shape[1])
+            ours = build_head_input(twin, get_backbone(twin)(ids, use_cache=False)[0][0]).logits(0, ids.shape[1])
             own = twin(ids, use_cache=False).logits[0].float()
     except Exception:  # a model whose head cannot be called this way: its own logits are used
         return False
@@ -204,11 +208,6 @@ def _try_head(inner: Any, head: str) -> bool:
         return _head_agrees(build_twin(inner), _build_probe())
     except Exception:  # no small copy can be built: the model's own head is the safe way
         return False
-
-
-def _backbone(twin: Any) -> Any:
-    base = twin.base_model
-    return twin.model if base is twin else base
 
 
 def _brief(error: Exception) -> str:
