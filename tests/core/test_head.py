@@ -212,7 +212,7 @@ def test_another_vocabulary_or_a_missing_second_model_is_an_error() -> None:
 
 
 def test_a_head_that_must_be_called() -> None:
-    hidden, weight, _, targets = _draw()
+    hidden, _weight, _, targets = _draw()
     module = torch.nn.Linear(H, V, dtype=torch.float64)
     transform = LogitTransform(0.5, 2.0)
     out = compute_token_logprobs(hidden, None, targets, module=module, transform=transform, want_entropy=True, block=4)

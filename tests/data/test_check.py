@@ -112,7 +112,7 @@ def d15(folder: Path, kind: str) -> tuple[str, dict[str, Any]]:
 
 
 CASES: list[tuple[Callable[[Path, str], tuple[str, dict[str, Any]]], list[str]]] = [
-    (d01, ["a.jsonl:7: not valid JSON", "column", "fix or set data.on_error: skip (then counted and reported)"]),
+    (d01, ["a.jsonl:7: not valid JSON", "column", "fix or set on_error: skip (then counted and reported)"]),
     (d02, ["a.jsonl:4: ", "expected a text, found the number 5"]),
     (
         d03,
@@ -142,7 +142,7 @@ CASES: list[tuple[Callable[[Path, str], tuple[str, dict[str, Any]]], list[str]]]
         ],
     ),
     (d13, ["a.jsonl:1 (the prompt alone has", "max_length is 60", "raise max_length"]),
-    (d14, ["a.jsonl:4: ", "the answer is empty", "data.on_error: skip"]),
+    (d14, ["a.jsonl:4: ", "the answer is empty", "on_error: skip"]),
     (d15, ["'a' stands twice", "NaN is not a JSON number", "1e999 is too large", "brackets nest too deeply"]),
 ]
 

@@ -86,7 +86,7 @@ def test_d01_a_broken_line_in_the_middle(tmp_path: Path) -> None:
     (problem,) = log.problems
     assert (problem.line, problem.kind) == (7, "json")
     assert "column 10" in problem.message
-    assert "fix or set data.on_error: skip (then counted and reported)" in problem.remedy
+    assert "fix or set on_error: skip (then counted and reported)" in problem.remedy
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,9 @@ def test_a_layout_that_leaks_between_completions_is_caught(monkeypatch: pytest.M
 
     def leaky(layout):
         plan = real(layout)
-        plan.segments = tuple(Segment(s.start, s.stop, s.prompt, s.start if s.prompt_stop else 0) for s in plan.segments)
+        plan.segments = tuple(
+            Segment(s.start, s.stop, s.prompt, s.start if s.prompt_stop else 0) for s in plan.segments
+        )
         return plan
 
     monkeypatch.setattr(self_check, "build_attention_plan", leaky)

@@ -67,6 +67,9 @@ class DataSettings(Settings):
     on_error: Literal["raise", "skip"] = setting(
         "raise", "Malformed rows: raise, or skip (left out, counted and named)."
     )
+    strip_control: bool = setting(
+        False, "Remove NUL and other control characters from texts instead of refusing the row."
+    )
     drop_identical: bool = setting(
         False, "Leave out pairs whose chosen and rejected are equal instead of refusing them."
     )

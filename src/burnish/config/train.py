@@ -82,7 +82,8 @@ class TrainSettings(DataSettings):
     )
     save_total_limit: int = setting(2, "Checkpoints to keep (newest, best and pinned ones always stay); 0 = all.", ge=0)
     save_dtype: Literal["fp32", "source", "bf16"] = setting(
-        "fp32", "Type of saved full weights: fp32 keeps what was learnt; source = as the base was stored, half the disk."
+        "fp32",
+        "Type of saved full weights: fp32 keeps what was learnt; source = as the base was stored, half the disk.",
     )
     logging_steps: int = setting(1, "Write metrics every N steps.", ge=1)
     metric_for_best_model: str | None = setting(

@@ -169,7 +169,7 @@ def _check_leaks(loaded: Loaded, log: ProblemLog, *, explicit: bool, skip: bool)
                     example.line,
                     "prompt",
                     f"this evaluation row has the prompt of the training row {place}",
-                    "remove it from one of the two, or set data.on_error: skip (then left out of the evaluation)",
+                    "remove it from one of the two, or set on_error: skip (then left out of the evaluation)",
                     "leak",
                 )
             )

@@ -51,7 +51,7 @@ def check_text(value: Any, field: str, *, strip_control: bool = False) -> str:
         f"{name} \\u{char:04x} at character {found.start() + 1}",
         kind="control character",
         field=field,
-        remedy="remove it, set strip_control: true, or set data.on_error: skip (then counted and reported)",
+        remedy="remove it, set strip_control: true, or set on_error: skip (then counted and reported)",
     )
 
 

@@ -114,7 +114,7 @@ def _cache_key(settings: TrainSettings, sources: Sources, encoding: Encoding) ->
             "kind": settings.kind,
             "seed": settings.seed,
             "settings": own,
-            "strip_control": getattr(settings, "strip_control", False),
+            "strip_control": settings.strip_control,
             "sources": [source.fingerprint(split) for source, split in sources.read_splits()],
             "tokenizer": encoding.tokenizer.fingerprint,
             "template": encoding.template.fingerprint,
@@ -136,7 +136,7 @@ def reading_of(settings: TrainSettings, tokenizer: TextTokenizer | None) -> Read
         want=want_of(settings.kind),
         chat=own or settings.chat_template is not None,
         strip_think=settings.strip_think,
-        strip_control=bool(getattr(settings, "strip_control", False)),
+        strip_control=settings.strip_control,
     )
 
 

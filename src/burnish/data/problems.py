@@ -13,7 +13,7 @@ from burnish.errors import DataError
 LISTED = 20
 ALIKE = 5
 DROPPED = 100
-SKIP_REMEDY = "fix or set data.on_error: skip (then counted and reported)"
+SKIP_REMEDY = "fix or set on_error: skip (then counted and reported)"
 
 
 @dataclass(frozen=True, slots=True)

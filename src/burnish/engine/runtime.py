@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -90,6 +91,8 @@ class Runtime:
     def close(self) -> None:
         """Leave the process group."""
         if self.world > 1 and dist.is_initialized():
+            if sys.exc_info()[0] is None:
+                dist.barrier()  # a rank that leaves early would cut the connections of the others
             dist.destroy_process_group()
 
 

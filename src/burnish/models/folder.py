@@ -114,6 +114,19 @@ def read_base_config(folder: str | Path) -> dict[str, Any]:
     return inspect_model_folder(find_adapter_base(found.path, found.config)).config
 
 
+def read_text_config(folder: str | Path) -> dict[str, Any]:
+    """The language part of `read_base_config`."""
+    config = read_base_config(folder)
+    return config.get("text_config", config)
+
+
+def read_context(folder: str | Path) -> int | None:
+    """Tokens that the model takes at most; None where its configuration does not say."""
+    config = read_text_config(folder)
+    found = config.get("max_position_embeddings") or config.get("n_positions")
+    return int(found) if found else None
+
+
 def find_kind(config: dict[str, Any], path: Path) -> Kind:
     """The kind of a full model, from config.json's architecture."""
     names = [str(n) for n in config.get("architectures") or []]

@@ -56,10 +56,16 @@ def resolve_precision(wanted: str, device: torch.device, hidden_size: int) -> Pr
         return PrecisionPlan(torch.bfloat16, torch.bfloat16, "bf16 autocast with fp32 masters, as set")
     if wanted == "fp16":
         if device.type == "cpu":
-            raise ConfigError("fp16 is slow and inexact on a CPU", where="precision", found=wanted, remedy="use bf16 or fp32")
+            raise ConfigError(
+                "fp16 is slow and inexact on a CPU", where="precision", found=wanted, remedy="use bf16 or fp32"
+            )
         return PrecisionPlan(torch.float16, torch.float16, "fp16 autocast with fp32 masters and a loss scale, as set")
     if not has_fast_bf16(device):
         return PrecisionPlan(None, torch.float32, f"fp32 (auto: {device.type} has no fast bf16)")
     if device.type == "cpu" and hidden_size < SMALL_HIDDEN:
-        return PrecisionPlan(None, torch.float32, f"fp32 (auto: hidden size {hidden_size} is too small to gain from bf16)")
-    return PrecisionPlan(torch.bfloat16, torch.bfloat16, f"bf16 autocast with fp32 masters (auto: fast on this {device.type})")
+        return PrecisionPlan(
+            None, torch.float32, f"fp32 (auto: hidden size {hidden_size} is too small to gain from bf16)"
+        )
+    return PrecisionPlan(
+        torch.bfloat16, torch.bfloat16, f"bf16 autocast with fp32 masters (auto: fast on this {device.type})"
+    )

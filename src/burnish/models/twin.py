@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 VOCABULARY = 96
 
+_VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input")  # always VOCABULARY: the probe draws from all of it
 # Tiny value → fields that are cut to it where the configuration has more.
 _SIZES = {
-    VOCABULARY: "vocab_size vocab_size_per_layer_input",
     96: "intermediate_size n_inner ffn_dim ffn_hidden_size intermediate_size_mlp dense_intermediate_size",
     64: "hidden_size n_embd d_model embed_dim word_embed_proj_dim dim_model_base embedding_size lru_width "
     "max_position_embeddings n_positions max_seq_len n_ctx original_max_position_embeddings",
@@ -86,8 +86,9 @@ def _shrink(fields: dict[str, Any]) -> None:
 def _cut_sizes(fields: dict[str, Any]) -> None:
     for value, names in _SIZES.items():
         for name in names.split():
-            if _is_int(fields.get(name)) and (fields[name] > value or value == VOCABULARY):  # the probe needs all its ids
+            if _is_int(fields.get(name)) and fields[name] > value:
                 fields[name] = value
+    fields.update({name: VOCABULARY for name in _VOCABULARIES if _is_int(fields.get(name))})
     if _is_int(fields.get("qk_rope_head_dim")) and "head_dim" in fields:  # latent attention rotates this part alone
         fields["head_dim"] = fields["qk_rope_head_dim"]
 

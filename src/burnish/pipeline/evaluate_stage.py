@@ -16,6 +16,7 @@ from burnish.data.tokenizer import TextTokenizer
 from burnish.errors import ConfigError
 from burnish.evals.evaluate import evaluate_subjects
 from burnish.evals.subjects import EvaluationData, Prompt, Subject
+from burnish.models.folder import read_context
 from burnish.models.load import fetch_model_folder, resolve_model_path
 from burnish.report.terminal import render_table
 
@@ -97,8 +98,11 @@ def build_data(settings: EvaluateSettings, state: RunState) -> EvaluationData:
         text_stage = next((s for s in trained if s.kind == "sft"), None)
         pair_stage = next((s for s in reversed(trained) if s.kind in ("dpo", "reward")), None)
 
+    base = find_base(settings, state)
+    context = read_context(base) if base is not None else None
+
     def held_out(stage: TrainSettings | None, tokenizer: TextTokenizer) -> list[Group]:
-        return prepare_data(stage, tokenizer).held_out if stage is not None else []
+        return prepare_data(stage, tokenizer, context=context).held_out if stage is not None else []
 
     def prompts(name: str, tokenizer: TextTokenizer) -> list[Prompt]:
         rows = load_prompts(name, tokenizer, seed=settings.seed, chat_template=settings.chat_template)

@@ -78,7 +78,9 @@ def _describe_stage(recipe: Recipe, stage: Any, folder: Path, options: RunOption
     path = find_local_model(model)
     if path is None:
         return row | {"note": f"{model} is not on this machine: rows and steps are known once it is fetched"}
-    prepared = prepare_data(stage, TextTokenizer.load(str(path)))
+    from burnish.models.folder import read_context
+
+    prepared = prepare_data(stage, TextTokenizer.load(str(path)), context=read_context(path))
     per_epoch = math.ceil(len(prepared.train) / batch.batch_size)
     steps = stage.max_steps if stage.max_steps >= 0 else math.ceil(per_epoch * stage.num_train_epochs - 1e-9)
     row |= {"train": len(prepared.train), "held_out": len(prepared.held_out), "steps": steps}

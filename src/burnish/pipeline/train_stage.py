@@ -23,7 +23,7 @@ from burnish.engine.job import TrainJob, TrainOutcome
 from burnish.engine.loop import run_training
 from burnish.engine.runtime import Runtime
 from burnish.models.export import export_model
-from burnish.models.folder import read_base_config
+from burnish.models.folder import read_context, read_text_config
 from burnish.models.load import BuiltModel, build_model, fetch_model_folder, resolve_model_path
 from burnish.models.policy import Policy
 from burnish.models.precision import PrecisionPlan, resolve_precision
@@ -64,7 +64,7 @@ def load_inputs(settings: TrainSettings, model: str, fingerprint: Callable[[Path
     path = resolve_model_path(model, revision=settings.revision)
     folder = fetch_model_folder(path, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     tokenizer = TextTokenizer.load(str(folder))
-    data = prepare_data(settings, tokenizer, context=_context(folder))
+    data = prepare_data(settings, tokenizer, context=read_context(folder))
     return StageInputs(path, folder, tokenizer, data, {"model": fingerprint(folder), "data": data.fingerprint})
 
 
@@ -151,20 +151,9 @@ def _describe(
     }  # fmt: skip
 
 
-def _text_config(folder: Path) -> dict[str, Any]:
-    config = read_base_config(folder)
-    return config.get("text_config", config)
-
-
 def _hidden_size(folder: Path) -> int:
-    config = _text_config(folder)
+    config = read_text_config(folder)
     return int(config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 4096)
-
-
-def _context(folder: Path) -> int | None:
-    config = _text_config(folder)
-    found = config.get("max_position_embeddings") or config.get("n_positions")
-    return int(found) if found else None
 
 
 def _name_data(settings: TrainSettings) -> str:
