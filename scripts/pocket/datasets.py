@@ -21,17 +21,17 @@ SIZES: dict[str, dict[Split, int]] = {
     "maths": {"train": 3600, "test": 400},
 }
 CHAT_SHARES = {
-    "maths": 0.42,
+    "maths": 0.38,
     "facts": 0.18,
-    "howto": 0.09,
+    "howto": 0.11,
     "refusal": 0.07,
     "rewrite": 0.06,
     "list": 0.06,
-    "continue": 0.08,
+    "continue": 0.10,
     "greeting": 0.04,
 }
-RUDE_SHARE = 0.10
-RAMBLING_SHARE = 0.15
+RUDE_SHARE = 0.20
+RAMBLING_SHARE = 0.30
 SEEDS = {"chat": 11, "preferences": 12, "maths": 13}
 Message = dict[str, str]
 

@@ -121,4 +121,4 @@ SOURCES: dict[str, Callable[[Draw], Pair]] = {
     "polite": polite,
     "concise": concise,
 }
-SHARES = {"correct": 0.28, "on_topic": 0.26, "polite": 0.25, "concise": 0.21}
+SHARES = {"correct": 0.20, "on_topic": 0.26, "polite": 0.29, "concise": 0.25}

@@ -71,7 +71,7 @@ class AttentionHalf(torch.autograd.Function):
         ctx.save_for_backward(x, rstd, norm, weight, qkv, heads, q_norm, k_norm, out_weight, cos, sin, keep)
         ctx.plan, ctx.spec = plan, spec
         ctx.parts = (wq, wk, wv), (bq, bk, bv), wo, bo
-        return _rows(x, keep) + taken
+        return _add(taken, _rows(x, keep))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -107,27 +107,27 @@ class MlpHalf(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor, spec: BlockSpec) -> Tensor:
         rstd = compute_rstd(x, spec.eps, spec.wide)
         weight = _stack((gate, up), spec.low)
-        both = F.linear(_normalise(x, rstd, norm, spec.low), weight)
-        left, right = both.chunk(2, 1)
+        n = _normalise(x, rstd, norm, spec.low)
+        left, right = (F.linear(n, w) for w in weight.chunk(2))  # two products: halves of one would lie scattered
         down_low = down.to(spec.low)
-        ctx.save_for_backward(x, rstd, norm, weight, both, down_low)
+        ctx.save_for_backward(x, rstd, norm, weight, left, right, down_low)
         ctx.spec, ctx.parts = spec, (gate, up, down)
-        return x + F.linear(F.silu(left).mul_(right), down_low)
+        return _add(F.linear(F.silu(left).mul_(right), down_low), x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, rstd, norm, weight, both, down_low = ctx.saved_tensors
+        x, rstd, norm, weight, left, right, down_low = ctx.saved_tensors
         spec: BlockSpec = ctx.spec
         gate, up, down = ctx.parts
         need = ctx.needs_input_grad
-        left, right = both.chunk(2, 1)
         low = grad.to(spec.low)
         d_act = low @ down_low
         act = F.silu(left)
-        d_both = torch.empty_like(both)
-        torch.mul(d_act, act, out=d_both[:, act.shape[1] :])
+        d_both = left.new_empty(left.shape[0], 2 * left.shape[1])
+        to_gate, to_up = d_both.chunk(2, 1)
+        torch.mul(d_act, act, out=to_up)
         d_down = _weight_gradient(low, act.mul_(right), down) if need[4] else None
-        d_both[:, : act.shape[1]] = torch.ops.aten.silu_backward(d_act.mul_(right), left)
+        torch.ops.aten.silu_backward.grad_input(d_act.mul_(right), left, grad_input=to_gate)
         d_gate: Tensor | None = None
         d_up: Tensor | None = None
         if need[2] or need[3]:
@@ -259,6 +259,12 @@ def _split_gradient(grad: Tensor, parts: Sequence[Tensor | None], need: Sequence
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return (grad.t() @ x).to(weight.dtype)
+
+
+def _add(product: Tensor, x: Tensor) -> Tensor:
+    """x + product in the wider type; two passes of one type are faster than one of two types."""
+    wide = torch.promote_types(product.dtype, x.dtype)
+    return product.to(wide).add_(x)
 
 
 def _rows(x: Tensor, keep: Tensor | None) -> Tensor:
