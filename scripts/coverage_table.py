@@ -23,7 +23,7 @@ LINES = ROOT / "scripts" / "coverage_lines.tsv"
 PAGE = ROOT / "docs" / "coverage.md"
 SHOWN = 4
 ID = re.compile(r"(?<![A-Za-z0-9])(S[0-4]|R|T)-(\d{2})(?!\d)(?:\s*(?:…|–)\s*\1-(\d{2})(?!\d))?")
-NAME_ID = re.compile(r"(?<![a-z0-9])(s[0-4]|r|t)_(\d{2})(?![0-9])")
+NAME_ID = re.compile(r"(?<![a-z0-9])(s[0-4](?=_)|r|t)_?(\d{2})(?![0-9])")
 
 HEAD = """# Coverage
 

@@ -203,6 +203,7 @@ def test_an_empty_batch_gives_zero_gradients_to_every_parameter(head, want, atte
 @pytest.mark.parametrize("attention", ["sdpa", "padded"])
 def test_entropy_temperature_and_functionals(attention: str) -> None:
     policy = Policy(packing.build_model("granite"), head="lm", attention=attention)
+    assert not policy._own_head
     groups = packing.draw_groups()
     top = Functional("top", lambda logits, targets, against: logits.amax(-1))
     with torch.no_grad():

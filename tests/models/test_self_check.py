@@ -78,8 +78,18 @@ def test_attention_that_ignores_an_argument_is_caught(ignored: str, monkeypatch:
         ]:
             verdict = check_architecture(packing.build_model(family))
             assert not verdict.packs and "differ" in verdict.reason
+        if ignored == "sliding_window":  # a window of thousands is cut on the small copy, so that it shows
+            assert not check_architecture(_meta("mistral")).packs
     finally:
         attention.register_packed_attention()
+
+
+def test_a_fused_block_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from burnish.core import block
+
+    monkeypatch.setattr(block, "compute_rstd", lambda x, eps, wide: torch.ones_like(x[..., :1], dtype=wide))
+    verdict = check_architecture(packing.build_model("qwen3"))
+    assert verdict.packs and not verdict.fuses
 
 
 def test_a_layout_that_leaks_between_completions_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

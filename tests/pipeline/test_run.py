@@ -61,7 +61,14 @@ def run(finished: Path, tiny_inputs: Path, tmp_path: Path) -> Path:
 
 
 def test_s1_08_a_run_folder_holds_what_happened(finished):
-    """S1-08, S2-10, S1-12: the tree, loadable results, records with figures, a report."""
+    """S0-01, S1-08, S1-12, S2-10, S2-12: the tree, loadable results, an evaluation for each stage, a report.
+
+    T-28: the effective precision is printed and recorded, never a silent default.
+    """
+    log = (finished / "runs" / "small" / "log.txt").read_text()
+    assert log.count("precision: fp32") == 3
+    for folder in ("01-sft", "02-reward", "03-dpo"):
+        assert json.loads((finished / "runs" / "small" / folder / "stage.json").read_text())["precision"] == "fp32"
     record = load_record(finished / "runs" / "small")
     assert (record.state, record.exit_code) == ("done", 0)
     assert list(record.stages) == ["sft", "reward", "dpo", "evaluate"]

@@ -118,6 +118,7 @@ def test_levels():
 
 
 def test_verbose_lines_say_how_much_memory():
+    """S4-29: memory in verbose logs, of the process and of the GPU."""
     assert re.match(r"rss [\d,]+ MB", memory_text())
     out = io.StringIO()
     setup_logging(1, redact=redact, stream=out)

@@ -164,25 +164,17 @@ def _same_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
 
 def _run_sdpa(plan: AttentionPlan, scale: float, window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One `scaled_dot_product_attention` a segment; returns (1, T, H, Dv)."""
-    grouped = q.shape[1] != k.shape[1]
+    rep = q.shape[1] // k.shape[1]
     parts = []
     for s in plan.segments:
         own = s.stop - s.start
         keys, values = _segment_keys(s, k, v)
-        before = s.prompt_stop - s.prompt
-        plain = before == 0 and (window is None or window >= own)
+        plain = s.prompt_stop == s.prompt and (window is None or window >= own)
         mask = None if plain else plan.visible(s, window, q.device)
-        parts.append(
-            F.scaled_dot_product_attention(
-                q.narrow(2, s.start, own),
-                keys,
-                values,
-                attn_mask=mask,
-                is_causal=plain,
-                scale=scale,
-                enable_gqa=grouped,
-            )
-        )
+        if mask is not None and rep > 1:  # with a mask, CUDA's fused kernels take no grouped heads
+            keys, values = keys.repeat_interleave(rep, 1), values.repeat_interleave(rep, 1)
+        given: dict[str, Any] = {"attn_mask": mask, "is_causal": plain, "scale": scale, "enable_gqa": plain and rep > 1}
+        parts.append(F.scaled_dot_product_attention(q.narrow(2, s.start, own), keys, values, **given))
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
 

@@ -75,9 +75,13 @@ def report_policy_preferences(
     """Preference accuracy of policies on held-out pairs.
 
     ranking_accuracy: share of pairs whose chosen answer has the higher Σ log π. It needs no reference, so all policies
-    compare. accuracy and margin: the same less the reference's sums (differences of the implicit reward, in nats).
+    compare. accuracy and margin: the same less the reference's sums (differences of the implicit reward, in nats), each
+    policy against the model that its stage started from. vs_<root>/accuracy: the implicit reward against the one model
+    that nothing was trained for, so that policies of different stages compare.
     """
     ranks: dict[str, Numbers] = {}
+    root = next((s for s in subjects if s.compare_to is None and s.reference_folder is None), None)
+    against: dict[str, Numbers] = {}
     for subject in subjects:
         m = found[subject.name]
         marks = ranks[subject.name] = _mark(m.values[:, 0] - m.values[:, 1])
@@ -88,6 +92,10 @@ def report_policy_preferences(
             margin = (m.values[:, 0] - reference.values[:, 0]) - (m.values[:, 1] - reference.values[:, 1])
             _add_share(figures, settings, subject, "preferences", "accuracy", _mark(margin))
             figures.add(subject.name, "preferences", "margin", compute_mean(margin, settings.confidence))
+        if root is not None and subject is not root and found[root.name].ids == m.ids:
+            gap = (m.values - found[root.name].values)[:, :2]
+            against[subject.name] = _mark(gap[:, 0] - gap[:, 1])
+            _add_share(figures, settings, subject, "preferences", f"vs_{root.name}/accuracy", against[subject.name])
         for i, name in enumerate(m.ids):
             row = {"source": m.sources[i], "chosen": m.values[i, 0], "rejected": m.values[i, 1]}
             row |= {"margin": margin[i]} if margin is not None else {}
@@ -99,6 +107,11 @@ def report_policy_preferences(
                 ranks[subject.name][left], ranks[other.name][right], confidence=settings.confidence, seed=settings.seed
             )
             figures.compare("preferences", "ranking_accuracy", other.name, subject.name, compared)
+        if root is not None and subject.name in against and other.name in against:
+            compared = compare_marks(
+                against[subject.name], against[other.name], confidence=settings.confidence, seed=settings.seed
+            )
+            figures.compare("preferences", f"vs_{root.name}/accuracy", other.name, subject.name, compared)
 
 
 def report_reward_preferences(

@@ -11,7 +11,6 @@ positions alone.
 from __future__ import annotations
 
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ def fuse_blocks(backbone: nn.Module) -> int:
     if not layers or not all(_fits(layer) for layer in layers):
         return 0
     for layer in layers:
-        layer.forward = MethodType(_forward, layer)
+        layer.__dict__["forward"] = _Fused(layer)
         layer.__dict__["_burnish_last"] = layer is layers[-1]
     return len(layers)
 
@@ -53,6 +52,16 @@ def _fits(layer: Any) -> bool:
     return (
         known and activation and {n for n, _ in mlp.named_children()} == {"gate_proj", "up_proj", "down_proj", "act_fn"}
     )
+
+
+class _Fused:
+    """`forward` of a fused block; an object, so that models can be copied and pickled with it."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return _forward(self.layer, *args, **kwargs)
 
 
 def _forward(

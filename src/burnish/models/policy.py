@@ -26,7 +26,7 @@ from burnish.core.plan import AttentionPlan, build_attention_plan
 from burnish.errors import UsageError
 from burnish.models.fuse import fuse_blocks, split_blocks
 from burnish.models.lm_head import build_head_input, get_backbone
-from burnish.models.padded import PaddedRows, build_padded_rows, compute_padded_hidden
+from burnish.models.padded import build_padded_rows, compute_padded_hidden
 from burnish.models.self_check import check_architecture
 
 log = logging.getLogger("burnish")
@@ -172,9 +172,10 @@ class Policy(nn.Module):
             logits = self._own_logits(batch)
             source = HeadInput(logits, module=_identity)
             return self._read(source, batch, want, against, temperature, functionals)
-        source, last = self._hidden(batch, "scores" in want)
         if self.head == "lm":
+            source, _ = self._hidden(batch, source=True)
             return self._read(build_head_input(self.inner, source), batch, want, against, temperature, functionals)
+        source, last = self._hidden(batch, source="values" in want, last="scores" in want)
         outputs = Outputs()
         if "scores" in want:
             outputs.scores = self._score(last)
@@ -187,7 +188,7 @@ class Policy(nn.Module):
         with torch.no_grad():
             if self._own_head:
                 return HeadInput(self._own_logits(batch), module=_identity)
-            return build_head_input(self.inner, self._hidden(batch, False)[0])
+            return build_head_input(self.inner, self._hidden(batch, source=True)[0])
 
     def _read(
         self,
@@ -215,25 +216,28 @@ class Policy(nn.Module):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
-    def _hidden(self, batch: PackedBatch, want_last: bool) -> tuple[Tensor, Tensor]:
-        """(S, h) hidden states that predict the scored tokens, (C, h) those of the last tokens ((0, h) if not wanted)."""
-        last_index = batch.last_index if want_last else batch.last_index[:0]
+    def _hidden(self, batch: PackedBatch, *, source: bool = False, last: bool = False) -> tuple[Tensor, Tensor]:
+        """Hidden states that predict the scored tokens (S, h) and those of the last tokens (C, h); (0, h) if not wanted."""
+        wanted = [
+            index if want else index[:0] for index, want in ((batch.source_index, source), (batch.last_index, last))
+        ]
         if self.backend != "padded":
             try:
                 given = _packed_arguments(batch)
                 plan: AttentionPlan = given[PLAN_KWARG]
-                plan.keep = torch.cat((batch.source_index, last_index)) if want_last else batch.source_index
+                plan.keep = torch.cat(wanted)
                 with self._autocast():
                     hidden = self.backbone(**given)[0][0]
                 read = hidden if plan.kept else hidden.index_select(0, plan.keep)
-                scored = len(batch.source_index)
-                return read[:scored], read[scored:]
+                return read[: len(wanted[0])], read[len(wanted[0]) :]
             except PackingRefused as refusal:
                 self._become_padded(refusal.message)
         with self._autocast():
             rows = build_padded_rows(batch)
             hidden = compute_padded_hidden(self.backbone, rows)
-        return _gather_rows(hidden, rows, want_last)
+        every = torch.arange(len(batch.last_index), device=hidden.device)
+        read = hidden[rows.source_row, rows.source_column] if source else hidden[:0, 0]
+        return read, (hidden[every, rows.last_column] if last else hidden[:0, 0])
 
     def _own_logits(self, batch: PackedBatch) -> Tensor:
         """(S, V) logits by the model's own head; for heads outside the table."""
@@ -291,9 +295,3 @@ def _packed_arguments(batch: PackedBatch) -> dict[str, Any]:
     positions = batch.position_ids[None].clone()  # its own storage: views of it lead back to the plan
     attach_plan(positions, plan)
     return {"input_ids": batch.input_ids[None], "position_ids": positions, "use_cache": False, PLAN_KWARG: plan}
-
-
-def _gather_rows(hidden: Tensor, rows: PaddedRows, want_last: bool) -> tuple[Tensor, Tensor]:
-    """(C, L, h) → (S, h), (C, h) or (0, h)."""
-    last = hidden[torch.arange(hidden.shape[0], device=hidden.device), rows.last_column] if want_last else hidden[:0, 0]
-    return hidden[rows.source_row, rows.source_column], last
