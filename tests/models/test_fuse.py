@@ -68,11 +68,14 @@ def test_frozen_parts_get_no_gradient() -> None:
     _agree((fused, plain))
 
 
-@pytest.mark.parametrize("reentrant", [False])
-def test_gradient_checkpointing(reentrant: bool) -> None:
+def test_gradient_checkpointing_recomputes_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
     fused, plain = _pair("qwen3")
-    fused.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    fused.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    calls = []
+    apply = fuse.AttentionHalf.apply
+    monkeypatch.setattr(fuse.AttentionHalf, "apply", lambda *args: calls.append(1) or apply(*args))
     _agree((fused, plain))
+    assert len(calls) == 2 * len(fused.backbone.layers)
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["gate_proj", "down_proj"], "all-linear"])

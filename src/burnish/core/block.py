@@ -62,40 +62,36 @@ class AttentionHalf(torch.autograd.Function):
         sin: Tensor, keep: Tensor | None, plan: AttentionPlan, spec: BlockSpec,
     ) -> Tensor:  # fmt: skip
         rstd = compute_rstd(x, spec.eps, spec.wide)
-        weight = _stack((wq, wk, wv), spec.low)
         bias = None if bq is None or bk is None or bv is None else _stack((bq, bk, bv), spec.low)
-        qkv = F.linear(_normalise(x, rstd, norm, spec.low), weight, bias)
+        qkv = F.linear(_normalise(x, rstd, norm, spec.low), _stack((wq, wk, wv), spec.low), bias)
         heads = attend(*_operands(qkv, q_norm, k_norm, cos, sin, spec), plan, spec.window)
-        out_weight = wo.to(spec.low)
-        taken = F.linear(_rows(heads.flatten(1), keep), out_weight, None if bo is None else bo.to(spec.low))
-        ctx.save_for_backward(x, rstd, norm, weight, qkv, heads, q_norm, k_norm, out_weight, cos, sin, keep)
+        taken = F.linear(_rows(heads.flatten(1), keep), wo.to(spec.low), None if bo is None else bo.to(spec.low))
+        ctx.save_for_backward(x, rstd, qkv, heads, norm, wq, wk, wv, bq, bk, bv, q_norm, k_norm, wo, bo, cos, sin, keep)
         ctx.plan, ctx.spec = plan, spec
-        ctx.parts = (wq, wk, wv), (bq, bk, bv), wo, bo
         return _add(taken, _rows(x, keep))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, rstd, norm, weight, qkv, heads, q_norm, k_norm, out_weight, cos, sin, keep = ctx.saved_tensors
+        x, rstd, qkv, heads, norm, wq, wk, wv, bq, bk, bv, q_norm, k_norm, wo, bo, cos, sin, keep = ctx.saved_tensors
         spec: BlockSpec = ctx.spec
-        weights, biases, wo, bo = ctx.parts
         need = ctx.needs_input_grad
         low = grad.to(spec.low)
         d_wo = _weight_gradient(low, _rows(heads.flatten(1), keep), wo) if need[10] else None
         d_bo = grad.sum(0).to(bo.dtype) if need[11] and bo is not None else None
-        d_heads = _spread(low @ out_weight, keep, heads.shape[0]).view(heads.shape)
+        d_heads = _spread(low @ wo.to(spec.low), keep, heads.shape[0]).view(heads.shape)
         d_qkv, d_qn, d_kn = _operands_backward(
             attend_backward(*_operands(qkv, q_norm, k_norm, cos, sin, spec), d_heads, ctx.plan, spec.window),
             qkv, q_norm, k_norm, cos, sin, spec,
         )  # fmt: skip
         d_weights: list[Tensor | None] = [None] * 3
         if any(need[2:5]):
-            d_weights = _split_gradient(d_qkv.t() @ _normalise(x, rstd, norm, spec.low), weights, need[2:5])
+            d_weights = _split_gradient(d_qkv.t() @ _normalise(x, rstd, norm, spec.low), (wq, wk, wv), need[2:5])
         d_biases: list[Tensor | None] = [None] * 3
         if any(need[5:8]):
-            d_biases = _split_gradient(d_qkv.sum(0, dtype=spec.wide), biases, need[5:8])
+            d_biases = _split_gradient(d_qkv.sum(0, dtype=spec.wide), (bq, bk, bv), need[5:8])
         dx, d_norm = None, None
         if need[0] or need[1]:
-            dx, d_norm = _norm_backward(d_qkv @ weight, x, rstd, norm, need[1], spec.wide)
+            dx, d_norm = _norm_backward(d_qkv @ _stack((wq, wk, wv), spec.low), x, rstd, norm, need[1], spec.wide)
             dx = (dx.add_(grad) if keep is None else dx.index_add_(0, keep, grad.to(dx.dtype))).to(x.dtype)
         return dx, d_norm, *d_weights, *d_biases, d_qn, d_kn, d_wo, d_bo, None, None, None, None, None
 
@@ -106,22 +102,19 @@ class MlpHalf(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor, spec: BlockSpec) -> Tensor:
         rstd = compute_rstd(x, spec.eps, spec.wide)
-        weight = _stack((gate, up), spec.low)
         n = _normalise(x, rstd, norm, spec.low)
-        left, right = (F.linear(n, w) for w in weight.chunk(2))  # two products: halves of one would lie scattered
-        down_low = down.to(spec.low)
-        ctx.save_for_backward(x, rstd, norm, weight, left, right, down_low)
-        ctx.spec, ctx.parts = spec, (gate, up, down)
-        return _add(F.linear(F.silu(left).mul_(right), down_low), x)
+        left, right = (F.linear(n, w.to(spec.low)) for w in (gate, up))  # two: the halves of one would lie scattered
+        ctx.save_for_backward(x, rstd, left, right, norm, gate, up, down)
+        ctx.spec = spec
+        return _add(F.linear(F.silu(left).mul_(right), down.to(spec.low)), x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, rstd, norm, weight, left, right, down_low = ctx.saved_tensors
+        x, rstd, left, right, norm, gate, up, down = ctx.saved_tensors
         spec: BlockSpec = ctx.spec
-        gate, up, down = ctx.parts
         need = ctx.needs_input_grad
         low = grad.to(spec.low)
-        d_act = low @ down_low
+        d_act = low @ down.to(spec.low)
         act = F.silu(left)
         d_both = left.new_empty(left.shape[0], 2 * left.shape[1])
         to_gate, to_up = d_both.chunk(2, 1)
@@ -134,7 +127,7 @@ class MlpHalf(torch.autograd.Function):
             d_gate, d_up = _split_gradient(d_both.t() @ _normalise(x, rstd, norm, spec.low), (gate, up), need[2:4])
         dx, d_norm = None, None
         if need[0] or need[1]:
-            dx, d_norm = _norm_backward(d_both @ weight, x, rstd, norm, need[1], spec.wide)
+            dx, d_norm = _norm_backward(d_both @ _stack((gate, up), spec.low), x, rstd, norm, need[1], spec.wide)
             dx = dx.add_(grad).to(x.dtype)
         return dx, d_norm, d_gate, d_up, d_down, None
 
