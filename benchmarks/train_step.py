@@ -95,6 +95,30 @@ def _start(words: list[str]) -> None:
         raise SystemExit(f"the worker ({' '.join(words[:4])}) ended with status {done.returncode}")
 
 
+def describe_machine() -> dict[str, Any]:
+    """Processor, versions and commit of the measurement."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def find_version(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    root = Path(__file__).resolve().parents[1]
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
+    )
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else None,
+        "commit": commit.stdout.strip() or None,
+        **{name: find_version(name) for name in ("torch", "transformers", "trl")},
+    }
+
+
 def note(text: str) -> None:
     """A line of progress."""
     print(text, file=sys.stderr, flush=True)
@@ -146,7 +170,7 @@ def compute_row(plan: Plan, runs: dict[str, list[dict[str, Any]]], facts: dict[s
         "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         "runs": {side: [rounded(r["seconds"]) for r in found] for side, found in runs.items()},
     }
-    return row | facts
+    return row | facts | describe_machine()
 
 
 def run_method(plan: Plan, arguments: argparse.Namespace, data: Path) -> dict[str, Any]:

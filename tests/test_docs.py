@@ -67,11 +67,17 @@ def test_coverage_page_has_every_line():
     assert sizes == {"S0": 30, "S1": 18, "S2": 17, "S3": 23, "S4": 30, "R": 40, "T": 37}
 
 
-def test_ids_are_found_in_names_texts_and_ranges():
-    spec = importlib.util.spec_from_file_location("coverage_table", ROOT / "scripts" / "coverage_table.py")
+def load_script(path: Path):
+    """A script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_ids_are_found_in_names_texts_and_ranges():
+    module = load_script(ROOT / "scripts" / "coverage_table.py")
     find_ids, find_name_ids = module.find_ids, module.find_name_ids
     assert find_ids("S0-17 and R-03; GPT-20, XT-01, S0-178 are none") == {"S0-17", "R-03"}
     assert find_ids("T-04…T-06") == {"T-04", "T-05", "T-06"}
@@ -95,6 +101,12 @@ def test_internal_links_resolve(page: Path):
 def test_pages_hold_no_path_of_a_machine(page: Path):
     found = MACHINE_PATH.search(page.read_text(encoding="utf-8"))
     assert found is None, f"{page_name(page)}: {found and found[0]}"
+
+
+def test_the_figures_of_the_benchmark_page_are_the_measured_ones():
+    table = load_script(ROOT / "benchmarks" / "results_table.py")
+    page = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    assert table.replace_section(page, table.build_section()) == page, "run benchmarks/results_table.py"
 
 
 def find_nav_pages(nav: object) -> Iterator[str]:

@@ -97,6 +97,26 @@ def build_model(
     return model.to(dtype).train()
 
 
+def draw_fields(family: str, seed: int) -> dict[str, Any]:
+    """A random shape for a family: depth, heads, shared keys, sizes, tied embeddings."""
+    rng = np.random.default_rng([seed, len(family)])
+    heads = int(rng.choice([2, 4, 6]))
+    size = 2 * int(rng.integers(2, 6))
+    shared = {"num_hidden_layers": int(rng.integers(1, 4)), "hidden_size": heads * size, "num_attention_heads": heads}
+    if family == "gpt2":
+        return {"n_layer": shared["num_hidden_layers"], "n_embd": heads * size, "n_head": heads}
+    shared["intermediate_size"] = int(rng.integers(9, 60))
+    if family == "gpt_neox":
+        return shared | {"use_parallel_residual": bool(rng.integers(2)), "rotary_pct": float(rng.choice([0.5, 1.0]))}
+    shared["num_key_value_heads"] = int(rng.choice([n for n in (1, 2, 3, 4, 6) if heads % n == 0]))
+    shared["tie_word_embeddings"] = bool(rng.integers(2))
+    if family != "phi3":  # the others may have heads of any size
+        shared["head_dim"] = 2 * int(rng.integers(2, 8))
+    if family == "mistral_window":
+        shared["sliding_window"] = int(rng.integers(1, 12))
+    return shared
+
+
 def draw_group(rng: np.random.Generator, name: str, prompt: int, lengths: list[int]) -> Group:
     """A group with some unscored tokens."""
     completions = []

@@ -331,6 +331,15 @@ def test_unpacked_gives_the_ordinary_model_for_a_while(policy: Policy) -> None:
     _logprobs(policy, packing.draw_groups())
 
 
+def test_a_model_may_be_wrapped_again(policy: Policy) -> None:
+    groups = packing.draw_groups()
+    expected = _logprobs(policy, groups)
+    padded = Policy(policy.model, head="lm", attention="padded")
+    assert (_logprobs(padded, groups) - expected).abs().max() <= 1e-5
+    again = Policy(policy.model, head="lm", attention="sdpa")
+    assert torch.equal(_logprobs(again, groups), expected)
+
+
 def test_an_argument_that_only_the_real_model_passes_falls_back(
     policy: Policy, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:

@@ -81,7 +81,8 @@ class Policy(nn.Module):
         self.head: str = head
         self.compute_dtype = compute_dtype
         self.why_padded = ""
-        self._ordinary: str = str(self.inner.config._attn_implementation or "eager")
+        found = str(self.inner.config._attn_implementation or "eager")
+        self._ordinary = "sdpa" if found in (SDPA_NAME, FLEX_NAME) else found  # another Policy may hold the model
         self._own_head = False
         self.backend = self._choose_backend(attention, cache_dir)
 
@@ -121,6 +122,7 @@ class Policy(nn.Module):
         if self._own_head:
             log.info("%s computes its logits in a way of its own: its own head is used", type(self.inner).__name__)
         if attention == "padded":
+            self._use_ordinary()
             return "padded"
         on_cuda = self.device.type == "cuda"
         if attention == "flex" and not on_cuda:
@@ -136,10 +138,13 @@ class Policy(nn.Module):
     def _become_padded(self, reason: str, *, asked: bool = False) -> str:
         self.why_padded = f"{type(self.inner).__name__} runs padded, not packed: {reason}"
         log.log(logging.WARNING if asked else logging.INFO, self.why_padded)
-        if self.inner.config._attn_implementation in (SDPA_NAME, FLEX_NAME):
-            self.inner.set_attn_implementation(self._ordinary)
+        self._use_ordinary()
         self.backend = "padded"
         return "padded"
+
+    def _use_ordinary(self) -> None:
+        if self.inner.config._attn_implementation in (SDPA_NAME, FLEX_NAME):
+            self.inner.set_attn_implementation(self._ordinary)
 
     # ---- the call -------------------------------------------------------------------------------------------------
 

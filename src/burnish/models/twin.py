@@ -17,17 +17,21 @@ _VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input")  # always VOCABULAR
 # Tiny value → fields that are cut to it where the configuration has more.
 _SIZES = {
     96: "intermediate_size n_inner ffn_dim ffn_hidden_size intermediate_size_mlp dense_intermediate_size",
-    64: "hidden_size n_embd d_model embed_dim word_embed_proj_dim dim_model_base embedding_size lru_width "
-    "max_position_embeddings n_positions max_seq_len n_ctx original_max_position_embeddings",
+    64: "word_embed_proj_dim dim_model_base embedding_size lru_width max_position_embeddings n_positions max_seq_len n_ctx original_max_position_embeddings",
     32: "moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size shared_intermediate_size",
-    16: "head_dim global_head_dim swa_head_dim v_head_dim swa_v_head_dim kv_channels q_lora_rank kv_lora_rank qk_head_dim "
-    "hidden_size_per_layer_input mamba_d_head",
+    16: "v_head_dim swa_v_head_dim q_lora_rank kv_lora_rank qk_head_dim hidden_size_per_layer_input mamba_d_head",
     8: "qk_rope_head_dim qk_nope_head_dim rotary_dim mamba_n_heads laurel_rank",
-    4: "num_attention_heads n_head n_heads num_heads num_local_experts num_experts n_routed_experts moe_num_experts "
+    4: "num_local_experts num_experts n_routed_experts moe_num_experts "
     "sliding_window attention_window_size window_size local_attention attention_chunk_size floor_scale index_topk",
     2: "num_experts_per_tok num_experts_per_token moe_k moe_topk top_k_experts altup_num_inputs",
     1: "n_shared_experts n_group topk_group first_k_dense_replace",
     0: "num_kv_shared_layers",
+}
+# Tiny value → fields that are set to it whatever they were, so that heads always divide the hidden size evenly.
+_EXACT = {
+    64: "hidden_size n_embd d_model embed_dim",
+    16: "head_dim global_head_dim swa_head_dim kv_channels",
+    4: "num_attention_heads n_head n_heads num_heads",
 }
 _GROUPS = (
     "num_key_value_heads",
@@ -88,6 +92,8 @@ def _cut_sizes(fields: dict[str, Any]) -> None:
         for name in names.split():
             if _is_int(fields.get(name)) and fields[name] > value:
                 fields[name] = value
+    for value, names in _EXACT.items():
+        fields.update({name: value for name in names.split() if _is_int(fields.get(name))})
     fields.update({name: VOCABULARY for name in _VOCABULARIES if _is_int(fields.get(name))})
     if _is_int(fields.get("qk_rope_head_dim")) and "head_dim" in fields:  # latent attention rotates this part alone
         fields["head_dim"] = fields["qk_rope_head_dim"]
