@@ -17,7 +17,8 @@ _VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input")  # always VOCABULAR
 # Tiny value → fields that are cut to it where the configuration has more.
 _SIZES = {
     96: "intermediate_size n_inner ffn_dim ffn_hidden_size intermediate_size_mlp dense_intermediate_size",
-    64: "word_embed_proj_dim dim_model_base embedding_size lru_width max_position_embeddings n_positions max_seq_len n_ctx original_max_position_embeddings",
+    64: "word_embed_proj_dim dim_model_base embedding_size lru_width max_position_embeddings n_positions max_seq_len n_ctx "
+    "original_max_position_embeddings",
     32: "moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size shared_intermediate_size",
     16: "v_head_dim swa_v_head_dim q_lora_rank kv_lora_rank qk_head_dim hidden_size_per_layer_input mamba_d_head",
     8: "qk_rope_head_dim qk_nope_head_dim rotary_dim mamba_n_heads laurel_rank",
