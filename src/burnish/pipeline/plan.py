@@ -102,9 +102,10 @@ def find_local_model(name: str | None) -> Path | None:
     """The folder of a bundled or local model; None for one that would have to be fetched."""
     if name is None:
         return None
-    if Path(name).is_dir():
-        return Path(name)
-    return resolve_model(name)
+    bundled = resolve_model(name)
+    if bundled is not None:
+        return bundled
+    return Path(name) if Path(name).is_dir() else None
 
 
 def _state(folder: Path) -> str:
