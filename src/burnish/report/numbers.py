@@ -83,6 +83,8 @@ def show_count(value: float) -> str:
 
 def show_seconds(seconds: float) -> str:
     """A duration: `8.2 s`, `4 min 12 s`, `2 h 5 min`."""
+    if not math.isfinite(seconds):
+        return "an unknown time"
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)

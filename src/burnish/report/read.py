@@ -132,8 +132,13 @@ def as_rows(value: Any) -> list[dict[str, Any]]:
 
 
 def as_number(value: Any) -> float | None:
-    """The value if it is a number, else None."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    """The value if it is a number (of a size that a float holds), else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
 
 
 def _read_json(place: Path, notes: list[str]) -> dict[str, Any]:
