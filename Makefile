@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all test-kill lint check bench docs pocket wheel clean
+.PHONY: setup demo test test-all test-kill soak lint check bench docs pocket wheel clean
 
 setup: $(VENV)/.done
 
@@ -25,6 +25,9 @@ test-all: setup
 
 test-kill: setup
 	$(BIN)/python -m pytest -m kill
+
+soak: setup
+	$(BIN)/python scripts/soak.py
 
 lint: setup
 	$(BIN)/ruff check .
