@@ -161,7 +161,21 @@ def test_odd_values_in_the_records_do_no_harm(tmp_path, seed):
     """Every value of every record replaced by others of the wrong type."""
     run = make_quickstart(tmp_path, steps=20)
     rng = random.Random(seed)
-    odd = [None, True, -1, 1e300, float("nan"), float("inf"), -float("inf"), 10**400, "x", [], {}, [[1]], {"a": {"b": None}}]
+    odd = [
+        None,
+        True,
+        -1,
+        1e300,
+        float("nan"),
+        float("inf"),
+        -float("inf"),
+        10**400,
+        "x",
+        [],
+        {},
+        [[1]],
+        {"a": {"b": None}},
+    ]
 
     def spoil(obj):
         if rng.random() < 0.08:
