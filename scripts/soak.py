@@ -51,6 +51,29 @@ DISK_POINTS = [
 ]  # fmt: skip
 
 
+class Awake(threading.Thread):
+    """A clock that counts only while this process runs: after a suspension of the machine no deadline has passed."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._seconds = 0.0
+        self.start()
+
+    def __call__(self) -> float:
+        return self._seconds
+
+    def run(self) -> None:
+        last = time.monotonic()
+        while True:
+            time.sleep(0.02)
+            now = time.monotonic()
+            self._seconds += min(now - last, 0.5)
+            last = now
+
+
+awake = Awake()
+
+
 class Failure(Exception):
     """Something that must hold did not."""
 
@@ -73,7 +96,7 @@ class Plan:
     counts: Counter[str] = field(default_factory=Counter)
     peak: int = 0
     stated: int | None = None
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=awake)
 
     @property
     def clock(self) -> Path:
@@ -88,11 +111,11 @@ class Plan:
     def command(self, root: str, steps: int) -> list[str]:
         data = "pocket/chat" if self.kind == "sft" else "pocket/preferences"
         words = f"""{self.kind} --model {self.model} --data {data} --run-name soak --batch-size 8 --seed 11
-            --max-steps {steps} --save-steps {SAVE_EVERY} --eval-steps 500 --learning-rate 1e-4 --precision fp32"""
+            --max-steps {steps} --save-steps {SAVE_EVERY} --eval-steps 2000 --learning-rate 1e-4 --precision fp32"""
         return [sys.executable, "-m", "burnish", *words.split(), "--output-dir", str(self.disk / root)]
 
     def say(self, event: str, step: int, text: str) -> None:
-        passed = int(time.monotonic() - self.began)
+        passed = int(awake() - self.began)
         stamp = f"{passed // 3600:02d}:{passed // 60 % 60:02d}:{passed % 60:02d}"
         line = f"{stamp}  {event:<10}  step {step:>6}  {text}"
         print(line, flush=True)
@@ -115,14 +138,14 @@ class Segment:
             self.process = subprocess.Popen(
                 plan.command(root, steps), env=env, cwd=plan.work, stdout=stream, stderr=subprocess.STDOUT
             )
-        self.started = time.monotonic()
+        self.started = awake()
 
     def wait(self, seconds: float) -> int | None:
         """The exit status, or None if the process still runs after `seconds`."""
-        try:
-            return self.process.wait(timeout=max(seconds, 0.0))
-        except subprocess.TimeoutExpired:
-            return None
+        until = awake() + seconds
+        while (status := self.process.poll()) is None and awake() < until:
+            time.sleep(0.02)
+        return status
 
     def text(self) -> str:
         return self.out.read_text(encoding="utf-8", errors="replace")
@@ -245,10 +268,10 @@ def start_second(plan: Plan, segment: Segment) -> str:
 def fill_disk(plan: Plan, segment: Segment) -> tuple[int | None, str]:
     """Leave few bytes or none until the process ends, at most 60 s."""
     left = plan.draw.choice((0, 0, plan.draw.randint(0, 25_000_000)))
-    filler, began, status = plan.disk / "filler", time.monotonic(), None
+    filler, began, status = plan.disk / "filler", awake(), None
     with filler.open("wb") as stream:
         size = 0
-        while status is None and time.monotonic() - began < 60:
+        while status is None and awake() - began < 60:
             free = shutil.disk_usage(plan.disk).free
             if free > left:
                 with contextlib.suppress(OSError):
@@ -304,7 +327,7 @@ def choose_fault(plan: Plan, event: str) -> str:
 def choose_lifetime(plan: Plan, deadline: float, step: int) -> float | None:
     """Seconds until the next fatal event, so that the run ends at the deadline; None when it must be let alone now."""
     need = (plan.steps - step) * plan.pace * 1.25
-    spare = deadline - time.monotonic() - need - plan.overhead
+    spare = deadline - awake() - need - plan.overhead
     cost = plan.overhead + SAVE_EVERY * plan.pace / 2
     if spare < cost:
         return None
@@ -321,13 +344,13 @@ def run_harmless(plan: Plan, segment: Segment, until: float) -> None:
     mean = 20.0
     while True:
         pause = plan.draw.expovariate(1 / mean)
-        if time.monotonic() + pause >= until:
-            segment.wait(until - time.monotonic())
+        if awake() + pause >= until:
+            segment.wait(until - awake())
             return
         if segment.wait(pause) is not None:
             return
         event = plan.draw.choices(list(HARMLESS), list(HARMLESS.values()))[0]
-        if event == "second" and until - time.monotonic() < plan.overhead:
+        if event == "second" and until - awake() < plan.overhead:
             continue
         if event == "second" and not segment.training:
             continue
@@ -372,7 +395,7 @@ def disturb(plan: Plan, deadline: float, events: list[str] | None, fixed: float)
             if status != 0:
                 plan.counts[event] += 1
                 check_end(plan, segment, event, status)
-            age = time.monotonic() - segment.started
+            age = awake() - segment.started
             ending = f"exit {status}" if status >= 0 else f"signal {-status}"
             saved = max([0, *(int(p.name.split("-")[1]) for p in plan.stage_dir(root).glob("checkpoint-*"))])
             plan.say(
@@ -395,7 +418,7 @@ def run_calm(plan: Plan, root: str, steps: int) -> float:
     status = segment.process.wait()
     if status != 0:
         raise Failure(f"an undisturbed run ended with {status}\n{segment.text()[-3000:]}")
-    return time.monotonic() - segment.started
+    return awake() - segment.started
 
 
 def measure_pace(plan: Plan) -> None:
@@ -404,7 +427,7 @@ def measure_pace(plan: Plan) -> None:
     whole = run_calm(plan, "pace", steps)
     again = Segment(plan, "pace", steps)
     again.process.wait()
-    skipped = time.monotonic() - again.started
+    skipped = awake() - again.started
     rows = (plan.stage_dir("pace") / "timing.jsonl").read_text().splitlines()
     plan.pace = sum(json.loads(r)["seconds"] for r in rows) / len(rows) * 1.1
     plan.overhead = skipped + 1.0
@@ -420,7 +443,7 @@ def soak(plan: Plan, minutes: float, steps: int, events: list[str] | None, fixed
         plan.steps, plan.overhead = steps, 9.0
     else:
         measure_pace(plan)
-        plan.steps = max(2 * SAVE_EVERY, int((deadline - time.monotonic() - 3 * plan.overhead) * 0.28 / plan.pace))
+        plan.steps = max(2 * SAVE_EVERY, int((deadline - awake() - 3 * plan.overhead) * 0.28 / plan.pace))
     seconds = run_calm(plan, "calm", plan.steps)
     expected = compute_digest(plan.stage_dir("calm"), plan.steps)
     plan.say(

@@ -1,11 +1,13 @@
 """A parent that has imported everything and forks one child per command, so that hundreds of kills are affordable.
 
-Run as a module it reads one JSON job a line: {"argv": […], "fault": "point:n:kill" | "", "kill_after": seconds | null,
-"signal_after": [number, seconds] | null, "cwd": folder, "log": file} and answers {"status": exit status or −signal}.
+Run as a module it reads one JSON job a line: {"argv": […], "fault": "point:n:kill" | "", "call": "module:name:n:before" | "",
+"kill_after": seconds | null, "signal_after": [number, seconds] | null, "cwd": folder, "log": file} and answers {"status":
+exit status or −signal}. `call` kills the child before or after the n-th call of a function or method, as seen from a module.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -27,10 +29,10 @@ class ForkServer:
             [sys.executable, "-m", "tests.forkserver"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd=ROOT
         )
 
-    def run(self, argv: list[str], *, log: Path, cwd: Path, fault: str = "", kill_after: float | None = None,
-            signal_after: tuple[int, float] | None = None) -> int:  # fmt: skip
+    def run(self, argv: list[str], *, log: Path, cwd: Path, fault: str = "", call: str = "",
+            kill_after: float | None = None, signal_after: tuple[int, float] | None = None) -> int:  # fmt: skip
         """Run `burnish argv` in a fresh child; returns its exit status, or −n if signal n ended it."""
-        job = {"argv": argv, "fault": fault, "kill_after": kill_after, "signal_after": signal_after}
+        job = {"argv": argv, "fault": fault, "call": call, "kill_after": kill_after, "signal_after": signal_after}
         assert self._parent.stdin and self._parent.stdout
         self._parent.stdin.write((json.dumps(job | {"cwd": str(cwd), "log": str(log)}) + "\n").encode())
         self._parent.stdin.flush()
@@ -40,6 +42,27 @@ class ForkServer:
         assert self._parent.stdin
         self._parent.stdin.close()
         self._parent.wait(timeout=20)
+
+
+def _kill_at_call(module: str, name: str, nth: str, when: str) -> None:
+    """Die before or after the n-th call of `module.name` (`name` may be Class.method)."""
+    owner: Any = importlib.import_module(module)
+    *path, last = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    whole, seen = getattr(owner, last), 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen == int(nth) and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = whole(*args, **kwargs)
+        if seen == int(nth):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, last, counted)
 
 
 def _child(job: dict[str, Any]) -> None:
@@ -54,6 +77,8 @@ def _child(job: dict[str, Any]) -> None:
 
     torch.set_num_threads(1)
     faults._SPEC, faults._ACTIVE = job["fault"], bool(job["fault"])
+    if job["call"]:
+        _kill_at_call(*job["call"].split(":"))
     status = 1
     try:
         status = main(job["argv"])
@@ -66,7 +91,6 @@ def _child(job: dict[str, Any]) -> None:
 
 
 def _serve() -> None:
-    import importlib
     import pkgutil
 
     import burnish

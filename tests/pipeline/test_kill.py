@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,20 +16,49 @@ import pytest
 from tests.forkserver import ForkServer
 from tests.pipeline.tiny_folder import build_model_folder, write_rows
 
+# Where a run is killed: a fault point and its n-th passing, or the n-th call of a function ("before" it or "after" it).
+# "A > B": killed at A, and the continued run at B. All of them are reached by every method.
 POINTS = [
-    "step.forward:3",
-    "step.backward:9",
+    "step.forward:1",
+    "torch.nn.modules.sparse:Embedding.forward:9:after",  # in the middle of a forward
+    "step.backward:3",
+    "burnish.engine.loop:compute_gradient:5:before",
+    "burnish.engine.loop:compute_gradient:6:after",
     "update.before_optimizer:6",
+    "torch.optim.adam:_fused_adam:5:after",  # in the middle of the optimizer's step
     "update.after_optimizer:7",
     "loop.after_step:5",
+    "metrics.write:1",
     "metrics.write:8",
-    "folder.write:2",
-    "folder.manifest:2",
-    "folder.rename:2",
-    "folder.fsync_parent:2",
+    "metrics.fsync:2",
+    "burnish.engine.loop:save_checkpoint:2:before",
+    "folder.mkdir:4",
+    "folder.write:4",
+    "folder.fsync_file:7",
+    "folder.manifest:4",
+    "folder.fsync_dir:4",
+    "folder.rename:4",
+    "folder.fsync_parent:4",
     "prune.rename:1",
-    "file.rename:6",
+    "prune.remove:1",
+    "burnish.engine.loop:run_evaluation:1:before",
+    "burnish.engine.evaluation:_evaluate:2:after",
+    "burnish.pipeline.train_stage:export_model:1:after",
+    "burnish.artifacts.folder:FolderWriter._seal:5:after",
+    "burnish.pipeline.train_stage:_describe:1:before",
+    "file.rename:4",
+    "file.fsync_parent:5",
+    "burnish.report.html:render_report:1:before",
+    "update.after_optimizer:8 > burnish.engine.loop:load_checkpoint:1:after",
 ]
+REFERENCE = [
+    "burnish.pipeline.reference:compute_reference_table:1:before",
+    "burnish.pipeline.reference:compute_reference_table:2:after",
+    "folder.rename:1",
+    "folder.rename:2",
+    "folder.fsync_parent:1 > burnish.pipeline.reference:attach_table:1:before",
+]
+FEW = POINTS[1::4]
 CASES = [(kind, lora) for kind in ("sft", "reward", "dpo") for lora in (False, True)]
 
 
@@ -76,60 +107,76 @@ def build_command(inputs: Path, kind: str, lora: bool, out: Path) -> list[str]:
     return [*command, "--lora.r", "4"] if lora else command
 
 
-def compute_digest(run: Path) -> tuple[str, bytes]:
-    """(sha256 over the result's weights, metrics.jsonl)"""
+def compute_digest(run: Path) -> dict[str, str]:
+    """File → SHA-256: the result's weights, the last checkpoint's weights, moments and state, the metrics."""
     stage = next(p for p in run.iterdir() if p.name.startswith("01-"))
-    chain = hashlib.sha256()
-    files = sorted((stage / "final").glob("*.safetensors"))
-    assert files
-    for file in files:
-        chain.update(file.read_bytes())
-    return chain.hexdigest(), (stage / "metrics.jsonl").read_bytes()
+    last = max(stage.glob("checkpoint-*"), key=lambda p: int(p.name.removeprefix("checkpoint-")))
+    files = [*sorted((stage / "final").glob("*.safetensors")), *sorted(last.glob("*.safetensors"))]
+    assert len(files) >= 3
+    files += [last / "state.json", stage / "metrics.jsonl"]
+    return {p.relative_to(stage).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def run_until_done(server: ForkServer, command: list[str], out: Path, **first) -> tuple[int, int]:
-    """(status of the first start, starts in all)"""
+def describe_fault(point: str) -> dict[str, str]:
+    """A point of the tables above as the fork server takes it."""
+    return {"call": point} if point.count(":") == 3 else {"fault": f"{point}:kill"}
+
+
+def run_until_done(server: ForkServer, command: list[str], out: Path, faults: list[dict]) -> list[int]:
+    """The same command, each time with the next of `faults`, then without, until it succeeds: all exit statuses."""
     out.mkdir(parents=True, exist_ok=True)
-    begin = status = server.run(command, log=out / "log", cwd=out, **first)
-    starts = 1
-    while status != 0 and starts < 4:
-        status = server.run(command, log=out / "log", cwd=out)
-        starts += 1
-    assert status == 0, (out / "log").read_text()[-3000:]
-    return begin, starts
+    statuses = [server.run(command, log=out / "log", cwd=out, **fault) for fault in faults]
+    while statuses[-1] != 0 and len(statuses) < len(faults) + 2:
+        statuses.append(server.run(command, log=out / "log", cwd=out))
+    assert statuses[-1] == 0, (statuses, (out / "log").read_text()[-3000:])
+    return statuses
 
 
 def check_kills(
     server: ForkServer, inputs: Path, kind: str, lora: bool, tmp: Path, points: list[str], randoms: int
 ) -> None:
-    run_until_done(server, build_command(inputs, kind, lora, tmp / "calm"), tmp / "calm")
+    began = time.monotonic()
+    run_until_done(server, build_command(inputs, kind, lora, tmp / "calm"), tmp / "calm", [{}])
+    length = time.monotonic() - began
     expected = compute_digest(tmp / "calm" / "run")
-    killed = 0
-    for point in points:
-        out = tmp / point.replace(":", "-").replace(" ", "-")
-        begin, _ = run_until_done(server, build_command(inputs, kind, lora, out), out, fault=f"{point}:kill")
-        killed += begin == -9
+    for index, point in enumerate(points):
+        out = tmp / f"point-{index}"
+        faults = [describe_fault(part) for part in point.split(" > ")]
+        statuses = run_until_done(server, build_command(inputs, kind, lora, out), out, faults)
+        assert statuses[:-1] == [-9] * len(faults), f"{point} was not reached: {statuses}"
         assert compute_digest(out / "run") == expected, point
-    assert killed >= 0.6 * len(points), "most points must be reached"
-    draw = random.Random(f"{kind}{lora}")
+        shutil.rmtree(out)
+    draw, killed = random.Random(f"{kind}{lora}"), 0
     for i in range(randoms):
         out = tmp / f"random-{i}"
-        seconds = draw.uniform(0.2, 2.5)
-        run_until_done(server, build_command(inputs, kind, lora, out), out, kill_after=seconds)
+        seconds = draw.uniform(0.05, 0.95) * length
+        first = {"kill_after": seconds}
+        killed += run_until_done(server, build_command(inputs, kind, lora, out), out, [first])[0] == -9
         assert compute_digest(out / "run") == expected, f"killed after {seconds:.2f} s"
+        shutil.rmtree(out)
+    assert killed >= 0.7 * randoms, f"{killed} of {randoms} came in time"
 
 
 @pytest.mark.parametrize(("kind", "lora"), [("sft", False), ("reward", True), ("dpo", False)])
 def test_r01_one_kill(server, inputs, kind, lora, tmp_path):
     """R-01: killed in the middle of a step and of a save, continued by the same command: the same bits."""
-    check_kills(server, inputs, kind, lora, tmp_path, ["update.after_optimizer:7", "folder.manifest:2"], 0)
+    check_kills(server, inputs, kind, lora, tmp_path, ["update.after_optimizer:7", "folder.manifest:4"], 0)
 
 
 @pytest.mark.kill
-@pytest.mark.parametrize(("kind", "lora"), CASES)
-def test_r01_kills(server, inputs, kind, lora, tmp_path):
-    """R-01: twelve enumerated points and four random moments for each method, full and LoRA."""
-    check_kills(server, inputs, kind, lora, tmp_path, POINTS, 4)
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+def test_r01_kills(server, inputs, kind, tmp_path):
+    """R-01: at least thirty enumerated points and twenty random moments for each method."""
+    points = POINTS + (REFERENCE if kind == "dpo" else [])
+    assert len(points) >= 30
+    check_kills(server, inputs, kind, False, tmp_path, points, 20)
+
+
+@pytest.mark.kill
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+def test_r01_kills_with_lora(server, inputs, kind, tmp_path):
+    """R-01: eight enumerated points and seven random moments for adapters."""
+    check_kills(server, inputs, kind, True, tmp_path, FEW, 7)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
