@@ -65,6 +65,8 @@ class Table:
         group_order: (G,) int64, canonical position of each group within the optimizer step (data order).
         group_ids: G names, for messages.
         columns: name → (C,) float32. token_columns: name → (S,) float32. group_columns: name → (G,) float32.
+        slot_rows: slot → (n,) int64, its completions (rows of C); made with the batch, so that reading a slot never asks the
+            device where it is.
     """
 
     token_completion: Tensor
@@ -78,6 +80,7 @@ class Table:
     columns: dict[str, Tensor] = field(default_factory=dict)
     token_columns: dict[str, Tensor] = field(default_factory=dict)
     group_columns: dict[str, Tensor] = field(default_factory=dict)
+    slot_rows: dict[int, Tensor] = field(default_factory=dict)
 
     def sum_tokens(self, per_token: Tensor) -> Tensor:
         """(S,) → (C,): sum over the scored tokens of each completion; 0 where a completion has none."""
@@ -90,10 +93,11 @@ class Table:
         Raises:
             ValueError: A group has no such completion.
         """
-        chosen = values[self.completion_slot == slot]
-        if chosen.shape[0] != len(self.group_ids):
-            raise ValueError(f"only {chosen.shape[0]} of {len(self.group_ids)} groups have a completion {slot}")
-        return chosen
+        rows = self.slot_rows.get(slot)
+        found = 0 if rows is None else rows.shape[0]
+        if found != len(self.group_ids):
+            raise ValueError(f"only {found} of {len(self.group_ids)} groups have a completion {slot}")
+        return values[:0] if rows is None else values.index_select(0, rows)
 
 
 @dataclass
@@ -162,19 +166,23 @@ class PackedBatch:
         """The batch with all tensors on `device`."""
         if torch.device(device).type == "cpu" and self.input_ids.device.type == "cpu":
             return self
-        t = self.table
-        table = Table(
-            **{f.name: _move(getattr(t, f.name), device) for f in fields(t)},
-        )
+        table = Table(**{f.name: _move(getattr(self.table, f.name), device) for f in fields(self.table)})
         tensors = (self.input_ids, self.position_ids, self.source_index, self.target_ids, self.last_index)
-        return PackedBatch(*(x.to(device, non_blocking=True) for x in tensors), layout=self.layout, table=table)
+        return PackedBatch(*(move(x, device) for x in tensors), layout=self.layout, table=table)
+
+
+def move(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on `device`; to a CUDA device through pinned memory, so that the host does not wait for the copy."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _move(value: Any, device: torch.device | str) -> Any:
     """Tensors, and dicts of tensors, on `device`; anything else as it is."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    return {k: v.to(device) for k, v in value.items()} if isinstance(value, dict) else value
+        return move(value, device)
+    return {k: move(v, device) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _stack_columns(rows: Sequence[Mapping[str, float]], owners: Sequence[str], what: str) -> dict[str, Tensor]:
@@ -249,11 +257,18 @@ def build_packed_batch(
         columns=_stack_columns(rows, owners, "completion"),
         token_columns=_concat_token_columns(token_rows, owners),
         group_columns=_stack_columns([g.columns for g in groups], [g.id for g in groups], "group"),
+        slot_rows=find_slot_rows(slot_of),
     )
     return PackedBatch(
         input_ids=_long(ids), position_ids=_long(positions), source_index=_long(source), target_ids=_long(target),
         last_index=torch.tensor(last, dtype=torch.int64), layout=Layout(cursor, tuple(spans)), table=table,
     )  # fmt: skip
+
+
+def find_slot_rows(slots: Sequence[int]) -> dict[int, Tensor]:
+    """slot → (n,) int64, the places where it stands in `slots`."""
+    array = np.asarray(slots, dtype=np.int64)
+    return {int(s): torch.from_numpy(np.flatnonzero(array == s)) for s in np.unique(array)}
 
 
 def _long(parts: Sequence[np.ndarray]) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from burnish.core.batch import Layout
+from burnish.core.batch import Layout, move
 from burnish.core.plan import AttentionPlan
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -34,7 +34,7 @@ def build_mask_mod(layout: Layout, window: int | None, device: torch.device | st
         for k, c in enumerate(span.completions, start=1):
             part[c.start : c.start + c.length] = k
             position[c.start : c.start + c.length] = torch.arange(span.prompt, span.prompt + c.length)
-    group, part, position = group.to(device), part.to(device), position.to(device)
+    group, part, position = (move(x, device) for x in (group, part, position))
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same = (group[query] == group[key]) & ((part[key] == 0) | (part[key] == part[query]))

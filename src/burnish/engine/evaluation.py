@@ -11,7 +11,7 @@ import torch
 from burnish.core.concat import concat_steps
 from burnish.core.group import Group
 from burnish.engine.plan import build_plan
-from burnish.engine.step import StepContext, Sums, _attach_reference, _build, _non_finite_rows, compute_counts
+from burnish.engine.step import Guard, StepContext, Sums, _attach_reference, _build, compute_counts
 from burnish.errors import NumericStop
 
 
@@ -65,10 +65,12 @@ def _evaluate(
                 pending[0].append((batch.table, outputs.named()))
                 continue
             result = ctx.method.compute_loss(outputs, batch.table, state)
-            if not all(bool(torch.isfinite(t.sum)) for t in result.terms):
-                bad += _non_finite_rows(outputs.named(), batch)
+            guard = Guard()
+            guard.watch(torch.stack([t.sum for t in result.terms]).sum(), [(batch.table, outputs.named())])
             sums.add(result)
+            bad += guard.name_rows(sums.fetch(guard.flags))
         _add_parts(ctx, pending[0], state, sums)
+    sums.fetch([])
     bad = [row for part in ctx.runtime.gather(bad) for row in part]
     if bad:
         raise NumericStop(

@@ -160,7 +160,7 @@ class Trainer:
         if gradient.bad:
             return Update(False, float("nan"), 0.0)
         self.whole = False
-        return run_update(self.state, self.parameters, self.job.settings, self.source.total_steps, gradient.state)
+        return run_update(self.state, self.parameters, self.job.settings, self.source.total_steps, gradient)
 
     # -- bookkeeping ------------------------------------------------------------------------------------------------
 

@@ -9,10 +9,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from burnish.core.batch import Outputs, PackedBatch, Table, build_packed_batch
 from burnish.core.concat import concat_steps
 from burnish.core.group import Group
+from burnish.engine.fetch import fetch_numbers
 from burnish.engine.method import Method
 from burnish.engine.plan import MicroBatch, StepPlan, build_part
 from burnish.engine.runtime import Runtime
@@ -40,22 +42,35 @@ class Stopped(Exception):
 
 @dataclass
 class Sums:
-    """Sums and counts of terms and metrics over micro-batches (and, after `reduce`, over ranks)."""
+    """Sums and counts of terms and metrics over micro-batches (and, after `reduce`, over ranks).
+
+    Sums stay on the device until `fetch`; counts are known on the host.
+    """
 
     values: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
     terms: dict[str, float] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     announced: dict[str, float] = field(default_factory=dict)
+    _waiting: list[tuple[dict[str, float], str, Tensor]] = field(default_factory=list)
 
     def add(self, result: LossResult) -> None:
         for term in result.terms:
-            self.terms[term.name] = self.terms.get(term.name, 0.0) + float(term.sum.detach())
+            self._waiting.append((self.terms, term.name, term.sum.detach()))
             self.announced[term.name] = self.announced.get(term.name, 0.0) + term.count
             self.weights[term.name] = term.weight
         for metric in result.metrics:
-            self.values[metric.name] = self.values.get(metric.name, 0.0) + float(metric.sum.detach())
+            self._waiting.append((self.values, metric.name, metric.sum.detach()))
             self.counts[metric.name] = self.counts.get(metric.name, 0.0) + float(metric.count)
+
+    def fetch(self, further: Sequence[Tensor]) -> list[float]:
+        """Bring the sums to the host, in one transfer with `further` scalars; returns those."""
+        numbers = fetch_numbers([tensor for _, _, tensor in self._waiting] + list(further))
+        for (target, name, _), number in zip(self._waiting, numbers, strict=False):
+            target[name] = target.get(name, 0.0) + number
+        found = numbers[len(self._waiting) :]
+        self._waiting = []
+        return found
 
     def reduce(self, runtime: Runtime) -> None:
         self.values, self.counts = runtime.sum_numbers(self.values), runtime.sum_numbers(self.counts)
@@ -73,13 +88,37 @@ class Sums:
 
 
 @dataclass
+class Guard:
+    """Whether the numbers of each micro-batch are finite; read on the host once, at the end of the step."""
+
+    flags: list[Tensor] = field(default_factory=list)
+    rows: list[list[tuple[Table, dict[str, Tensor]]]] = field(default_factory=list)
+
+    def watch(self, loss: Tensor, rows: Sequence[tuple[Table, Mapping[str, Tensor]]]) -> None:
+        """Remember whether `loss` is finite, and the outputs that tell which rows are to blame."""
+        self.flags.append(torch.isfinite(loss.detach()))
+        self.rows.append([(table, {n: t.detach() for n, t in outputs.items()}) for table, outputs in rows])
+
+    def name_rows(self, finite: Sequence[float]) -> list[str]:
+        """Ids of the groups to blame, given the flags as fetched."""
+        broken = [rows for ok, rows in zip(finite, self.rows, strict=True) if not ok]
+        return [name for rows in broken for table, outputs in rows for name in _non_finite_rows(outputs, table)]
+
+
+@dataclass
 class Gradient:
-    """What `compute_gradient` found; the gradients themselves are on the parameters."""
+    """What `compute_gradient` found; the gradients themselves, unscaled, are on the parameters.
+
+    Attributes:
+        norm: Their L2 norm. total_norm: The same, (), on the device.
+    """
 
     figures: dict[str, float]
     tokens: int
     bad: list[str]
     state: Mapping[str, Any] | None
+    norm: float
+    total_norm: Tensor
 
 
 @dataclass
@@ -130,16 +169,16 @@ def _attach_reference(ctx: StepContext, batch: PackedBatch) -> None:
         batch.table.token_columns["ref_logprobs"] = ctx.reference.logprobs(batch)
 
 
-def _non_finite_rows(outputs: Mapping[str, Tensor], batch: PackedBatch) -> list[str]:
-    """Ids of the groups whose outputs are not finite; all of the batch's if none can be told apart."""
+def _non_finite_rows(outputs: Mapping[str, Tensor], table: Table) -> list[str]:
+    """Ids of the groups whose outputs are not finite; all of the table's if none can be told apart."""
     bad: set[int] = set()
     for name, tensor in outputs.items():
         broken = ~torch.isfinite(tensor.detach())
         if broken.any():
             rows = broken.nonzero()[:, 0]
-            completions = rows if name == "scores" else batch.table.token_completion[rows]
-            bad |= set(batch.table.completion_group[completions].tolist())
-    ids = batch.table.group_ids
+            completions = rows if name == "scores" else table.token_completion[rows]
+            bad |= set(table.completion_group[completions].tolist())
+    ids = table.group_ids
     return [ids[g] for g in sorted(bad)] if bad else list(ids)
 
 
@@ -154,7 +193,8 @@ def compute_gradient(
 ) -> Gradient:
     """Gradients of the step's loss on `ctx.parameters`, summed over micro-batches and ranks.
 
-    The result does not depend on how the plan cut the step. Non-finite numbers are reported, never applied.
+    The result does not depend on how the plan cut the step. Non-finite numbers are reported, never applied. The host waits for
+    the device once, after the last backward pass.
 
     Raises:
         Stopped: `ctx.should_stop()` became true between micro-batches.
@@ -162,13 +202,12 @@ def compute_gradient(
     for p in ctx.parameters:
         p.grad = None
     counts = compute_counts(ctx.method, groups)
-    sums = Sums()
-    bad: list[str] = []
+    sums, guard = Sums(), Guard()
     rows: list[tuple[Table, dict[str, Tensor]]] = []
     mine = plan.of(ctx.runtime.rank)
     coupled = [i for i, m in enumerate(mine) if m.coupled]
     if coupled:
-        rows += _run_coupled(ctx, groups, mine, coupled, counts, state, step, sums, bad)
+        rows += _run_coupled(ctx, groups, mine, coupled, counts, state, step, sums, guard)
     for index, micro in enumerate(mine):
         if micro.coupled:
             continue
@@ -183,15 +222,15 @@ def compute_gradient(
         loss = _total(result, counts)
         if fault_point("step.nan_loss"):
             loss = loss * float("nan")
-        if not bool(torch.isfinite(loss.detach())):
-            bad += _non_finite_rows(outputs.named(), batch)
-            continue
+        guard.watch(loss, [(batch.table, outputs.named())])
         sums.add(result)
         if ctx.method.stateful:
             rows.append((batch.table, {n: t.detach() for n, t in outputs.named().items()}))
         fault_point("step.backward")
         (loss if ctx.scale is None else loss * ctx.scale).backward()
-    bad = [row for part in ctx.runtime.gather(bad) for row in part]
+    total_norm = _finish_gradients(ctx)
+    *finite, norm = sums.fetch([*guard.flags, total_norm])
+    bad = [row for part in ctx.runtime.gather(guard.name_rows(finite)) for row in part]
     sums.reduce(ctx.runtime)
     next_state = None
     if not bad:
@@ -201,16 +240,25 @@ def compute_gradient(
             _check_counts(sums.announced, counts, ctx.method.name)
         if ctx.method.stateful:
             next_state = ctx.method.next_state(*_join_ranks(ctx, rows), state)
+    figures = sums.figures(counts) if not bad else {}
+    return Gradient(figures, sum(m.tokens for m in mine), bad, next_state, norm, total_norm)
+
+
+def _finish_gradients(ctx: StepContext) -> Tensor:
+    """Sum the gradients over ranks, undo the loss scale; () their norm, on the device."""
     ctx.runtime.sum_gradients(ctx.parameters)
+    grads = [p.grad for p in ctx.parameters if p.grad is not None]
+    if ctx.scale is not None:
+        for grad in grads:
+            grad.mul_(1.0 / ctx.scale)
     if fault_point("step.nan_gradient"):
-        grad = next(p.grad for p in ctx.parameters if p.grad is not None)
-        grad.view(-1)[0] = float("nan")
-    return Gradient(sums.figures(counts) if not bad else {}, sum(m.tokens for m in mine), bad, next_state)
+        grads[0].view(-1)[0] = float("nan")
+    return get_total_norm(grads)
 
 
 def _run_coupled(
     ctx: StepContext, groups: Sequence[Group], mine: Sequence[MicroBatch], coupled: Sequence[int],
-    counts: Mapping[str, float], state: Mapping[str, Any], step: int, sums: Sums, bad: list[str],
+    counts: Mapping[str, float], state: Mapping[str, Any], step: int, sums: Sums, guard: Guard,
 ) -> list[tuple[Table, dict[str, Tensor]]]:  # fmt: skip
     """Two passes: outputs of coupled micro-batches without gradient, the loss on them, backward with its coefficients.
 
@@ -232,10 +280,7 @@ def _run_coupled(
     leaves = [{n: t.detach().requires_grad_(True) for n, t in outputs.items()} for outputs in named]
     result = _coupled_loss(ctx, tables, leaves, state)
     loss = _total(result, {t.name: t.count for t in result.terms} if ctx.method.coupled else counts)
-    if not bool(torch.isfinite(loss.detach())):
-        for outputs, batch in zip(named, batches, strict=True):
-            bad += _non_finite_rows(outputs, batch)
-        return []
+    guard.watch(loss, list(zip(tables, named, strict=True)))
     if ctx.runtime.is_main:
         sums.add(result)
     if loss.requires_grad:  # else no row of the coupled part is on this rank

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from burnish.core.batch import Layout, PackedBatch
+from burnish.core.batch import Layout, PackedBatch, move
 
 
 @dataclass
@@ -68,15 +68,16 @@ def build_padded_rows(batch: PackedBatch, side: str = "right") -> PaddedRows:
         mask[i, shift[i] : shift[i] + len(row)] = 1
     positions = np.clip(np.arange(width)[None] - shift[:, None], 0, None)
     device = batch.input_ids.device
-    moved = torch.from_numpy(shift).to(device)
+    ends = np.array([len(row) - 1 for row in rows], dtype=np.int64)
+    cells, real, place, moved, last = (move(torch.from_numpy(x), device) for x in (index, mask, positions, shift, ends))
     owner = batch.table.token_completion
     return PaddedRows(
-        input_ids=batch.input_ids[torch.from_numpy(index).to(device)],
-        attention_mask=torch.from_numpy(mask).to(device),
-        position_ids=torch.from_numpy(positions).to(device),
+        input_ids=batch.input_ids[cells],
+        attention_mask=real,
+        position_ids=place,
         source_row=owner,
         source_column=batch.position_ids[batch.source_index] + moved[owner],
-        last_column=torch.tensor([len(row) - 1 for row in rows], device=device) + moved,
+        last_column=last + moved,
     )
 
 
