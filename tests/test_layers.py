@@ -19,7 +19,7 @@ LAYERS = (
     ("losses", "data"),
     ("core",),
     ("config", "artifacts", "track", "report"),
-    ("errors", "faults", "clock"),
+    ("errors", "faults", "clock", "disk"),
 )
 SIDEWAYS = {
     ("artifacts", "config"),

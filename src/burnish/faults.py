@@ -1,6 +1,7 @@
 """Named fault points for the tests: `BURNISH_FAULT=<point>:<nth>:<kill|enospc|eio|nan|hang|raise>`.
 
-Inert unless `BURNISH_TESTING=1` is set as well. A point that is reached for the n-th time in a process fires once.
+Inert unless `BURNISH_TESTING=1` is set as well. A point that is reached for the n-th time in a process fires once; `*`
+stands for any part of a name (`folder.*:5:kill`: the fifth operation of the writer of folders).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from fnmatch import fnmatchcase
 
 _SPEC = os.environ.get("BURNISH_FAULT", "")
 _ACTIVE = bool(_SPEC) and os.environ.get("BURNISH_TESTING") == "1"
@@ -26,9 +28,9 @@ def fault_point(name: str) -> bool:
         return False
     _SEEN[name] += 1
     point, nth, action = _SPEC.split(":")
-    if point not in (name, "*"):
+    if not fnmatchcase(name, point):
         return False
-    reached = _SEEN[name] if point == name else sum(_SEEN.values())
+    reached = sum(count for seen, count in _SEEN.items() if fnmatchcase(seen, point))
     if reached != int(nth):
         return False
     if action == "kill":

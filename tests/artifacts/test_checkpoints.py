@@ -124,6 +124,7 @@ def fast_folder():
 def test_r19_retention_over_random_histories(fast_folder):
     """500 histories of saves, damage, clock changes, restores, pins, changes of the best, renames and prunes."""
     pool = fast_folder / "pool"
+    pool.mkdir()
     for step in range(1, 15):
         save(pool, step)
     for seed in range(500):

@@ -7,10 +7,11 @@ import pytest
 
 from burnish.artifacts import deletion
 from burnish.artifacts.deletion import delete_run, empty_trash
-from burnish.artifacts.disk import check_space, format_bytes, inside
+from burnish.artifacts.disk import inside
 from burnish.artifacts.environment import describe_environment, git_commit
 from burnish.artifacts.lock import RunLock
 from burnish.artifacts.redact import redact, redact_tree
+from burnish.disk import check_space, format_bytes
 from burnish.errors import ResourceError, UsageError
 
 

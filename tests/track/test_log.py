@@ -12,10 +12,12 @@ import pytest
 
 import burnish
 from burnish.artifacts.redact import redact
+from burnish.errors import ResourceError
 from burnish.track import log as log_module
 from burnish.track.log import (
     SUCCESS,
     attach_log_file,
+    check_log_file,
     detach_log_file,
     get_logger,
     memory_text,
@@ -183,11 +185,22 @@ def test_r35_the_log_file_is_bounded(tmp_path, monkeypatch):
     assert len(files) == 2 and sum(p.stat().st_size for p in files) < 25_000
 
 
-def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys):
+def test_a_log_that_cannot_be_written_is_said_once_and_remembered(tmp_path, capsys):
     attach_log_file(tmp_path / "absent" / "log.txt", redact=redact)
+    check_log_file()
     get_logger().info("one")
     get_logger().info("two")
-    assert capsys.readouterr().err.count("going on without") == 1
+    assert capsys.readouterr().err.count("cannot write log.txt") == 1
+    with pytest.raises(ResourceError, match=r"log\.txt"):
+        check_log_file()
+
+
+def test_r34_a_torn_line_of_the_log_ends_before_the_next(tmp_path):
+    (tmp_path / "log.txt").write_bytes(b"whole\ntorn \xe6\x97")
+    attach_log_file(tmp_path / "log.txt", redact=redact)
+    get_logger().info("next")
+    lines = (tmp_path / "log.txt").read_bytes().splitlines()
+    assert lines[:2] == [b"whole", b"torn \xe6\x97"] and lines[2].endswith(b"next")
 
 
 def test_r36_no_wall_clock_in_durations():

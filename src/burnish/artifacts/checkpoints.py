@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from burnish.artifacts.folder import (
+    MANIFEST,
     PINNED,
     DamagedFolder,
     FolderWriter,
@@ -15,7 +19,13 @@ from burnish.artifacts.folder import (
     temporary_name,
     verify_folder,
 )
+from burnish.disk import disk_error
 from burnish.faults import fault_point
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 KIND = "checkpoint"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -56,6 +66,40 @@ def pin(checkpoint: Path, pinned: bool = True) -> None:
         (checkpoint / PINNED).touch()
     else:
         (checkpoint / PINNED).unlink(missing_ok=True)
+
+
+@contextmanager
+def hold_checkpoint(path: Path) -> Iterator[None]:
+    """While open, `prune` of any process leaves this checkpoint: it is being read.
+
+    The operating system drops the hold when the reader dies. Without file locks (Windows, some network disks) nothing
+    happens.
+    """
+    held = _lock(path, shared=True)
+    try:
+        yield
+    finally:
+        if held is not None and held >= 0:
+            os.close(held)
+
+
+def _lock(path: Path, *, shared: bool) -> int | None:
+    """A descriptor that locks the checkpoint's manifest; None when another holds it; −1 where there are no locks."""
+    if fcntl is None:
+        return -1
+    try:
+        fd = os.open(Path(path) / MANIFEST, os.O_RDONLY)
+    except OSError:
+        return -1
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    except OSError:
+        os.close(fd)
+        return -1
+    return fd
 
 
 def verify_checkpoint(path: Path, *, sizes_only: bool = False) -> CheckpointRef:
@@ -115,8 +159,8 @@ def prune(
 ) -> list[int]:
     """Delete checkpoints beyond the newest `keep`, by the manifests' steps only. Returns the steps deleted.
 
-    Never deleted: the newest whole one and all after it, pinned ones, steps in `protect` (the best, one being read),
-    other runs' and anything that is not a sound checkpoint.
+    Never deleted: the newest whole one and all after it, pinned ones, steps in `protect` (the best), those that any
+    process reads at the moment (`hold_checkpoint`), other runs' and anything that is not a sound checkpoint.
 
     Args:
         stage_dir: The stage's folder.
@@ -135,18 +179,32 @@ def prune(
     for ref in refs[: max(0, good + 1 - keep)]:
         if ref.step in protect or ref.pinned or ref.step == refs[good].step:
             continue
-        delete_checkpoint(ref)
-        deleted.append(ref.step)
+        if delete_checkpoint(ref):
+            deleted.append(ref.step)
     return deleted
 
 
-def delete_checkpoint(ref: CheckpointRef) -> None:
-    """Delete one checkpoint: it loses its name first, so that a crash leaves all of it or none."""
+def delete_checkpoint(ref: CheckpointRef) -> bool:
+    """Delete one checkpoint unless it is being read; it loses its name first: a crash leaves all of it or none.
+
+    Raises:
+        ResourceError: The folder cannot be written.
+    """
+    held = _lock(ref.path, shared=False)
+    if held is None:
+        return False
     doomed = temporary_name(ref.path)
-    fault_point("prune.rename")
-    ref.path.rename(doomed)
-    fault_point("prune.remove")
-    shutil.rmtree(doomed, ignore_errors=True)
+    try:
+        fault_point("prune.rename")
+        ref.path.rename(doomed)
+        fault_point("prune.remove")
+        shutil.rmtree(doomed, ignore_errors=True)
+    except OSError as exc:
+        raise disk_error(exc, ref.path, doing=f"remove {ref.path.name}") from exc
+    finally:
+        if held >= 0:
+            os.close(held)
+    return True
 
 
 def _is_whole(ref: CheckpointRef, known_good: int | None) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from burnish.artifacts.disk import disk_error, inside
+from burnish.artifacts.disk import inside
 from burnish.artifacts.folder import TEMPORARY, temporary_name
 from burnish.artifacts.lock import RunLock
 from burnish.artifacts.run_folder import RUN, check_name
+from burnish.disk import disk_error
 from burnish.errors import UsageError
 from burnish.faults import fault_point
 

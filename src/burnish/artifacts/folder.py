@@ -6,6 +6,7 @@ fsync of the parent. A folder without a manifest that fits it, byte for byte, is
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -20,9 +21,10 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from burnish import __version__
-from burnish.artifacts.disk import check_space, disk_error, fsync_folder
+from burnish.artifacts.disk import fsync_folder
 from burnish.artifacts.exchange import exchange_folders
-from burnish.errors import BurnishError, ResourceError, UsageError
+from burnish.disk import check_space, disk_error, find_disk_failure
+from burnish.errors import ResourceError, UsageError
 from burnish.faults import fault_point
 
 FORMAT = 1
@@ -106,7 +108,8 @@ class FolderWriter:
     whatever was under that name as it was. `operations` lists what was done, in order, as (operation, name).
 
     Args:
-        final: The name that the folder gets; something already there is replaced in one step.
+        final: The name that the folder gets; something already there is replaced in one step. Its parent must exist: a
+            run folder that was removed meanwhile is not made again.
         kind: What it is, e.g. "checkpoint".
         meta: Further facts for the manifest, plain JSON.
         expected: Bytes that will be written, if known: checked against the free space first.
@@ -121,7 +124,6 @@ class FolderWriter:
     def __enter__(self) -> Self:
         if self.expected is not None:
             check_space(self.final.parent, self.expected, what=self.final.name)
-        self.final.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_name(self.final)
         self._open = _Open(temporary)
         try:
@@ -179,10 +181,10 @@ class FolderWriter:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         if exc is not None:
-            ours = self._disk_failure(exc)
+            ours, needed = find_disk_failure(exc, self._state().temporary), self._size()
             self._drop()
             if ours is not None:
-                raise disk_error(ours, self.final, doing=f"write {self.final.name}") from exc
+                raise disk_error(ours, self.final, doing=f"write {self.final.name}", needed=needed) from exc
             return
         try:
             self._seal()
@@ -191,16 +193,6 @@ class FolderWriter:
             self._drop()
             raise
         self._open = None
-
-    def _disk_failure(self, exc: BaseException) -> OSError | None:
-        """The disk's error behind an exception of a library that was writing into this folder."""
-        if isinstance(exc, BurnishError):
-            return None
-        if "No space left on device" in str(exc) or "os error 28" in str(exc):  # safetensors has its own exception type
-            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if not isinstance(exc, OSError) or not exc.errno or not isinstance(exc.filename, (str, bytes)):
-            return None
-        return exc if Path(os.fsdecode(exc.filename)).is_relative_to(self._state().temporary) else None
 
     def _seal(self) -> None:
         state = self._state()
@@ -275,7 +267,12 @@ class FolderWriter:
             return action()
         except OSError as exc:
             place = self.final / name if name else self.final
-            raise disk_error(exc, place, doing=f"write {self.final.name}", needed=needed) from exc
+            raise disk_error(exc, place, doing=f"write {self.final.name}", needed=needed or self._size()) from exc
+
+    def _size(self) -> int | None:
+        """Bytes that the folder takes, as far as that is known; None when nothing is."""
+        written = sum(entry.size for entry in self._open.files.values()) if self._open else 0
+        return self.expected or written or None
 
     def _state(self) -> _Open:
         if self._open is None:
@@ -291,7 +288,10 @@ class FolderWriter:
         if not state.temporary.is_dir():
             gone = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             raise disk_error(gone, self.final, doing=f"write {self.final.name}: its folder was removed")
-        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise disk_error(exc, self.final / name, doing=f"write {self.final.name}") from exc
         return place
 
     def _drop(self) -> None:
@@ -357,13 +357,7 @@ def load_manifest(path: Path) -> Manifest:
         version = found["format"]
     except (ValueError, RecursionError, KeyError, TypeError):
         raise _damaged(path, f"{MANIFEST} is not readable JSON of this kind") from None
-    if isinstance(version, int) and version > FORMAT:
-        raise NewerFormat(
-            f"written in format {version} by burnish {found.get('burnish')}; this version reads up to {FORMAT}",
-            where=str(path),
-            found=version,
-            remedy=f"use burnish {found.get('burnish')} or later for this folder",
-        )
+    check_format(version, found, path, FORMAT)
     try:
         files = {n: FileEntry(int(e["size"]), str(e["sha256"])) for n, e in found["files"].items()}
         manifest = Manifest(found["kind"], found["meta"], files, version, found["burnish"])
@@ -373,6 +367,24 @@ def load_manifest(path: Path) -> Manifest:
     if manifest is None or raw != text + _SEAL % hashlib.sha256(text).hexdigest().encode():
         raise _damaged(path, f"{MANIFEST} was altered: its seal does not fit")
     return manifest
+
+
+def check_format(version: object, found: dict[str, Any], place: Path, readable: int) -> None:
+    """Refuse what a later version of burnish wrote, naming the version that reads it.
+
+    Raises:
+        NewerFormat: The format is above `readable`.
+    """
+    if isinstance(version, int) and not isinstance(version, bool) and version > readable:
+        writer = found.get("burnish")
+        raise NewerFormat(
+            f"written in format {version} by burnish {writer or '(unknown)'}; this version reads up to {readable}",
+            where=str(place),
+            found=version,
+            remedy=f"use burnish {writer} or later for this folder"
+            if writer
+            else "use a later burnish for this folder",
+        )
 
 
 def verify_folder(path: Path, *, sizes_only: bool = False, beside: frozenset[str] = frozenset({PINNED})) -> Manifest:
@@ -439,11 +451,11 @@ def write_file(path: Path, data: bytes | str) -> None:
         temporary.replace(path)
         fault_point("file.fsync_parent")
         fsync_folder(path.parent)
-    except OSError as exc:
-        temporary.unlink(missing_ok=True)
-        raise disk_error(exc, path, doing=f"write {path.name}", needed=len(raw)) from exc
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as exc:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(exc, OSError):
+            raise disk_error(exc, path, doing=f"write {path.name}", needed=len(raw)) from exc
         raise
 
 
@@ -456,7 +468,17 @@ def clean_leftovers(folder: Path) -> list[str]:
     """Remove what a killed writer left in `folder`, and put back a folder it had moved aside. Returns what was done.
 
     Only for the process that holds the run's lock: another one's unfinished work looks the same.
+
+    Raises:
+        ResourceError: The folder cannot be read or written.
     """
+    try:
+        return _clean(folder)
+    except OSError as exc:
+        raise disk_error(exc, folder, doing="clear up what a killed run left") from exc
+
+
+def _clean(folder: Path) -> list[str]:
     done: list[str] = []
     if not folder.is_dir():
         return done

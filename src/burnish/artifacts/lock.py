@@ -12,9 +12,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from burnish.artifacts.disk import disk_error
 from burnish.clock import mono, wall
+from burnish.disk import disk_error
 from burnish.errors import UsageError
+from burnish.faults import fault_point
 
 try:
     import fcntl
@@ -63,14 +64,14 @@ class RunLock:
             if _is_at(fd, self.path):
                 break
             os.close(fd)  # the folder was deleted, or replaced, while this process waited
+        text = json.dumps(_me()).encode()
         try:
+            fault_point("lock.write")
             os.ftruncate(fd, 0)
-            os.pwrite(fd, json.dumps(_me()).encode(), 0) if hasattr(os, "pwrite") else os.write(
-                fd, json.dumps(_me()).encode()
-            )
-        except BaseException:
+            os.pwrite(fd, text, 0) if hasattr(os, "pwrite") else os.write(fd, text)
+        except OSError as exc:
             os.close(fd)
-            raise
+            raise disk_error(exc, self.path, doing="lock the run folder", needed=len(text)) from exc
         self._fd = fd
         _HELD.add(self)
         return self
@@ -138,7 +139,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def lock_holder(folder: Path) -> dict[str, Any] | None:
-    """Who holds the lock of a run folder now: {pid, host, start, boot}; None when nobody does."""
+    """Who holds the lock of a run folder now: {pid, host, start, boot, began}; None when nobody does."""
     try:
         fd = os.open(Path(folder) / LOCK, os.O_RDWR)
     except FileNotFoundError:
@@ -196,7 +197,8 @@ def _take_by_pid(fd: int) -> bool:
         return True
     except (OSError, ValueError, TypeError, KeyError):
         return False
-    return False
+    began = holder.get("began")  # another process may have got the number of a holder that died
+    return bool(began) and began != process_began(int(holder["pid"]))
 
 
 def _is_at(fd: int, path: Path) -> bool:
@@ -217,13 +219,22 @@ def _read(fd: int) -> dict[str, Any]:
 
 
 def _me() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": platform.node(), "start": wall(), "boot": boot_id()}
+    pid = os.getpid()
+    return {"pid": pid, "host": platform.node(), "start": wall(), "boot": boot_id(), "began": process_began(pid)}
 
 
 def boot_id() -> str:
     """An id that changes when the machine starts anew; empty where there is none."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return ""
+
+
+def process_began(pid: int) -> str:
+    """When a process of this host began, in clock ticks since the machine's start; empty where that cannot be told."""
+    with contextlib.suppress(OSError, IndexError):
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+        return text.rpartition(")")[2].split()[19]  # field 22; the name in brackets may hold blanks
     return ""
 
 

@@ -21,12 +21,12 @@ from typing import Any, Self
 import yaml
 
 from burnish import __version__
-from burnish.artifacts.disk import disk_error
 from burnish.artifacts.environment import describe_environment
-from burnish.artifacts.folder import NewerFormat, clean_leftovers, dump_json, write_file, write_json_file
+from burnish.artifacts.folder import TEMPORARY, check_format, clean_leftovers, dump_json, write_file, write_json_file
 from burnish.artifacts.lock import LOCK, RunLock, lock_holder
 from burnish.artifacts.redact import redact, redact_tree
 from burnish.clock import wall
+from burnish.disk import disk_error
 from burnish.errors import BurnishError, UsageError
 
 FORMAT = 1
@@ -36,6 +36,8 @@ LOG = "log.txt"
 SUPERSEDED = "superseded"
 STATES = ("running", "done", "failed", "interrupted")
 _OWN_BEFORE_RUN_JSON = {LOCK, LOG, "recipe.yaml", "resolved.yaml", "environment.json"}
+_OWN_TEMPORARY = f"{TEMPORARY}{RUN}-"  # run.json is written first
+_CLEARED = ("reference",)  # folders of a stage that hold sealed folders of their own
 
 
 class RunFolder:
@@ -75,14 +77,15 @@ class RunFolder:
             ResourceError: The folder cannot be made or written.
         """
         path = Path(root) / check_name(name)
+        _find_record(path, resolved)  # before the first write: nothing is changed in a folder that is not this run's
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise disk_error(exc, path, doing="make the run folder") from exc
         lock = RunLock(path).acquire()
         try:
-            cleaned = clean_leftovers(path)
             record = _find_record(path, resolved)
+            cleaned = clean_leftovers(path)
             fresh = record is None
             settings = redact_tree(resolved)
             if record is None:
@@ -150,7 +153,8 @@ class RunFolder:
         except OSError as exc:
             raise disk_error(exc, folder, doing="make the stage's folder") from exc
         if self._lock is not None:
-            self.notes += clean_leftovers(folder)
+            for place in (folder, *(folder / name for name in _CLEARED)):
+                self.notes += clean_leftovers(place)
         return folder
 
     def _stage_path(self, index: int, name: str, model: str | None) -> Path:
@@ -201,8 +205,13 @@ class RunFolder:
 
 def _find_record(path: Path, resolved: Mapping[str, Any]) -> dict[str, Any] | None:
     """The record of the run that is there, if it is the same recipe's; None in an empty folder."""
-    if not (path / RUN).exists():
-        strangers = sorted(p.name for p in path.iterdir() if p.name not in _OWN_BEFORE_RUN_JSON)
+    try:
+        begun = (path / RUN).exists()
+        names = sorted(p.name for p in path.iterdir()) if not begun and path.is_dir() else []
+    except OSError as exc:
+        raise disk_error(exc, path, doing="read the run folder") from exc
+    if not begun:
+        strangers = [n for n in names if n not in _OWN_BEFORE_RUN_JSON and not n.startswith(_OWN_TEMPORARY)]
         if strangers:
             raise UsageError(
                 f"the folder holds {strangers[0]!r} and is none of burnish's runs",
@@ -258,24 +267,27 @@ def _load_record(place: Path, what: str) -> dict[str, Any]:
     try:
         found = json.loads(place.read_bytes())
         version = found["format"]
-    except (OSError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
             f"no {what} of burnish here: {place.name} is missing",
             where=str(place.parent),
             remedy="name a folder that `burnish runs list` shows",
         ) from None
+    except OSError as exc:
+        raise disk_error(exc, place, doing=f"read {place.name}") from exc
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UsageError(
             f"{place.name} is damaged: no readable record of a {what}",
             where=str(place),
             remedy="restore the file from a backup, or move the folder away and run again",
         ) from None
-    if not isinstance(version, int) or version > FORMAT:
-        raise NewerFormat(
-            f"written in format {version} by burnish {found.get('burnish')}; this version reads up to {FORMAT}",
+    check_format(version, found, place, FORMAT)
+    if type(version) is not int or version < 1 or not isinstance(found.get("state"), str):
+        raise UsageError(
+            f"{place.name} is none of burnish's: no record of a {what} in format 1 to {FORMAT}",
             where=str(place),
             found=version,
-            remedy=f"use burnish {found.get('burnish') or '(a later version)'} for this folder",
+            remedy="it is another program's folder: choose another --run-name or --output-dir",
         )
     return found
 

@@ -6,8 +6,8 @@ import json
 from html import escape
 from typing import Any
 
-from burnish.artifacts.disk import format_bytes
 from burnish.config.registry import ALIASES, KINDS, load_object
+from burnish.disk import format_bytes
 from burnish.report.read import RunFiles, StageFiles, as_dict, as_number
 
 _TOLD_ELSEWHERE = {"kind", "name"}

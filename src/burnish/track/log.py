@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from burnish.clock import wall
+from burnish.disk import disk_error
+from burnish.errors import BurnishError
+from burnish.faults import fault_point
 
 SUCCESS = 25
 NAME = "burnish"
@@ -80,6 +84,17 @@ def attach_log_file(path: Path, *, redact: Callable[[str], str], rank: int | Non
     handler.setFormatter(_FileFormat(redact))
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
+
+
+def check_log_file() -> None:
+    """Raise what went wrong with the log file, if anything did.
+
+    Raises:
+        ResourceError: It can no longer be written.
+    """
+    for handler in logging.getLogger(NAME).handlers:
+        if isinstance(handler, _File) and handler.failure is not None:
+            raise handler.failure
 
 
 def detach_log_file() -> None:
@@ -185,23 +200,41 @@ class _FileFormat(logging.Formatter):
 
 
 class _File(RotatingFileHandler):
-    """A log that cannot be written says so once and gives up: the metrics file is the one that stops a run."""
+    """A log that cannot be written says so once, loudly; `check_log_file` then stops the run after its next save."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(
             path, maxBytes=_LOG_BYTES, backupCount=1, encoding="utf-8", errors="backslashreplace", delay=True
         )
-        self._dead = False
+        self.failure: BurnishError | None = None
+
+    def _open(self) -> Any:
+        stream = super()._open()
+        with contextlib.suppress(OSError, ValueError):  # the line that a crash tore ends here
+            with Path(self.baseFilename).open("rb") as file:
+                file.seek(-1, os.SEEK_END)
+                torn = file.read(1) != b"\n"
+            if torn:
+                stream.write("\n")
+        return stream
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not self._dead:
+        if self.failure is None:
+            try:
+                fault_point("log.write")
+            except OSError:
+                self.handleError(record)
+                return
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        self._dead = True
-        sys.stderr.write(
-            f"warning: {self.baseFilename} can no longer be written ({sys.exc_info()[1]}); going on without\n"
-        )
+        exc = sys.exc_info()[1]
+        path = Path(self.baseFilename)
+        if not isinstance(exc, OSError):
+            sys.stderr.write(f"warning: a line of {path} could not be written ({type(exc).__name__}: {exc})\n")
+            return
+        self.failure = disk_error(exc, path, doing=f"write {path.name}")
+        sys.stderr.write(f"error: {self.failure}\n")
 
 
 def _drop(logger: logging.Logger, kind: type[logging.Handler]) -> None:

@@ -12,16 +12,16 @@ import errno
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from burnish.errors import ResourceError
+from burnish.disk import disk_error
 from burnish.faults import fault_point
 
 METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
+TAIL_BYTES = 1 << 16
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -43,7 +43,7 @@ class MetricsLog:
             if self._end and raw[self._end - 1 : self._end] != b"\n":
                 self._write(b"\n")
         except OSError as exc:
-            raise _failed(exc, self.path) from exc
+            raise disk_error(exc, self.path, doing=f"write {self.path.name}") from exc
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row and hand it to the operating system.
@@ -58,30 +58,50 @@ class MetricsLog:
         except OSError as exc:
             with contextlib.suppress(OSError):
                 self._cut(self._end)
-            raise _failed(exc, self.path, len(line)) from exc
+            raise disk_error(exc, self.path, doing=f"write {self.path.name}", needed=len(line)) from exc
 
     def mark(self) -> int:
-        """Make all rows durable; returns the file's length, for `cut_back`."""
+        """Make all rows durable; returns the file's length, for `cut_back`.
+
+        Raises:
+            ResourceError: The disk failed, or the file is no longer in its folder (the folder was removed).
+        """
         try:
             fault_point("metrics.fsync")
             os.fsync(self._file.fileno())
+            if not os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         except OSError as exc:
-            raise _failed(exc, self.path) from exc
+            raise disk_error(exc, self.path, doing=f"write {self.path.name}") from exc
         return self._end
 
-    def cut_back(self, mark: int) -> str | None:
-        """Drop every row after `mark` (those steps will be done again).
+    def cut_back(self, mark: int, tail: bytes = b"") -> str | None:
+        """Drop every row after `mark` (those steps will be done again); write missing or damaged bytes before it again.
+
+        Args:
+            mark: What `mark()` returned when the checkpoint was made.
+            tail: What `tail()` returned then: the bytes that must stand before `mark`.
 
         Returns:
             None, or a note when the file is not the one in which the mark was made (too short, or altered).
         """
-        if mark > self._end:
-            missing = mark - self._end
-            return f"{self.path.name} is {missing:,} bytes shorter than when the checkpoint was made; rows are missing"
+        start = max(mark - len(tail), 0)
         kept = self.path.read_bytes()[:mark]
+        if kept[start:] != tail and len(kept) >= start:
+            kept = kept[:start] + tail
+            self._rewrite(start, tail)
+        if mark > len(kept):
+            missing = mark - len(kept)
+            return f"{self.path.name} is {missing:,} bytes shorter than when the checkpoint was made; rows are missing"
         whole = kept.rfind(b"\n") + 1
         self._cut(whole)
         return None if whole == mark else f"{self.path.name} was altered: byte {mark:,} is not the end of a row"
+
+    def tail(self) -> bytes:
+        """The file's last bytes (at most 64 kB), for `cut_back` in a later start."""
+        with self.path.open("rb") as file:
+            file.seek(max(self._end - TAIL_BYTES, 0))
+            return file.read()
 
     def close(self) -> None:
         """Close the file."""
@@ -98,6 +118,11 @@ class MetricsLog:
         while len(rest):
             rest = rest[self._file.write(rest) or 0 :]
         self._end += len(data)
+
+    def _rewrite(self, start: int, data: bytes) -> None:
+        """Write `data` at `start` and end the file there; the length never shrinks below what is sound before it."""
+        self._cut(start)
+        self._write(data)
 
     def _cut(self, end: int) -> None:
         self._file.truncate(end)
@@ -182,19 +207,3 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], str | None]:
         some = ", ".join(map(str, bad[:5])) + (" …" if len(bad) > 5 else "")
         notes.append(f"{len(bad)} unreadable lines of {name} were skipped (line {some})")
     return rows, "; ".join(notes) or None
-
-
-def _failed(exc: OSError, path: Path, needed: int | None = None) -> ResourceError:
-    name = os.strerror(exc.errno) if exc.errno else str(exc)
-    detail = ""
-    if exc.errno == errno.ENOSPC:
-        with contextlib.suppress(OSError):
-            free = shutil.disk_usage(path.parent).free
-            detail = f"; {needed or 1:,} bytes needed, {free:,} free"
-    return ResourceError(
-        f"cannot write {path.name}: {name}{detail}",
-        where=str(path),
-        found=name,
-        remedy="what was saved before is intact: free space there or make the folder writable, "
-        "then run the same command again to go on",
-    )
