@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from burnish.artifacts.checkpoints import CheckpointRef, checkpoint_writer, newest_valid, prune, verify_checkpoint
+from burnish.artifacts.checkpoints import (
+    CheckpointRef,
+    checkpoint_writer,
+    hold_checkpoint,
+    newest_valid,
+    prune,
+    verify_checkpoint,
+)
 from burnish.engine.state import TrainState
 from burnish.errors import ResourceError
+from burnish.track.metrics import MetricsLog
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -29,11 +37,14 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def save_checkpoint(stage_dir: Path, state: TrainState, meta: Mapping[str, Any]) -> Path:
+def save_checkpoint(
+    stage_dir: Path, state: TrainState, meta: Mapping[str, Any], logs: Sequence[MetricsLog] = ()
+) -> Path:
     """Write `checkpoint-<step>` into the stage's folder; called on one rank.
 
     Args:
         meta: Goes into the manifest beside the step (stage key, base fingerprint, threads, ranks).
+        logs: Their last bytes go into the checkpoint, so that a resume can mend logs that lost them.
 
     Raises:
         ResourceError: The disk is full or the folder cannot be written.
@@ -44,7 +55,22 @@ def save_checkpoint(stage_dir: Path, state: TrainState, meta: Mapping[str, Any])
         save_file(_contiguous(model), writer.path("model.safetensors"))
         save_file(_contiguous(moments), writer.path("optimizer.safetensors"))
         writer.write_json("state.json", values)
+        for file in logs:
+            writer.write_bytes(tail_name(file), file.tail())
     return stage_dir / f"checkpoint-{state.counters.step}"
+
+
+def tail_name(log: MetricsLog) -> str:
+    """The name, within a checkpoint, of the last bytes of a log."""
+    return f"{log.path.stem}.tail"
+
+
+def restore_log(checkpoint: Path, log: MetricsLog, mark: int, say: Callable[[str], None]) -> None:
+    """Let a log end where it ended when the checkpoint was made: later rows go, lost or damaged ones come back."""
+    tail = checkpoint / tail_name(log)
+    note = log.cut_back(mark, tail.read_bytes() if tail.exists() else b"")
+    if note:
+        say(note)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -60,8 +86,10 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         ResourceError: The checkpoint does not fit the stage.
     """
     try:
-        values = json.loads((path / "state.json").read_text())
-        state.load_tree(load_tensors(path / "model.safetensors"), load_tensors(path / "optimizer.safetensors"), values)
+        with hold_checkpoint(path):
+            values = json.loads((path / "state.json").read_text())
+            model, moments = (load_tensors(path / f"{name}.safetensors") for name in ("model", "optimizer"))
+        state.load_tree(model, moments, values)
     except (KeyError, TypeError, ValueError) as error:
         raise ResourceError(
             f"the checkpoint does not fit this stage: {error}", where=str(path),
@@ -71,30 +99,34 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
 
 def load_parameters(path: Path, trainable: Mapping[str, torch.nn.Parameter]) -> None:
     """Only the parameters of a checkpoint: the result of a stage that keeps its best."""
-    verify_checkpoint(path)
-    tensors = load_tensors(path / "model.safetensors")
+    with hold_checkpoint(path):
+        verify_checkpoint(path)
+        tensors = load_tensors(path / "model.safetensors")
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(tensors[f"parameter/{name}"])
 
 
-def find_resumable(stage_dir: Path, say: Callable[[str], None]) -> CheckpointRef | None:
+def find_resumable(stage_dir: Path, say: Callable[[str], None], *, run_id: str | None = None) -> CheckpointRef | None:
     """The newest checkpoint whose manifest and hashes hold; each damaged one on the way is named.
+
+    Args:
+        run_id: Checkpoints of other runs are not used.
 
     Raises:
         ResourceError: There are checkpoints and none is whole: never a silent fresh start.
     """
-    found, problems = newest_valid(stage_dir)
+    found, problems = newest_valid(stage_dir, run_id=run_id)
     for problem in problems:
         say(problem)
     if found is None and problems:
         raise ResourceError(
-            f"every checkpoint is damaged: {problems[0]}", where=str(stage_dir),
+            f"checkpoints are here and every one is damaged or of another run: {problems[0]}", where=str(stage_dir),
             remedy="restore one from a backup, or start over with --fresh",
         )  # fmt: skip
     return found
 
 
-def prune_checkpoints(stage_dir: Path, keep: int, *, best: int | None, newest: int) -> None:
+def prune_checkpoints(stage_dir: Path, keep: int, *, best: int | None, newest: int, run_id: str | None = None) -> None:
     """Remove old checkpoints by their manifests' steps; the newest (just sealed), the best and pinned ones stay."""
-    prune(stage_dir, keep, {best} if best is not None else set(), known_good=newest)
+    prune(stage_dir, keep, {best} if best is not None else set(), run_id=run_id, known_good=newest)

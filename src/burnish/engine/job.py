@@ -32,6 +32,7 @@ class TrainJob:
         stage_dir: Where metrics and checkpoints go; None keeps nothing (benchmarks, tests).
         stamp: Goes into each checkpoint's manifest; on resume it must be equal.
         sinks: Called with each metrics row.
+        export_bytes: What the result will take on the disk; part of the figure printed at the start.
     """
 
     policy: Any
@@ -52,7 +53,13 @@ class TrainJob:
     sinks: Sequence[Callable[[Mapping[str, Any]], None]] = ()
     label: str = ""
     dropout: bool = True
+    export_bytes: int = 0
     on_step: Callable[[int, Mapping[str, float], float], None] | None = None
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the run that the stage belongs to; None outside one."""
+        return self.stamp.get("run_id")
 
 
 @dataclass

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
-from burnish.artifacts.checkpoints import verify_checkpoint
+from burnish.artifacts.checkpoints import hold_checkpoint, verify_checkpoint
 from burnish.clock import mono
+from burnish.disk import format_bytes, free_bytes
 from burnish.engine.checkpoint import (
     find_resumable,
     load_checkpoint,
     load_parameters,
     prune_checkpoints,
+    restore_log,
     save_checkpoint,
 )
 from burnish.engine.evaluation import run_evaluation
@@ -24,11 +26,13 @@ from burnish.engine.job import TrainJob, TrainOutcome, build_source, choose_budg
 from burnish.engine.optimizer import build_optimizer, build_parameter_groups
 from burnish.engine.plan import build_plan
 from burnish.engine.source import StepData, extend_ledger
+from burnish.engine.space import check_disk, estimate_checkpoint, measure_folder, plan_disk
 from burnish.engine.state import TrainState
 from burnish.engine.step import Gradient, StepContext, Stopped, compute_gradient
 from burnish.engine.update import Update, run_update
 from burnish.errors import InterruptedRun, NumericStop, ResourceError
 from burnish.faults import fault_point
+from burnish.track.log import check_log_file
 from burnish.track.metrics import MetricsLog, read_metrics
 from burnish.track.progress import Progress
 from burnish.track.signals import SignalFlag
@@ -63,7 +67,7 @@ class Trainer:
         self.save_every = self._resolve_save_steps()
         self.last_figures: dict[str, float] = {}
         self.last_evaluation: dict[str, float] = {}
-        self.whole = True  # False from the optimizer's step until the counters have followed
+        self.whole = True  # False from the optimizer's step until counters and rows have followed
 
     def _resolve_save_steps(self) -> int:
         s, source = self.job.settings, self.source
@@ -82,6 +86,7 @@ class Trainer:
             ResourceError: Disk or memory ran out.
         """
         started = mono()
+        self._plan_disk()
         resumed = self._resume() if self.job.resume else None
         fork = torch.random.fork_rng(devices=[]) if self.job.runtime.device.type == "cpu" else torch.random.fork_rng()
         progress = Progress(
@@ -94,6 +99,8 @@ class Trainer:
                 raise
             except (torch.OutOfMemoryError, MemoryError) as error:
                 raise self._memory_error(error) from error
+            except ResourceError:  # the disk is full or gone: the last checkpoint is the state to go on from
+                raise
             except Exception:
                 if self.whole and self.job.stage_dir and self.job.runtime.world == 1:
                     self._save()
@@ -108,6 +115,22 @@ class Trainer:
             stopped_early, resumed, c.ledger,
         )  # fmt: skip
 
+    def _plan_disk(self) -> None:
+        """Say how much disk the stage takes at most; refuse to begin when that is not free."""
+        folder = self.job.stage_dir
+        if folder is None or not self.job.runtime.is_main:
+            return
+        item = max((p.element_size() for p in self.parameters), default=4)
+        checkpoint = estimate_checkpoint([p.shape for p in self.parameters], self.job.settings.optim, item=item)
+        plan = plan_disk(
+            self.job.settings, checkpoint, total_steps=self.source.total_steps, save_every=self.save_every,
+            steps_per_epoch=self.source.steps_per_epoch, export=self.job.export_bytes,
+            other=measure_folder(folder / "reference"),
+        )  # fmt: skip
+        if self.job.label:
+            log.info("disk: at most %s; %s free", plan, format_bytes(free_bytes(folder)))
+        check_disk(plan, folder, what=self.job.label or self.job.method.name)
+
     def _speaks(self) -> bool:
         return self.job.runtime.is_main and bool(self.job.label)
 
@@ -116,6 +139,8 @@ class Trainer:
         s = self.job.settings
         if c.step == 0 and s.eval_on_start and self.job.held_out:
             self._evaluate()
+        elif self._owes_evaluation() and self._evaluate():
+            return True
         self.job.policy.train(True)
         while c.step < self.source.total_steps:
             self._stop_if_asked()
@@ -129,7 +154,7 @@ class Trainer:
             update = self._apply(gradient)
             fault_point("loop.after_step")
             self._account(data, gradient, update, mono() - begun, progress)
-            if self._evaluation_due(data) and self._evaluate():
+            if self._evaluation_due(data.ends_epoch) and self._evaluate():
                 self._checkpoint_if_due(data, force=True)
                 return True
             self._checkpoint_if_due(data)
@@ -157,64 +182,64 @@ class Trainer:
             log.warning("%s is longer than micro_batch_tokens (%d) and runs alone", group.id, self.budget)
 
     def _apply(self, gradient: Gradient) -> Update:
+        self.whole = False
         if gradient.bad:
             return Update(False, float("nan"), 0.0)
-        self.whole = False
         return run_update(self.state, self.parameters, self.job.settings, self.source.total_steps, gradient)
 
     # -- bookkeeping ------------------------------------------------------------------------------------------------
 
     def _account(self, data: StepData, gradient: Gradient, update: Update, seconds: float, progress: Progress) -> None:
+        """Count the step and write its rows; only then is the state whole, and may be saved."""
         c = self.state.counters
-        step = c.step
         c.step += 1
-        c.tokens += sum(g.tokens for g in data.groups)
+        tokens = sum(g.tokens for g in data.groups)
+        c.tokens += tokens
         c.ledger = extend_ledger(c.ledger, data.groups)
-        self.whole = True
         if update.applied:
             c.bad_steps = 0
-            self.last_figures = {
-                **gradient.figures,
-                "grad_norm": update.grad_norm,
-                "learning_rate": update.learning_rate,
-            }
-            if self.job.on_step:
-                self.job.on_step(step, self.last_figures, seconds)
-            if (step + 1) % self.job.settings.logging_steps == 0 or c.step == self.source.total_steps:
-                self._write(
-                    {
-                        "step": c.step,
-                        "epoch": round(c.step / self.source.steps_per_epoch, 4),
-                        "kind": "train",
-                        **self.last_figures,
-                    }
-                )
+            self._account_good(gradient, update)
+        elif update.overflow:
+            self._write({"step": c.step, "kind": "overflow", "scale": self.state.scale})
         else:
-            self._account_bad(data, gradient, update, step)
-        tokens = sum(g.tokens for g in data.groups)
+            self._account_bad(data, gradient)
         if self.timing:
             self.timing.append({"step": c.step, "seconds": round(seconds, 4), "tokens": tokens})
+        self.whole = True
+        if update.applied and self.job.on_step:
+            self.job.on_step(c.step - 1, self.last_figures, seconds)
+        if not update.applied and not update.overflow and c.bad_steps >= self.job.settings.max_bad_steps:
+            self._stop_for_numbers(data, gradient)
         progress.advance(self.last_figures, tokens=tokens, seconds=seconds)
 
-    def _account_bad(self, data: StepData, gradient: Gradient, update: Update, step: int) -> None:
+    def _account_good(self, gradient: Gradient, update: Update) -> None:
         c = self.state.counters
-        if update.overflow:
-            self._write({"step": c.step, "kind": "overflow", "scale": self.state.scale})
-            return
+        self.last_figures = {
+            **gradient.figures,
+            "grad_norm": update.grad_norm,
+            "learning_rate": update.learning_rate,
+        }
+        if c.step % self.job.settings.logging_steps == 0 or c.step == self.source.total_steps:
+            epoch = round(c.step / self.source.steps_per_epoch, 4)
+            self._write({"step": c.step, "epoch": epoch, "kind": "train", **self.last_figures})
+
+    def _account_bad(self, data: StepData, gradient: Gradient) -> None:
+        c = self.state.counters
         c.bad_steps += 1
-        rows = gradient.bad or [g.id for g in data.groups]
-        what = "loss" if gradient.bad else "gradient"
+        what, rows = _blame(data, gradient)
         log.warning("step %d skipped: non-finite %s on %s", c.step, what, ", ".join(rows[:5]))
         self._write({"step": c.step, "kind": "skipped", "what": what, "rows": rows[:20]})
-        limit = self.job.settings.max_bad_steps
-        if c.bad_steps >= limit:
-            self._save()
-            raise NumericStop(
-                f"{c.bad_steps} steps in a row gave a non-finite {what}; the last rows were {', '.join(rows[:5])}",
-                where=f"{self.job.label or self.job.method.name} step {c.step}",
-                remedy="lower learning_rate, use precision: fp32, look at these rows with `burnish data show`, "
-                "or raise max_bad_steps; the parameters before these steps are saved",
-            )
+
+    def _stop_for_numbers(self, data: StepData, gradient: Gradient) -> None:
+        c = self.state.counters
+        what, rows = _blame(data, gradient)
+        self._save()
+        raise NumericStop(
+            f"{c.bad_steps} steps in a row gave a non-finite {what}; the last rows were {', '.join(rows[:5])}",
+            where=f"{self.job.label or self.job.method.name} step {c.step}",
+            remedy="lower learning_rate, use precision: fp32, look at these rows with `burnish data show`, "
+            "or raise max_bad_steps; the parameters before these steps are saved",
+        )
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.metrics:
@@ -224,11 +249,18 @@ class Trainer:
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
-    def _evaluation_due(self, data: StepData) -> bool:
+    def _evaluation_due(self, ends_epoch: bool) -> bool:
         every = self.job.settings.eval_steps
         if not self.job.held_out or every < 0:
             return False
-        return data.ends_epoch if every == 0 else self.state.counters.step % every == 0
+        return ends_epoch if every == 0 else self.state.counters.step % every == 0
+
+    def _owes_evaluation(self) -> bool:
+        """Whether the restored state stopped between a step and the evaluation that belongs to it."""
+        step = self.state.counters.step
+        if step == 0 or step >= self.source.total_steps or self.last_evaluation_at(step):
+            return False
+        return self._evaluation_due(step % self.source.steps_per_epoch == 0)
 
     def _evaluate(self) -> bool:
         """Evaluate, remember the best; True if training should stop early."""
@@ -278,23 +310,29 @@ class Trainer:
             return
         self.job.runtime.barrier()
         if self.job.runtime.is_main:
-            if self.metrics:
-                self.state.counters.metrics_mark = self.metrics.mark()
+            c = self.state.counters
+            if self.metrics and self.timing:
+                c.metrics_mark, c.timing_mark = self.metrics.mark(), self.timing.mark()
             meta = {**self.job.stamp, "threads": torch.get_num_threads(), "ranks": self.job.runtime.world}
-            save_checkpoint(stage_dir, self.state, meta)
-            best = self.state.counters.best_step if self.job.settings.load_best_model_at_end else None
-            prune_checkpoints(stage_dir, self.job.settings.save_total_limit, best=best, newest=self.state.counters.step)
+            save_checkpoint(stage_dir, self.state, meta, [file for file in (self.metrics, self.timing) if file])
+            best = c.best_step if self.job.settings.load_best_model_at_end else None
+            prune_checkpoints(
+                stage_dir, self.job.settings.save_total_limit, best=best, newest=c.step, run_id=self.job.run_id
+            )
+            check_log_file()
         self.job.runtime.barrier()
 
     def _resume(self) -> int | None:
         stage_dir = self.job.stage_dir
         if self.job.resume_from is not None:
-            load_checkpoint(verify_checkpoint(self.job.resume_from).path, self.state)
+            with hold_checkpoint(self.job.resume_from):
+                load_checkpoint(verify_checkpoint(self.job.resume_from).path, self.state)
         elif stage_dir is not None:
-            found = find_resumable(stage_dir, log.warning)
+            found = find_resumable(stage_dir, log.warning, run_id=self.job.run_id)
             if found is None:
-                if self.metrics:
-                    self.metrics.cut_back(0)
+                for file in (self.metrics, self.timing):
+                    if file:
+                        file.cut_back(0)
                 return None
             threads = found.manifest.meta.get("threads")
             if threads != torch.get_num_threads():
@@ -307,9 +345,12 @@ class Trainer:
                     "resuming with %d processes, not %s: results will not be bit-equal", self.job.runtime.world, ranks
                 )
             load_checkpoint(found.path, self.state)
-        if self.metrics and self.job.resume_from is None:
-            self.metrics.cut_back(self.state.counters.metrics_mark)
-            self._recall(self.metrics.path)
+            if self.metrics and self.timing:
+                restore_log(found.path, self.metrics, self.state.counters.metrics_mark, log.warning)
+                restore_log(found.path, self.timing, self.state.counters.timing_mark, log.warning)
+                self._recall(self.metrics.path)
+            remembered = self.job.runtime.gather((self.last_figures, self.last_evaluation))[0]
+            self.last_figures, self.last_evaluation = remembered  # every rank must decide alike what is due
         return self.state.counters.step
 
     def _recall(self, path: Path) -> None:
@@ -341,6 +382,11 @@ class Trainer:
             where=self.job.label or self.job.method.name,
             remedy=f"set micro_batch_tokens: {smaller} (the gradient stays the same), or gradient_checkpointing: true",
         )
+
+
+def _blame(data: StepData, gradient: Gradient) -> tuple[str, list[str]]:
+    """What was not finite, and in which rows."""
+    return "loss" if gradient.bad else "gradient", gradient.bad or [g.id for g in data.groups]
 
 
 @contextmanager

@@ -24,7 +24,7 @@ class Counters:
         ledger: Hash chain over the ids of all examples consumed.
         best_value, best_step: Of the best checkpoint's metric; None before the first evaluation.
         stale_evaluations: Evaluations since the best one.
-        metrics_mark: Bytes of metrics.jsonl that belong to this state.
+        metrics_mark, timing_mark: Bytes of metrics.jsonl and timing.jsonl that belong to this state.
         overflows: fp16 overflows skipped by the loss scaler.
     """
 
@@ -37,6 +37,7 @@ class Counters:
     best_step: int | None = None
     stale_evaluations: int = 0
     metrics_mark: int = 0
+    timing_mark: int = 0
     overflows: int = 0
 
 

@@ -18,7 +18,7 @@ from burnish.faults import fault_point
 
 SUCCESS = 25
 NAME = "burnish"
-_LOG_BYTES = 16 << 20
+LOG_BYTES = 32 << 20  # the log and the older one beside it
 _COLOURS = {
     logging.DEBUG: "\x1b[2m",
     logging.INFO: "",
@@ -204,7 +204,7 @@ class _File(RotatingFileHandler):
 
     def __init__(self, path: Path) -> None:
         super().__init__(
-            path, maxBytes=_LOG_BYTES, backupCount=1, encoding="utf-8", errors="backslashreplace", delay=True
+            path, maxBytes=LOG_BYTES // 2, backupCount=1, encoding="utf-8", errors="backslashreplace", delay=True
         )
         self.failure: BurnishError | None = None
 
