@@ -6,6 +6,7 @@ cannot be read is made again. The folder is bounded: the entries that were used 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,8 +21,10 @@ from typing import Any
 import numpy as np
 
 from burnish.core.group import Completion, Group
+from burnish.faults import fault_point
 
 LIMIT_BYTES = 4 * 10**9
+_STALE_SECONDS = 86_400
 _SUFFIX = ".npz"
 _BAD = (OSError, ValueError, KeyError, TypeError, EOFError, IndexError, zipfile.BadZipFile)
 
@@ -87,6 +90,7 @@ def save_entry(
     handle, temporary = tempfile.mkstemp(prefix=f".{key[:16]}-", suffix=".tmp", dir=folder)
     try:
         with os.fdopen(handle, "wb") as stream:
+            fault_point("cache.write")
             np.savez(
                 stream,
                 ids=np.concatenate(arrays) if arrays else np.zeros(0, np.int32),
@@ -168,6 +172,10 @@ def clear_cache(folder: Path) -> int:
 
 
 def _trim(folder: Path, limit: int, keep: str) -> None:
+    for left in folder.glob(".*.tmp"):  # by a process that was killed: no write takes a day
+        with contextlib.suppress(OSError):
+            if left.stat().st_mtime < (folder / f"{keep}{_SUFFIX}").stat().st_mtime - _STALE_SECONDS:
+                left.unlink()
     entries = list_entries(folder)
     total = sum(entry.size for entry in entries)
     for entry in entries:

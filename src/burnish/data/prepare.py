@@ -24,6 +24,7 @@ from burnish.data.report import DataReport
 from burnish.data.template import load_template
 from burnish.data.tokenise import Encoding, encode_examples
 from burnish.data.tokenizer import TextTokenizer
+from burnish.disk import disk_error
 from burnish.errors import ConfigError, DataError
 
 MADE_EQUAL_LIMIT = 0.1
@@ -86,7 +87,11 @@ def prepare_data(
         try:
             save_entry(folder, key, [prepared.train, prepared.held_out], meta)
         except OSError as error:
-            prepared.report.notes.append(f"the tokenised data are not cached: {folder}: {error.strerror or error}")
+            reason = disk_error(error, folder, doing="cache the tokenised data").message
+            prepared.report.notes.append(
+                f"{folder}: {reason}; the run goes on without (remove files there, or set BURNISH_CACHE to another "
+                "folder or to off)"
+            )
     return prepared
 
 

@@ -28,6 +28,7 @@ from burnish.artifacts.folder import DamagedFolder, FolderWriter, NewerFormat, v
 from burnish.config.data import DataSettings
 from burnish.core.batch import PackedBatch, build_packed_batch
 from burnish.core.group import Group
+from burnish.disk import disk_error
 from burnish.errors import ConfigError
 from burnish.models.adapters import ADAPTER, adapter_off, is_peft
 from burnish.models.load import load_model, load_tokenizer
@@ -313,8 +314,12 @@ class ReferenceCache:
         pairs = [zip(g.completions, rows, strict=True) for g, rows in zip(groups, table, strict=True)]
         flat = [row[c.mask] for pair in pairs for c, row in pair]
         values = np.concatenate(flat) if flat else np.zeros(0, dtype=np.float32)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FolderWriter(self.path, kind="reference", meta={"key": dict(self.key)}) as writer:
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as exc:
+            raise disk_error(exc, self.folder, doing="keep the reference's log-probs") from exc
+        size = values.nbytes + 8 * len(flat)
+        with FolderWriter(self.path, kind="reference", meta={"key": dict(self.key)}, expected=size) as writer:
             writer.write_bytes("logprobs.npy", _to_npy(values.astype(np.float32)))
             writer.write_bytes("counts.npy", _to_npy(np.array([len(r) for r in flat], dtype=np.int64)))
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,10 +22,13 @@ import torch
 import transformers
 from torch import Tensor
 
+from burnish.artifacts.folder import write_json_file
 from burnish.core.attention import PLAN_KWARG, SDPA_NAME, PackingRefused, attach_plan
 from burnish.core.batch import PackedBatch, build_packed_batch
 from burnish.core.group import Completion, Group
 from burnish.core.plan import build_attention_plan
+from burnish.errors import ResourceError
+from burnish.faults import fault_point
 from burnish.models.fuse import fuse_blocks
 from burnish.models.lm_head import build_head_input, get_backbone, has_plain_head
 from burnish.models.twin import VOCABULARY, build_twin
@@ -94,11 +96,13 @@ def _load(folder: Path | None, key: str) -> Verdict | None:
 def _save(folder: Path | None, key: str, verdict: Verdict) -> None:
     if folder is None:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"self-check-{key}.json"
-    part = path.with_suffix(f".{os.getpid()}.tmp")
-    part.write_text(json.dumps(asdict(verdict)))
-    part.replace(path)
+    try:
+        fault_point("self_check.write")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json_file(path, asdict(verdict))
+    except (OSError, ResourceError) as error:  # the check is made again next time
+        log.warning("the self-check's verdict is not kept: %s", error)
 
 
 def _run(inner: Any, head: str) -> Verdict:

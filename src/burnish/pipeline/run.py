@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from burnish.artifacts.folder import DamagedFolder, verify_folder
 from burnish.artifacts.redact import redact
 from burnish.artifacts.run_folder import RunFolder, load_run, load_stage, save_stage, stage_folders
 from burnish.clock import mono, wall
@@ -18,10 +21,12 @@ from burnish.config.options import RunOptions
 from burnish.config.recipe import Recipe
 from burnish.config.stages import EvaluateSettings
 from burnish.config.train import TrainSettings
-from burnish.errors import BurnishError, InterruptedRun, UsageError
+from burnish.disk import disk_error, find_disk_failure
+from burnish.errors import BurnishError, InterruptedRun, ResourceError, UsageError
 from burnish.pipeline.decide import Decision, compute_key, decide, fingerprint_result
 from burnish.pipeline.naming import choose_models, find_folder
-from burnish.track.log import attach_log_file, detach_log_file, setup_logging, success
+from burnish.pipeline.space import check_run_space
+from burnish.track.log import attach_log_file, check_log_file, detach_log_file, setup_logging, success
 
 log = logging.getLogger("burnish")
 
@@ -50,6 +55,7 @@ class RunState:
     results: dict[str, StageResult] = field(default_factory=dict)
     resumed: int = 0
     fingerprints: dict[str, str] = field(default_factory=dict)
+    checked: set[str] = field(default_factory=set)
 
 
 def run_recipe(loaded: LoadedRecipe, options: RunOptions) -> int:
@@ -97,6 +103,8 @@ def _run_in_folder(loaded: LoadedRecipe, options: RunOptions, runtime: Any) -> i
     outcome: BaseException | None = None
     status = 1
     try:
+        if runtime.is_main:
+            check_run_space(run.path, [loaded.recipe.for_model(m) if m else loaded.recipe for m in models])
         status = _run_models(run, loaded, options, runtime, models)
         return status
     except BaseException as error:
@@ -134,16 +142,36 @@ def _close_run(run: RunFolder, outcome: BaseException | None, status: int, secon
     else:
         state = "interrupted" if isinstance(outcome, (InterruptedRun, KeyboardInterrupt)) else "failed"
     message = redact(str(outcome)) if outcome is not None else None
+    try:
+        _finish(run, state, seconds, status, message)
+    except ResourceError as error:
+        if outcome is None:
+            raise
+        log.warning("%s", error)  # what stopped the run comes first
+    finally:
+        detach_log_file()
+        run.close()
+
+
+def _finish(run: RunFolder, state: str, seconds: float, status: int, message: str | None) -> None:
+    """Record how the run ended, and write its report.
+
+    Raises:
+        ResourceError: The disk refuses one of them.
+    """
     run.finish(state, seconds=round(seconds, 3), exit_code=status, error=message)
     try:
         from burnish.report.html import render_report
 
         log.info("report: %s", render_report(run.path))
+        check_log_file()
+    except ResourceError as error:
+        if status == 0:
+            with suppress(ResourceError):
+                run.finish("failed", seconds=0.0, exit_code=error.exit_code, error=redact(str(error)))
+        raise
     except Exception as error:  # the run is over and recorded; a page about it must not change its outcome
         log.warning("the report could not be written (%s: %s)", type(error).__name__, error)
-    finally:
-        detach_log_file()
-        run.close()
 
 
 def describe_run(folder: Path) -> dict[str, Any]:
@@ -219,8 +247,9 @@ def _run_stage(state: RunState, index: int, settings: Any) -> None:
     if decision.action == "rerun" and state.runtime.is_main:
         moved = state.run.supersede(stage_dir)
         log.info("%s: what was there is now in %s", label, moved)
-        stage_dir.mkdir(parents=True, exist_ok=True)
+        state.run.stage_dir(index, name, state.prefix)
     state.runtime.barrier()
+    _check_results(state)
     resume = decision.action == "resume" or state.options.resume_from is not None
     state.resumed += resume
     record = {
@@ -242,18 +271,42 @@ def _run_stage(state: RunState, index: int, settings: Any) -> None:
                 settings, prepared, stage_dir, state.runtime, key=key, resume=resume, resume_from=resume_from,
                 label=label, run=state.run,
             )  # fmt: skip
+        check_log_file()
     except BaseException as error:
         interrupted = isinstance(error, (InterruptedRun, KeyboardInterrupt))
         text = error.message if isinstance(error, BurnishError) else f"{type(error).__name__}: {error}"
-        _record(state, stage_dir, record | {
-            "state": "interrupted" if interrupted else "failed", "ended": wall(), "error": redact(text),
-        })  # fmt: skip
+        with suppress(ResourceError):  # on a disk that just failed the first error is the one to report
+            _record(state, stage_dir, record | {
+                "state": "interrupted" if interrupted else "failed", "ended": wall(), "error": redact(text),
+            })  # fmt: skip
+        if found := find_disk_failure(error, state.run.path):
+            where = Path(os.fsdecode(found.filename)) if isinstance(found.filename, (str, bytes)) else stage_dir
+            raise disk_error(found, where, doing=f"go on with {label}") from error
         raise
     seconds = mono() - begun
     _record(state, stage_dir, record | found | {"state": "done", "ended": wall(), "seconds": round(seconds, 3)})
     if state.runtime.is_main:
         success("%s: done in %.1f s", label, seconds)
     state.results[name] = StageResult(name, kind, stage_dir / "final", settings, rerun=True)
+
+
+def _check_results(state: RunState) -> None:
+    """Hash the results of earlier stages before one that runs now may read them; each once.
+
+    Raises:
+        DamagedFolder: Naming the file.
+    """
+    for result in state.results.values():
+        if result.rerun or result.kind == "evaluate" or result.name in state.checked or not state.runtime.is_main:
+            continue
+        try:
+            verify_folder(result.folder)
+        except DamagedFolder as error:
+            raise DamagedFolder(
+                f"the result of stage {result.name} is damaged: {error.message}", where=str(result.folder),
+                remedy=f"remove {result.folder} and give the same command again: the stage is then run anew",
+            ) from None  # fmt: skip
+        state.checked.add(result.name)
 
 
 def _stage_dir(state: RunState, index: int, name: str) -> Path:

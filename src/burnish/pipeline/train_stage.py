@@ -28,6 +28,7 @@ from burnish.models.load import BuiltModel, build_model, fetch_model_folder, res
 from burnish.models.policy import Policy
 from burnish.models.precision import PrecisionPlan, resolve_precision
 from burnish.pipeline.reference import attach_reference
+from burnish.pipeline.space import estimate_export
 from burnish.track.sinks import SinkContext, build_sinks
 
 log = logging.getLogger("burnish")
@@ -96,7 +97,7 @@ def run_train_stage(
             head=frozenset(f"policy.{n}" for n in built.head_parameters),
             reference=reference, stage_dir=stage_dir, resume=resume, resume_from=resume_from, fp16=precision.fp16,
             stamp={"key": key, "inputs": inputs.fingerprints, "kind": settings.kind, "run_id": run.run_id},
-            sinks=sinks, label=label,
+            sinks=sinks, label=label, export_bytes=estimate_export(inputs.folder, built.model, built.trainable, settings),
         )  # fmt: skip
         outcome = run_training(job)
     if runtime.is_main:
