@@ -3,13 +3,17 @@
 import os
 import random
 import shutil
+import signal
 import tempfile
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from burnish.artifacts.checkpoints import (
     checkpoint_writer,
+    hold_checkpoint,
     list_checkpoints,
     newest_valid,
     pin,
@@ -121,23 +125,31 @@ def fast_folder():
         yield Path(folder)
 
 
-def test_r19_retention_over_random_histories(fast_folder):
-    """500 histories of saves, damage, clock changes, restores, pins, changes of the best, renames and prunes."""
+@pytest.mark.parametrize("seeds", [range(60), pytest.param(range(60, 560), marks=pytest.mark.slow)], ids=["60", "500"])
+def test_r19_retention_over_random_histories(fast_folder, seeds):
+    """Histories of saves, damage, clock changes, restores, pins, readers, other runs' folders, renames and prunes."""
     pool = fast_folder / "pool"
     pool.mkdir()
     for step in range(1, 15):
         save(pool, step)
-    for seed in range(500):
+    foreign = fast_folder / "foreign"
+    foreign.mkdir()
+    save(foreign, 1000, run_id="other")
+    for seed in seeds:
         rng = random.Random(seed)
         stage = fast_folder / f"s{seed}"
         stage.mkdir()
         pinned: set[int] = set()
         damaged: set[int] = set()
         best = None
+        strangers = 0
+        readers: dict[int, ExitStack] = {}
         for step in range(1, rng.randint(3, 14)):
             shutil.copytree(pool / f"checkpoint-{step}", stage / f"checkpoint-{step}", copy_function=os.link)
-            present = {r.step: r.path for r in list_checkpoints(stage)}
-            action = rng.choice(["pin", "best", "damage", "touch", "restore", "rename", "none"])
+            present = {r.step: r.path for r in list_checkpoints(stage, run_id="r")}
+            action = rng.choice(
+                ["pin", "best", "damage", "touch", "restore", "rename", "none", "read", "leave", "foreign"]
+            )
             chosen = rng.choice(sorted(present))
             if action == "pin":
                 pin(present[chosen])
@@ -154,27 +166,59 @@ def test_r19_retention_over_random_histories(fast_folder):
                 when = rng.uniform(0, 4e9)
                 for path in present.values():
                     os.utime(path, (when, when))
-            elif action == "restore" and chosen not in pinned:
+            elif action == "read" and chosen not in readers:
+                readers[chosen] = ExitStack()
+                readers[chosen].enter_context(hold_checkpoint(present[chosen]))
+            elif action == "leave" and readers:
+                readers.pop(rng.choice(sorted(readers))).close()
+            elif action == "foreign":
+                strangers += 1
+                shutil.copytree(foreign / "checkpoint-1000", stage / f"checkpoint-{999 + strangers}")
+            elif action == "restore" and chosen not in pinned | set(readers):
                 shutil.rmtree(present[chosen])
                 shutil.copytree(pool / f"checkpoint-{chosen}", present[chosen])
                 damaged.discard(chosen)
             elif action == "rename":
                 present[chosen].rename(stage / f"renamed-{rng.randint(0, 99)}-{chosen}")
-            before = set(steps(stage))
+            before = set(steps(stage, run_id="r"))
             good = before - damaged
             keep = rng.randint(1, 3)
             protect = {best} if best is not None else set()
-            deleted = set(prune(stage, keep, protect))
-            after = set(steps(stage))
+            deleted = set(prune(stage, keep, protect, run_id="r"))
+            after = set(steps(stage, run_id="r"))
             assert after == before - deleted
-            assert not deleted & (pinned | protect)
+            assert not deleted & (pinned | protect | set(readers))
+            assert len(steps(stage)) == len(after) + strangers, "another run's checkpoint went"
             if good:
                 assert max(good) in after, "the newest good one went"
-                found, _ = newest_valid(stage)
+                found, _ = newest_valid(stage, run_id="r")
                 assert found is not None and found.step == max(good)
                 assert all(step < max(good) for step in deleted)
-                below = sorted((s for s in after if s <= max(good) and s not in pinned | protect), reverse=True)
+                below = sorted(
+                    (s for s in after if s <= max(good) and s not in pinned | protect | set(readers)), reverse=True
+                )
                 assert len(below) <= keep
             else:
                 assert not deleted
+        for reader in readers.values():
+            reader.close()
         shutil.rmtree(stage)
+
+
+def test_r19_a_reader_that_dies_holds_nothing(tmp_path):
+    """Another process reads checkpoint-1: it stays; the reader is killed: it goes."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    ready, told = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with hold_checkpoint(tmp_path / "checkpoint-1"):
+            os.write(told, b".")
+            time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    assert prune(tmp_path, 1, set()) == []
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert prune(tmp_path, 1, set()) == [1]
+    os.close(ready), os.close(told)

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from burnish.artifacts import lock as lock_module
-from burnish.artifacts.lock import LOCK, RunLock, boot_id, lock_holder
+from burnish.artifacts.lock import LOCK, RunLock, boot_id, lock_holder, process_began
 from burnish.errors import UsageError
 
 HOLD = """
@@ -32,7 +32,7 @@ def holder(tmp_path):
     child.wait()
 
 
-def test_the_second_is_refused_with_pid_host_and_start(tmp_path, holder):
+def test_r28_the_second_is_refused_with_pid_host_and_start(tmp_path, holder):
     with pytest.raises(UsageError) as found:
         RunLock(tmp_path).acquire()
     text = str(found.value)
@@ -41,7 +41,7 @@ def test_the_second_is_refused_with_pid_host_and_start(tmp_path, holder):
     assert lock_holder(tmp_path)["pid"] == holder.pid
 
 
-def test_a_killed_holder_frees_it_at_once(tmp_path, holder):
+def test_r28_a_killed_holder_frees_it_at_once(tmp_path, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert lock_holder(tmp_path) is None
@@ -50,14 +50,14 @@ def test_a_killed_holder_frees_it_at_once(tmp_path, holder):
     assert lock_holder(tmp_path) is None and not lock.held
 
 
-def test_a_reused_pid_after_a_reboot_does_not_matter(tmp_path):
+def test_r28_a_reused_pid_after_a_reboot_does_not_matter(tmp_path):
     stale = {"pid": os.getpid(), "host": platform.node(), "start": "2020-01-01", "boot": "another"}
     (tmp_path / LOCK).write_text(json.dumps(stale))
     assert lock_holder(tmp_path) is None
     RunLock(tmp_path).acquire().release()
 
 
-def test_a_folder_that_is_deleted_meanwhile_is_not_locked_in_the_bin(tmp_path, monkeypatch):
+def test_r28_a_folder_that_is_deleted_meanwhile_is_not_locked_in_the_bin(tmp_path, monkeypatch):
     """The lock was taken, but on a file that a deletion has moved away: the new folder's file is locked instead."""
     run = tmp_path / "r"
     run.mkdir()
@@ -76,7 +76,7 @@ def test_a_folder_that_is_deleted_meanwhile_is_not_locked_in_the_bin(tmp_path, m
     lock.release()
 
 
-def test_twice_in_one_process(tmp_path):
+def test_r28_twice_in_one_process(tmp_path):
     lock = RunLock(tmp_path).acquire()
     with pytest.raises(UsageError):
         RunLock(tmp_path).acquire()
@@ -85,7 +85,7 @@ def test_twice_in_one_process(tmp_path):
     RunLock(tmp_path).acquire().release()
 
 
-def test_a_forked_child_does_not_keep_it(tmp_path):
+def test_r28_a_forked_child_does_not_keep_it(tmp_path):
     """A data worker that outlives its killed parent must not hold the run."""
     lock = RunLock(tmp_path).acquire()
     read, write = os.pipe()
@@ -118,7 +118,7 @@ for _ in range(100_000): lock_holder(Path({str(tmp_path)!r}))
     looker.wait()
 
 
-def test_other_host_on_a_disk_whose_locks_stop_at_the_host(tmp_path, monkeypatch):
+def test_r28_other_host_on_a_disk_whose_locks_stop_at_the_host(tmp_path, monkeypatch):
     (tmp_path / LOCK).write_text(json.dumps({"pid": 1, "host": "elsewhere", "start": "2026-01-01", "boot": "x"}))
     monkeypatch.setattr(lock_module, "_locks_reach_hosts", lambda path: False)
     with pytest.raises(UsageError, match="elsewhere") as found:
@@ -158,17 +158,23 @@ def test_windows(tmp_path, monkeypatch):
     RunLock(tmp_path).acquire().release()
 
 
+def _alive(began: str) -> dict[str, object]:
+    return {"pid": os.getppid(), "host": platform.node(), "boot": boot_id(), "began": began}
+
+
 @pytest.mark.parametrize(
     ("holder", "free"),
     [
         ({}, True),
         ({"pid": 2**22 + 5, "host": platform.node(), "boot": boot_id()}, True),  # no such process
         ({"pid": os.getppid(), "host": platform.node(), "boot": boot_id()}, False),
+        (_alive(began=process_began(os.getppid())), False),
+        (_alive(began="1"), True),  # the holder died and its number went to another process
         ({"pid": os.getppid(), "host": platform.node(), "boot": "another"}, True),
         ({"pid": os.getppid(), "host": "elsewhere", "boot": "another"}, False),
     ],
 )
-def test_without_any_locks_the_text_decides(tmp_path, monkeypatch, holder, free):
+def test_r28_without_any_locks_the_text_decides(tmp_path, monkeypatch, holder, free):
     monkeypatch.setattr(lock_module, "fcntl", None)
     monkeypatch.setattr(lock_module, "msvcrt", None)
     if holder:
