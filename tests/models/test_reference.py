@@ -169,7 +169,7 @@ def test_cache_is_used_once_written_and_made_again_when_damaged(base: Path, tmp_
         calls.append(1)
         return compute_reference_table(reference, GROUPS)
 
-    cache = ReferenceCache(tmp_path / "deep" / "cache", {"model": "x", "max_length": None})
+    cache = ReferenceCache(tmp_path / "cache", {"model": "x", "max_length": None})
     first = cache.attach(GROUPS, compute)
     again = cache.attach(GROUPS, compute)
     assert len(calls) == 1

@@ -89,7 +89,7 @@ def prepare_data(
         except OSError as error:
             reason = disk_error(error, folder, doing="cache the tokenised data").message
             prepared.report.notes.append(
-                f"{folder}: {reason}; the run goes on without (remove files there, or set BURNISH_CACHE to another "
+                f"the tokenised data are not cached: {folder}: {reason}; the run goes on without (remove files there, or set BURNISH_CACHE to another "
                 "folder or to off)"
             )
     return prepared
