@@ -89,8 +89,8 @@ def prepare_data(
         except OSError as error:
             reason = disk_error(error, folder, doing="cache the tokenised data").message
             prepared.report.notes.append(
-                f"the tokenised data are not cached: {folder}: {reason}; the run goes on without (remove files there, or set BURNISH_CACHE to another "
-                "folder or to off)"
+                f"the tokenised data are not cached: {folder}: {reason}; the run goes on without (remove files there, "
+                "or set BURNISH_CACHE to another folder or to off)"
             )
     return prepared
 
