@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from burnish.errors import UsageError
-from burnish.evals.generate import Answer, generate_greedy
+from burnish.evals.generate import CACHE_BYTES, MOST_ROWS, Answer, choose_batch_size, generate_greedy
 from tests.evals.tiny import build_groups, logits_of
 from tests.losses.tiny import build_model
 
@@ -82,3 +82,11 @@ def test_the_mode_comes_back_and_dropout_is_off(model: Any) -> None:
     assert model.training and torch.equal(before, torch.get_rng_state())
     model.eval()
     assert generate_greedy(model, PROMPTS[:2], eos_ids={1}, max_new_tokens=4) == first
+
+
+def test_the_batch_is_as_large_as_a_small_cache_allows(model: Any) -> None:
+    assert choose_batch_size(model, PROMPTS, 12) == MOST_ROWS
+    row = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim * 4
+    tokens = CACHE_BYTES["cpu"] // (row * 10)
+    assert choose_batch_size(model, [[1]], tokens - 1) == 10
+    assert choose_batch_size(model, [[1]], 100 * tokens) == 1

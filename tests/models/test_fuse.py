@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 
+from burnish.core import block
 from burnish.models import fuse
 from burnish.models.fuse import fuse_blocks, split_blocks
 from burnish.models.policy import Policy
@@ -51,8 +52,15 @@ def _agree(policies: tuple[Policy, Policy], seed: int = 0, limit: float = 1e-5) 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_gradient_equals_the_modules(family: str) -> None:
+@pytest.mark.parametrize("grouped", [True, False])
+def test_every_gradient_equals_the_modules(family: str, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With short groups in batches, and segment by segment."""
+    find, taken = block.find_grouped, []
+    monkeypatch.setattr(
+        block, "find_grouped", lambda *args: taken.append(find(*args)) or (taken[-1] if grouped else None)
+    )
     _agree(_pair(family))
+    assert family.endswith("window") or (taken and all(row is not None for row in taken))
 
 
 def test_biases_and_equal_heads() -> None:
@@ -113,6 +121,23 @@ def test_the_last_block_computes_its_feed_forward_at_scored_rows_only(monkeypatc
     monkeypatch.setattr(fuse.MlpHalf, "apply", lambda x, *rest: rows.append(len(x)) or apply(x, *rest))
     fused(batch, LOGPROBS)
     assert rows == [batch.layout.total, len(batch.source_index)]
+
+
+def test_low_precision_rows_come_in_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each new shape of a bf16 product costs a kernel; the rows that are added move no number that is read."""
+    model = packing.build_model("qwen3")
+    policy = Policy(model, head="lm", attention="sdpa", compute_dtype=torch.bfloat16)
+    batch = packing.draw_batch()
+    sizes = []
+    apply = fuse.MlpHalf.apply
+    monkeypatch.setattr(fuse.MlpHalf, "apply", lambda x, *rest: sizes.append(len(x)) or apply(x, *rest))
+    found, gradients = _outcome(policy, batch)
+    assert batch.layout.total % 32 and all(size % 32 == 0 for size in sizes) and len(found) == len(batch.target_ids)
+    monkeypatch.setattr(Policy, "_spare", lambda self, rows: 0)
+    expected, exact = _outcome(policy, batch)
+    assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
+    for name, g in exact.items():
+        assert g is None or (gradients[name] - g).norm() <= 0.05 * g.norm(), name
 
 
 def test_a_model_may_be_copied_pickled_and_unpacked() -> None:

@@ -72,7 +72,9 @@ class EvaluateSettings(Settings):
     max_items: int = setting(400, "Items per task at most.", ge=1)
     max_new_tokens: int = setting(128, "Tokens of a generated answer at most.", ge=1)
     samples: int = setting(6, "Sample answers shown side by side in the report.", ge=0)
-    batch_size: int = setting(32, "Prompts generated together.", ge=1)
+    batch_size: int | None = setting(
+        None, "Prompts generated together; default: as many as keep the key-value cache small, 256 at most.", ge=1
+    )
     confidence: float = setting(0.95, "Coverage of the intervals.", gt=0, lt=1)
     seed: int = setting(42, "Seed of the choice of items and of the bootstrap.", ge=0)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "Compute type.")

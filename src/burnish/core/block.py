@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from burnish.core.bmm_attention import attend, attend_backward, repeat_heads
+from burnish.core.group_attention import GroupedRow, attend_grouped, attend_grouped_backward, find_grouped
 from burnish.core.plan import AttentionPlan
 
 
@@ -64,25 +65,39 @@ class AttentionHalf(torch.autograd.Function):
         rstd = compute_rstd(x, spec.eps, spec.wide)
         bias = None if bq is None or bk is None or bv is None else _stack((bq, bk, bv), spec.low)
         qkv = F.linear(_normalise(x, rstd, norm, spec.low), _stack((wq, wk, wv), spec.low), bias)
-        heads = attend(*_operands(qkv, q_norm, k_norm, cos, sin, spec), plan, spec.window)
+        row = find_grouped(plan, spec.heads, spec.kv_heads) if spec.window is None else None
+        if row is not None:
+            rows = _build_rows(qkv, q_norm, k_norm, cos, sin, spec)
+            keeps = row.may_keep(spec.heads, spec.head_size)
+            heads, kept = attend_grouped(rows, row, spec.heads, spec.kv_heads, keeps)
+            heads = heads.to(spec.low)
+        else:
+            kept = ()
+            heads = attend(*_operands(qkv, q_norm, k_norm, cos, sin, spec), plan, spec.window)
         taken = F.linear(_rows(heads.flatten(1), keep), wo.to(spec.low), None if bo is None else bo.to(spec.low))
-        ctx.save_for_backward(x, rstd, qkv, heads, norm, wq, wk, wv, bq, bk, bv, q_norm, k_norm, wo, bo, cos, sin, keep)
-        ctx.plan, ctx.spec = plan, spec
+        weights = norm, wq, wk, wv, bq, bk, bv, q_norm, k_norm, wo, bo
+        ctx.save_for_backward(x, rstd, qkv, heads, *weights, cos, sin, keep, *kept)
+        ctx.plan, ctx.spec, ctx.row = plan, spec, row
         return _add(taken, _rows(x, keep))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, rstd, qkv, heads, norm, wq, wk, wv, bq, bk, bv, q_norm, k_norm, wo, bo, cos, sin, keep = ctx.saved_tensors
+        x, rstd, qkv, heads, norm, wq, wk, wv, bq, bk, bv, q_norm, k_norm, wo, bo, cos, sin, keep, *kept = (
+            ctx.saved_tensors
+        )
         spec: BlockSpec = ctx.spec
         need = ctx.needs_input_grad
         low = grad.to(spec.low)
         d_wo = _weight_gradient(low, _rows(heads.flatten(1), keep), wo) if need[10] else None
         d_bo = grad.sum(0).to(bo.dtype) if need[11] and bo is not None else None
         d_heads = _spread(low @ wo.to(spec.low), keep, heads.shape[0]).view(heads.shape)
-        d_qkv, d_qn, d_kn = _operands_backward(
-            attend_backward(*_operands(qkv, q_norm, k_norm, cos, sin, spec), d_heads, ctx.plan, spec.window),
-            qkv, q_norm, k_norm, cos, sin, spec,
-        )  # fmt: skip
+        if ctx.row is not None:
+            d_qkv, d_qn, d_kn = _grouped_backward(qkv, kept, d_heads, q_norm, k_norm, cos, sin, ctx.row, spec)
+        else:
+            d_qkv, d_qn, d_kn = _operands_backward(
+                attend_backward(*_operands(qkv, q_norm, k_norm, cos, sin, spec), d_heads, ctx.plan, spec.window),
+                qkv, q_norm, k_norm, cos, sin, spec,
+            )  # fmt: skip
         d_weights: list[Tensor | None] = [None] * 3
         if any(need[2:5]):
             d_weights = _split_gradient(d_qkv.t() @ _normalise(x, rstd, norm, spec.low), (wq, wk, wv), need[2:5])
@@ -230,6 +245,70 @@ def _unrotate(
 def _sum_groups(x: Tensor, spec: BlockSpec) -> Tensor:
     """(H, T, D) → (N, T, D)."""
     return x if spec.heads == spec.kv_heads else x.unflatten(0, (spec.kv_heads, -1)).sum(1)
+
+
+# ---- heads of many short groups -----------------------------------------------------------------------------------
+
+
+def _head_weights(q_norm: Tensor | None, k_norm: Tensor | None, spec: BlockSpec) -> Tensor:
+    """(H + N, 1 or D): what normalised queries and keys are multiplied by; the queries' holds the scale of the scores."""
+    if q_norm is None or k_norm is None:
+        out = torch.ones(spec.heads + spec.kv_heads, 1, dtype=spec.wide)
+    else:
+        out = q_norm.new_empty(spec.heads + spec.kv_heads, spec.head_size, dtype=spec.wide)
+        out[: spec.heads] = q_norm
+        out[spec.heads :] = k_norm
+    out[: spec.heads] *= spec.scale
+    return out
+
+
+def _build_rows(
+    qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor, sin: Tensor, spec: BlockSpec
+) -> Tensor:
+    """(T, O) → (T · (H + 2N), D): scaled and rotated queries, rotated keys, values; at least fp32."""
+    x = qkv.to(spec.wide).view(qkv.shape[0], -1, spec.head_size)
+    turned = spec.heads + spec.kv_heads
+    out = torch.empty_like(x)
+    part = x[:, :turned]
+    weight = _head_weights(q_norm, k_norm, spec)
+    if q_norm is not None:
+        part = part * compute_rstd(part, spec.head_eps, spec.wide)
+        part.mul_(weight)
+    else:
+        part = part * weight
+    _rotate(part, cos, sin, 1, out[:, :turned])
+    out[:, turned:] = x[:, turned:]
+    return out.view(-1, spec.head_size)
+
+
+def _grouped_backward(
+    qkv: Tensor, kept: Sequence[Tensor], d_heads: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor,
+    sin: Tensor, row: GroupedRow, spec: BlockSpec,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """d heads (T, H, D) → d qkv (T, O), d q norm, d k norm."""
+    if not kept:
+        kept = [_build_rows(qkv, q_norm, k_norm, cos, sin, spec).index_select(0, row.gather)]
+    d_rows = attend_grouped_backward(kept, d_heads.to(spec.wide), row, spec.heads, spec.kv_heads)
+    d_rows = d_rows.view(qkv.shape[0], -1, spec.head_size)
+    turned = spec.heads + spec.kv_heads
+    g = d_rows[:, :turned]
+    g = _rotate(g, cos, sin, -1, torch.empty_like(g, memory_format=torch.contiguous_format))
+    weight = _head_weights(q_norm, k_norm, spec)
+    d_qn: Tensor | None = None
+    d_kn: Tensor | None = None
+    if q_norm is None or k_norm is None:
+        torch.mul(g, weight, out=d_rows[:, :turned])
+    else:
+        part = qkv.to(spec.wide).view(d_rows.shape)[:, :turned]
+        rstd = compute_rstd(part, spec.head_eps, spec.wide)
+        unit = part * rstd
+        d_weight = (g * unit).sum(0)
+        d_qn = d_weight[: spec.heads].sum(0).mul_(spec.scale).to(q_norm.dtype)
+        d_kn = d_weight[spec.heads :].sum(0).to(k_norm.dtype)
+        g.mul_(weight)
+        share = (g * unit).sum(-1, keepdim=True).div_(-spec.head_size)
+        torch.mul(g.addcmul_(unit, share), rstd, out=d_rows[:, :turned])
+    return d_rows.view(qkv.shape).to(qkv.dtype), d_qn, d_kn
 
 
 # ---- weights and rows ---------------------------------------------------------------------------------------------

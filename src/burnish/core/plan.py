@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from burnish.core.batch import Layout
+from burnish.core.group_attention import GroupedRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class AttentionPlan:
         kept: The last layer returned the rows of `keep` only.
         calls: Layers that used this plan (the self-check counts them).
         block_masks: The flex backend's masks, by window and device; cached across layers.
+        grouped: The row as batches of short groups (`core.group_attention`), by numbers of heads; cached across layers.
     """
 
     layout: Layout
@@ -48,6 +50,7 @@ class AttentionPlan:
     kept: bool = False
     calls: int = 0
     block_masks: dict[tuple, Any] = field(default_factory=dict, repr=False)
+    grouped: dict[tuple[int, int], GroupedRow | None] = field(default_factory=dict, repr=False)
     _masks: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
 
     @property

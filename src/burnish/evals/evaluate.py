@@ -17,7 +17,7 @@ from burnish.core.group import Completion, Group
 from burnish.data.tokenizer import TextTokenizer
 from burnish.errors import ConfigError
 from burnish.evals.figures import Figures
-from burnish.evals.generate import generate_greedy
+from burnish.evals.generate import choose_batch_size, generate_greedy
 from burnish.evals.measure import Measured, Numbers, choose_items, measure_logprobs, measure_scores
 from burnish.evals.subjects import (
     EvaluationData,
@@ -213,10 +213,11 @@ def _answer(run: _Run, model: Loaded, task: str, prompts: Sequence[Prompt]) -> A
     room = [p for p in prompts if model.context is None or len(p.ids) < model.context]
     if len(room) < len(prompts):
         run.figures.note(f"{task}: {len(prompts) - len(room)} prompts fill the model's context and were left out")
+    ids, limit = [p.ids for p in room], run.settings.max_new_tokens
     with model.policy.unpacked() as plain, model.autocast():
         answers = generate_greedy(
-            plain, [p.ids for p in room], eos_ids=model.end_ids, max_new_tokens=run.settings.max_new_tokens,
-            batch_size=run.settings.batch_size, context=model.context,
+            plain, ids, eos_ids=model.end_ids, max_new_tokens=limit, context=model.context,
+            batch_size=run.settings.batch_size or choose_batch_size(plain, ids, limit),
         )  # fmt: skip
     texts = [model.tokenizer.decode(a.body, skip_special_tokens=True).strip() for a in answers]
     return Answered(room, answers, texts)

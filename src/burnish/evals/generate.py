@@ -17,6 +17,8 @@ from torch import Tensor
 from burnish.errors import UsageError
 
 EndReason = Literal["eos", "length"]
+CACHE_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}  # a key-value cache may take, where the batch size is chosen for it
+MOST_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,18 @@ class Answer:
     def body(self) -> tuple[int, ...]:
         """The ids without the end-of-sequence token."""
         return self.ids[:-1] if self.end == "eos" else self.ids
+
+
+def choose_batch_size(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+    """Prompts to compute together, such that keys and values of all their tokens stay small; 1 … MOST_ROWS."""
+    config = model.config.get_text_config()
+    heads = int(getattr(config, "num_attention_heads", None) or 1)
+    size = int(getattr(config, "head_dim", None) or -(-int(getattr(config, "hidden_size", None) or 4096) // heads))
+    stored = int(getattr(config, "num_key_value_heads", None) or heads)
+    layers = int(getattr(config, "num_hidden_layers", None) or 32)
+    tokens = max(map(len, prompts), default=1) + max_new_tokens
+    one = 2 * layers * stored * size * tokens * model.dtype.itemsize
+    return min(max(CACHE_BYTES.get(model.device.type, CACHE_BYTES["cpu"]) // one, 1), MOST_ROWS)
 
 
 @torch.no_grad()

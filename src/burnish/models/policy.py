@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from burnish.core.attention import (
@@ -19,7 +20,14 @@ from burnish.core.attention import (
     PackingRefused,
     attach_plan,
 )
-from burnish.core.batch import Outputs, PackedBatch, build_packed_batch
+from burnish.core.batch import (
+    CompletionSpan,
+    GroupSpan,
+    Layout,
+    Outputs,
+    PackedBatch,
+    build_packed_batch,
+)
 from burnish.core.group import Completion, Group
 from burnish.core.head import Functional, HeadInput, compute_token_logprobs
 from burnish.core.plan import AttentionPlan, build_attention_plan
@@ -205,16 +213,28 @@ class Policy(nn.Module):
         functionals: Sequence[Functional],
     ) -> Outputs:
         other = against.head_input(batch) if isinstance(against, Policy) else against
+        hidden, targets, count = source.hidden, batch.target_ids, len(batch.target_ids)
+        spare = 0 if functionals or source.module is not None else self._spare(count)
+        if spare:
+            hidden, targets = F.pad(hidden, (0, 0, 0, spare)), F.pad(targets, (0, spare))
         with self._autocast():
             found = compute_token_logprobs(
-                source.hidden, source.weight, batch.target_ids, bias=source.bias, transform=source.transform,
+                hidden, source.weight, targets, bias=source.bias, transform=source.transform,
                 want_logprobs="logprobs" in want, want_entropy="entropy" in want, temperature=temperature,
                 functionals=functionals, against=other, module=source.module,
             )  # fmt: skip
+        if spare:
+            found = {name: column[:count] for name, column in found.items()}
         outputs = Outputs(functionals={f.name: found[f.name] for f in functionals})
         outputs.logprobs = found["logprobs"] if "logprobs" in want else None
         outputs.entropy = found.get("entropy")
         return outputs
+
+    def _spare(self, rows: int) -> int:
+        """Rows to add, so that products have few different shapes: on a CPU, PyTorch prepares a bf16 kernel for each shape."""
+        if self.compute_dtype in (None, torch.float32) or self.device.type != "cpu" or not rows:
+            return 0
+        return -rows % (64 if rows >= 512 else 32)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.compute_dtype is None or self.compute_dtype == torch.float32:
@@ -228,13 +248,16 @@ class Policy(nn.Module):
         ]
         if self.backend != "padded":
             try:
-                given = _packed_arguments(batch)
+                given = _packed_arguments(batch, self._spare(batch.layout.total))
                 plan: AttentionPlan = given[PLAN_KWARG]
                 plan.keep = torch.cat(wanted)
+                if spare := self._spare(len(plan.keep)):
+                    plan.keep = F.pad(plan.keep, (0, spare), value=plan.total - 1)
                 with self._autocast():
                     hidden = self.backbone(**given)[0][0]
                 read = hidden if plan.kept else hidden.index_select(0, plan.keep)
-                return read[: len(wanted[0])], read[len(wanted[0]) :]
+                first, both = len(wanted[0]), len(wanted[0]) + len(wanted[1])
+                return read[:first], read[first:both]
             except PackingRefused as refusal:
                 self._become_padded(refusal.message)
         with self._autocast():
@@ -294,9 +317,15 @@ def _identity(logits: Tensor) -> Tensor:
     return logits
 
 
-def _packed_arguments(batch: PackedBatch) -> dict[str, Any]:
-    """Forward arguments of a packed row, the attention plan among them."""
-    plan = build_attention_plan(batch.layout)
-    positions = batch.position_ids[None].clone()  # its own storage: views of it lead back to the plan
+def _packed_arguments(batch: PackedBatch, spare: int = 0) -> dict[str, Any]:
+    """Forward arguments of a packed row, the attention plan among them; `spare` tokens that nothing reads are added."""
+    layout, ids, positions = batch.layout, batch.input_ids, batch.position_ids
+    if spare:
+        filling = GroupSpan(layout.total, 0, (CompletionSpan(layout.total, spare),))
+        layout = Layout(layout.total + spare, (*layout.groups, filling))
+        ids = torch.cat((ids, ids.new_zeros(spare)))
+        positions = torch.cat((positions, torch.arange(spare, dtype=positions.dtype)))
+    plan = build_attention_plan(layout)
+    positions = positions[None].clone()  # its own storage: views of it lead back to the plan
     attach_plan(positions, plan)
-    return {"input_ids": batch.input_ids[None], "position_ids": positions, "use_cache": False, PLAN_KWARG: plan}
+    return {"input_ids": ids[None], "position_ids": positions, "use_cache": False, PLAN_KWARG: plan}
