@@ -103,6 +103,21 @@ def test_softcap_and_sinks_equal_a_dense_softmax(softcap: float | None, window: 
     assert max(_gaps(_run(batch, inputs, **kwargs), expected)) <= 1e-12
 
 
+SHORT = [(5, (3, 6)), (9, (4,)), (3, (7, 2)), (11, (5, 5))]
+
+
+def test_short_groups_are_batched_with_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = _batch(SHORT)
+    inputs = _draw(batch.layout.total)
+    expected = _with_gradients(_dense(*inputs, _dense_mask(batch.layout), 0.3), inputs)
+    calls = []
+    batched = bmm_attention.attend_grouped
+    monkeypatch.setattr(bmm_attention, "attend_grouped", lambda *args: calls.append(1) or batched(*args))
+    assert max(_gaps(_run(batch, inputs, scaling=0.3), expected)) <= 1e-12 and calls
+    monkeypatch.setattr(bmm_attention, "find_grouped", lambda *args: None)
+    assert max(_gaps(_run(batch, inputs, scaling=0.3), expected)) <= 1e-12 and len(calls) == 1
+
+
 def test_values_of_another_size() -> None:
     """Latent attention has values smaller than queries."""
     batch = _batch()

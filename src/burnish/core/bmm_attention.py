@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from burnish.core.group_attention import attend_grouped, attend_grouped_backward, find_grouped
 from burnish.core.plan import AttentionPlan, Segment
 
 _QUERIES = 128  # of a block at most: a segment of 256 then skips a quarter of its square
@@ -33,11 +34,23 @@ class PackedBmm(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.plan, ctx.scale, ctx.window = plan, scale, window
+        plain = window is None and value.shape[3] == query.shape[3]
+        ctx.row = find_grouped(plan, query.shape[1], key.shape[1]) if plain else None
+        if ctx.row is not None:
+            rows = _token_rows(query, key, value, scale)
+            return attend_grouped(rows, ctx.row, query.shape[1], key.shape[1])[0].to(value.dtype)[None]
         return attend(*_operands(query, key, value, scale), plan, window)[None]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value = ctx.saved_tensors
+        if ctx.row is not None:
+            heads, kv_heads = query.shape[1], key.shape[1]
+            gathered = _token_rows(query, key, value, ctx.scale).index_select(0, ctx.row.gather)
+            d_rows = attend_grouped_backward([gathered], grad[0].to(gathered.dtype), ctx.row, heads, kv_heads)
+            d_rows = d_rows.view(1, query.shape[2], -1, query.shape[3]).transpose(1, 2)
+            dq, dk, dv = d_rows.split((heads, kv_heads, kv_heads), 1)
+            return (dq * ctx.scale).to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), None, None, None
         operands = _operands(query, key, value, ctx.scale)
         dq, dk, dv = attend_backward(*operands, grad[0], ctx.plan, ctx.window)
         dq_row = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
@@ -198,6 +211,18 @@ def _operands(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[
     q = repeat_heads(query[0], heads, wide)
     q = q * scale if q.data_ptr() == query.data_ptr() else q.mul_(scale)
     return q, repeat_heads(key[0], heads, wide), repeat_heads(value[0], heads, value.dtype)
+
+
+def _token_rows(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """(T · (H + 2N), D) for `attend_grouped`: of each token its scaled queries, its keys and its values."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    heads, kv_heads, total, size = query.shape[1], key.shape[1], query.shape[2], query.shape[3]
+    rows = query.new_empty(total, heads + 2 * kv_heads, size, dtype=wide)
+    to_query, to_key, to_value = rows.transpose(0, 1).split((heads, kv_heads, kv_heads))
+    to_query.copy_(query[0]).mul_(scale)
+    to_key.copy_(key[0])
+    to_value.copy_(value[0])
+    return rows.view(-1, size)
 
 
 def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
