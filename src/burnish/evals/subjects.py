@@ -113,7 +113,7 @@ def build_loader(settings: EvaluateSettings, device: torch.device) -> Loader:
         config: Mapping[str, Any] = inspect_model_folder(folder).config
         text: Mapping[str, Any] = config.get("text_config") or config
         hidden = int(text.get("hidden_size") or text.get("n_embd") or text.get("d_model") or 4096)
-        precision = resolve_precision(settings.precision, device, hidden)
+        precision = resolve_precision(settings.precision, device, hidden, training=False)
         model, _ = load_model(str(folder), head=head, dtype=precision.frozen if precision.compute else torch.float32,
                               disable_dropout=True, need_trained_head=head == "score")  # fmt: skip
         module: Any = model

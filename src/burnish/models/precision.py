@@ -8,7 +8,8 @@ import torch
 
 from burnish.errors import ConfigError
 
-SMALL_HIDDEN = 256
+SMALL_HIDDEN = 96
+SMALL_HIDDEN_EVALUATION = 256  # generation with small models is bound by calls, not by products
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +45,11 @@ def has_fast_bf16(device: torch.device) -> bool:
     return bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("amx_tile"))
 
 
-def resolve_precision(wanted: str, device: torch.device, hidden_size: int) -> PrecisionPlan:
+def resolve_precision(wanted: str, device: torch.device, hidden_size: int, *, training: bool = True) -> PrecisionPlan:
     """`auto|fp32|bf16|fp16` → types. auto: bf16 where it is fast and the model large enough to be bound by products.
+
+    Args:
+        training: Training, where products are three times as many; else evaluation and generation.
 
     Raises:
         ConfigError: The device cannot compute in the wanted type.
@@ -62,7 +66,7 @@ def resolve_precision(wanted: str, device: torch.device, hidden_size: int) -> Pr
         return PrecisionPlan(torch.float16, torch.float16, "fp16 autocast with fp32 masters and a loss scale, as set")
     if not has_fast_bf16(device):
         return PrecisionPlan(None, torch.float32, f"fp32 (auto: {device.type} has no fast bf16)")
-    if device.type == "cpu" and hidden_size < SMALL_HIDDEN:
+    if device.type == "cpu" and hidden_size < (SMALL_HIDDEN if training else SMALL_HIDDEN_EVALUATION):
         return PrecisionPlan(
             None, torch.float32, f"fp32 (auto: hidden size {hidden_size} is too small to gain from bf16)"
         )
