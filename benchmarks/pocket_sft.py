@@ -3,8 +3,9 @@
     python benchmarks/pocket_sft.py --json
 
 Here a step takes tens of milliseconds, so that the cost of each call counts, not only that of each product. Both sides get
-the same rows (prompt and completion of the last turn) in the same order, 16 a step, at the same learning rate; all else is
-each side's default. Every measurement is a fresh process, the sides in turn; the last line of standard output is one JSON object.
+the same token ids and masks (pocket/chat, the last turn scored) in the same order, 16 a step, at the same learning rate; all
+else is each side's default. Every measurement is a fresh process, the sides in turn; the last line of standard output is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -35,6 +36,27 @@ def save_rows(path: Path, count: int) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def build_settings(rows: Path) -> Any:
+    """burnish's settings: what the comparison fixes, the rest at its defaults."""
+    from burnish.config.stages import SftSettings
+
+    return SftSettings(
+        model=str(MODEL), data=str(rows), batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE, shuffle=False
+    )
+
+
+def save_ids(rows: Path, out: Path) -> None:
+    """Token ids and labels of the rows, as TRL takes them (its own preparation would also score the line end)."""
+    from burnish.pipeline.train_stage import load_inputs
+
+    with out.open("w", encoding="utf-8") as file:
+        for group in load_inputs(build_settings(rows), str(MODEL), str).data.train:
+            prompt, completion = group.prompt.tolist(), group.completions[0]
+            labels = [i if scored else -100 for i, scored in zip(completion.ids.tolist(), completion.mask, strict=True)]
+            ids = prompt + completion.ids.tolist()
+            file.write(json.dumps({"input_ids": ids, "labels": [-100] * len(prompt) + labels}) + "\n")
+
+
 class Clock:
     """When each step ended."""
 
@@ -49,7 +71,6 @@ class Clock:
 
 def run_burnish(rows: Path, clock: Clock) -> dict[str, Any]:
     """Train once over the rows; losses, token counts of the rows, precision."""
-    from burnish.config.stages import SftSettings
     from burnish.engine.job import TrainJob
     from burnish.engine.loop import run_training
     from burnish.engine.runtime import build_runtime
@@ -59,9 +80,7 @@ def run_burnish(rows: Path, clock: Clock) -> dict[str, Any]:
     from burnish.models.precision import resolve_precision
     from burnish.pipeline.train_stage import load_inputs
 
-    settings = SftSettings(
-        model=str(MODEL), data=str(rows), batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE, shuffle=False
-    )
+    settings = build_settings(rows)
     inputs = load_inputs(settings, str(MODEL), str)
     runtime, method = build_runtime(), Sft(settings)
     hidden = json.loads((MODEL / "config.json").read_text(encoding="utf-8"))["hidden_size"]
@@ -94,7 +113,8 @@ def run_trl(rows: Path, clock: Clock) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
     datasets.disable_progress_bars()
-    data = datasets.Dataset.from_list([json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()])
+    lines = rows.with_name("ids.jsonl").read_text(encoding="utf-8").splitlines()
+    data = datasets.Dataset.from_list([json.loads(line) for line in lines])
     config = SFTConfig(
         output_dir=str(rows.parent / "trl"), per_device_train_batch_size=BATCH_SIZE, num_train_epochs=1,
         learning_rate=LEARNING_RATE, train_sampling_strategy="sequential", use_cpu=True, report_to="none",
@@ -117,7 +137,10 @@ def run_trl(rows: Path, clock: Clock) -> dict[str, Any]:
 
 
 def run_worker(side: str, rows: Path, warmup: int, out: Path) -> None:
-    """One measurement in this process; figures go to `out`."""
+    """One measurement in this process (or the token ids: "prepare"); figures go to `out`."""
+    if side == "prepare":
+        save_ids(rows, out)
+        return
     import resource
 
     import torch
@@ -135,14 +158,19 @@ def run_worker(side: str, rows: Path, warmup: int, out: Path) -> None:
     out.write_text(json.dumps(found), encoding="utf-8")
 
 
-def measure(side: str, rows: Path, warmup: int) -> dict[str, Any]:
-    """Figures of a fresh process."""
-    out = rows.parent / "result.json"
-    out.unlink(missing_ok=True)
+def start(side: str, rows: Path, warmup: int, out: Path) -> None:
+    """Run a worker in a fresh process."""
     words = ["--worker", side, "--rows-file", str(rows), "--out", str(out), "--warmup", str(warmup)]
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"the worker ({side}) ended with status {done.returncode}\n{done.stderr[-4000:]}")
+
+
+def measure(side: str, rows: Path, warmup: int) -> dict[str, Any]:
+    """Figures of a fresh process."""
+    out = rows.parent / "result.json"
+    out.unlink(missing_ok=True)
+    start(side, rows, warmup, out)
     found = json.loads(out.read_text(encoding="utf-8"))
     line = f"  {side}: {found['tokens_per_second']:.0f} tokens/s, {found['step_ms']:.1f} ms a step, busy {found['busy']:.2f}"
     print(line, file=sys.stderr, flush=True)
@@ -183,6 +211,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="burnish-bench-") as name:
         rows = Path(name) / "rows.jsonl"
         save_rows(rows, BATCH_SIZE * (given.steps + given.warmup))
+        start("prepare", rows, given.warmup, rows.with_name("ids.jsonl"))
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         for _ in range(given.alternations):
             for side in sides:
