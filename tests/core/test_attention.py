@@ -226,10 +226,10 @@ def test_flex_attention_forward_with_that_mask() -> None:
     plan = build_attention_plan(batch.layout)
     inputs = [x.detach().float() for x in _draw(batch.layout.total, size=16)]
     mask = _dense_mask(batch.layout, 4)
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
     original = flex._compiled
-    flex._compiled = lambda: (flex_attention, create_block_mask)  # type: ignore[assignment]
+    flex._compiled = lambda: flex_attention  # type: ignore[assignment]
     try:
         with torch.no_grad():
             found = flex.run_flex(plan, 0.25, 4, 2.0, None, *inputs)

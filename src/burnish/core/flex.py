@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,11 +45,67 @@ def build_mask_mod(layout: Layout, window: int | None, device: torch.device | st
     return mask_mod
 
 
-@lru_cache(maxsize=1)
-def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def find_blocks(layout: Layout, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which blocks of (size queries, size keys) hold a visible pair, and which of them nothing but visible pairs.
 
-    return torch.compile(flex_attention, dynamic=True), create_block_mask
+    Computed from the spans, without a (tokens, tokens) mask; a sliding window is left to the mask function.
+
+    Returns:
+        (n, n) bool, rows are blocks of queries: visible, full.
+    """
+    count = -(-layout.total // size)
+    visible, full = (np.zeros((count, count), dtype=np.bool_) for _ in range(2))
+    causal, before = np.tri(count, dtype=np.bool_), np.tri(count, k=-1, dtype=np.bool_)
+
+    def touched(start: int, stop: int) -> slice:
+        return slice(start // size, -(-stop // size))
+
+    def inside(start: int, stop: int) -> slice:
+        first = -(-start // size)
+        return slice(first, max(first, stop // size))
+
+    for group in layout.groups:
+        first, prompt = group.completions[0], (group.start, group.start + group.prompt)
+        # Every later query of the group sees a block of its prompt; prompt and first completion are one causal stretch.
+        everyone, shared, joint = (
+            inside(group.start, group.end),
+            inside(*prompt),
+            inside(group.start, first.start + first.length),
+        )
+        full[everyone, shared] |= before[everyone, shared]
+        full[joint, joint] |= before[joint, joint]
+        for part in [prompt, *((c.start, c.start + c.length) for c in group.completions)]:
+            q, whole = touched(*part), inside(*part)
+            visible[q, q] |= causal[q, q]
+            full[whole, whole] |= before[whole, whole]
+            if part != prompt:
+                visible[q, touched(*prompt)] = True
+    return visible, full
+
+
+def build_block_mask(layout: Layout, window: int | None, device: torch.device | str, size: int = 128) -> Any:
+    """Flex attention's block mask of a packed row."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    visible, full = find_blocks(layout, size)
+    full &= window is None
+    given = [move(x, device) for kind in (visible & ~full, full) for x in _list_blocks(kind)]
+    return BlockMask.from_kv_blocks(
+        *given, BLOCK_SIZE=size, mask_mod=build_mask_mod(layout, window, device), seq_lengths=(layout.total, layout.total)
+    )  # fmt: skip
+
+
+def _list_blocks(blocks: np.ndarray) -> tuple[Tensor, Tensor]:
+    """(1, 1, n) how many, and (1, 1, n, n) which (first in each row), both int32."""
+    order = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
+    return torch.from_numpy(blocks.sum(1, dtype=np.int32))[None, None], torch.from_numpy(order)[None, None]
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def run_flex(
@@ -62,11 +119,10 @@ def run_flex(
     value: Tensor,
 ) -> Tensor:
     """(1, H, T, D), (1, N, T, D) → (1, T, H, Dv). Sinks are applied through the log-sum-exp: o · e^lse / (e^lse + e^sink)."""
-    attend, create = _compiled()
+    attend = _compiled()
     cached = ("flex", window, query.device)
     if cached not in plan.block_masks:
-        mask_mod = build_mask_mod(plan.layout, window, query.device)
-        plan.block_masks[cached] = create(mask_mod, None, None, plan.total, plan.total, device=query.device)
+        plan.block_masks[cached] = build_block_mask(plan.layout, window, query.device)
 
     limit = softcap or 1.0
 

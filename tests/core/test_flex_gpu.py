@@ -1,0 +1,46 @@
+"""Flex attention on a CUDA device, forward and backward, against attention written out; skipped where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from burnish.core.attention import _Explicit
+from burnish.core.flex import run_flex
+from burnish.core.plan import build_attention_plan
+from tests.core.test_attention import _batch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SIZES = [(150, [80, 3]), (30, [5, 40]), (9, [1, 2, 7])]
+
+
+def _draw(total: int, dtype: torch.dtype, heads: tuple[int, int], size: int = 64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, n, total, size) for n in (heads[0], heads[1], heads[1])]
+    return [torch.randn(s, generator=generator).to("cuda", dtype).requires_grad_() for s in shapes]
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize(
+    ("window", "softcap", "sinks"), [(None, None, False), (20, None, False), (None, 5.0, False), (None, None, True)]
+)
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2e-3), (torch.bfloat16, 2e-2)])
+def test_flex_equals_attention_written_out(
+    heads: tuple[int, int], window: int | None, softcap: float | None, sinks: bool, dtype: torch.dtype, most: float
+) -> None:
+    """Output and the gradients of queries, keys and values; relative to the norm of each."""
+    plan = build_attention_plan(_batch(SIZES).layout)
+    inputs = _draw(plan.total, dtype, heads)
+    aux = torch.linspace(-1, 1, heads[0], device="cuda") if sinks else None
+    found = run_flex(plan, 0.125, window, softcap, aux, *inputs)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = _Explicit(plan, 0.125, window, softcap, aux, 0.0)(*exact)
+    weights = torch.randn_like(expected)
+    ours = torch.autograd.grad(found, inputs, weights.to(dtype))
+    theirs = torch.autograd.grad(expected, exact, weights)
+    for a, b in zip([found, *ours], [expected, *theirs], strict=True):
+        assert float((a.double() - b).norm() / b.norm()) < most
