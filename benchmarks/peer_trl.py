@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from workload import Pair, Plan
+from workload import LORA_ALPHA, LORA_RANK, TOP_K, Pair, Plan
 
 for _key, _value in {
     "HF_HUB_OFFLINE": "1",
@@ -48,7 +48,12 @@ def check_ids(method: str, prepared: Sequence[dict[str, Any]], pairs: Sequence[P
 
 
 def build_arguments(plan: Plan, mode: str, folder: Path) -> dict[str, Any]:
-    """Trainer arguments: what the comparison fixes; the rest at TRL's defaults, or at its best ("tuned")."""
+    """Trainer arguments: what the comparison fixes; the rest at TRL's defaults, or at its best.
+
+    Args:
+        mode: "defaults"; "tuned": no gradient checkpointing, the reference's log-probs computed ahead; "accumulated": tuned,
+            with a quarter of the rows at a time.
+    """
     arguments: dict[str, Any] = {
         "output_dir": str(folder / "trl"),
         "per_device_train_batch_size": plan.batch_size,
@@ -65,7 +70,10 @@ def build_arguments(plan: Plan, mode: str, folder: Path) -> dict[str, Any]:
     }
     if plan.method == "dpo":
         arguments["beta"] = plan.beta
-    if mode == "tuned":
+    if mode == "accumulated":
+        arguments["per_device_train_batch_size"] = max(plan.batch_size // 4, 1)
+        arguments["gradient_accumulation_steps"] = plan.batch_size // arguments["per_device_train_batch_size"]
+    if mode != "defaults":
         arguments["gradient_checkpointing"] = False
         if plan.method == "dpo":
             arguments["precompute_ref_log_probs"] = True
@@ -86,10 +94,31 @@ def _watch(trainer: Any) -> list[float]:
     return losses
 
 
+def _build_lora(plan: Plan) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=LORA_RANK,
+        lora_alpha=LORA_ALPHA,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        task_type="SEQ_CLS" if plan.method == "reward" else "CAUSAL_LM",
+        modules_to_save=["score"] if plan.method == "reward" else None,
+    )
+
+
+def freeze_all_but_top(model: Any, layers: int) -> None:
+    """Leave the last TOP_K blocks, the final norm and the head trainable, as `top_k` does on the other side."""
+    last = tuple(f"model.layers.{i}." for i in range(layers - TOP_K, layers))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith((*last, "model.norm.", "lm_head.", "score.")))
+
+
 def _build_trainer(plan: Plan, mode: str, folder: Path, data: Any, tokenizer: Any, seconds: dict[str, float]) -> Any:
     trl: Any = import_module("trl")
     arguments, path = build_arguments(plan, mode, folder), str(folder / "model")
-    common = {"train_dataset": data, "processing_class": tokenizer}
+    common: dict[str, Any] = {"train_dataset": data, "processing_class": tokenizer}
+    if plan.setting == "lora":
+        common["peft_config"] = _build_lora(plan)
     if plan.method == "dpo":
 
         class TimedDpo(trl.DPOTrainer):
@@ -125,6 +154,9 @@ def run_trl(plan: Plan, pairs: Sequence[Pair], folder: Path, mode: str) -> dict[
     seconds = {"reference": 0.0, "reference_cpu": 0.0}
     trainer = _build_trainer(plan, mode, folder, data, tokenizer, seconds)
     check_ids(plan.method, list(trainer.train_dataset), pairs)
+    if plan.setting == "top_k":
+        freeze_all_but_top(trainer.model, plan.shape.layers)
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     losses, ends, cpu = _watch(trainer), [], []
 
     class Clock(TrainerCallback):
@@ -137,7 +169,8 @@ def run_trl(plan: Plan, pairs: Sequence[Pair], folder: Path, mode: str) -> dict[
     timed = 1.0 - plan.warmup_steps * plan.batch_size / len(pairs)
     first = plan.warmup_steps - 1
     return {
-        "losses": losses,
+        "losses": losses if mode != "accumulated" else [],
+        "trainable": trainable,
         "seconds": ends[-1] - ends[first] + seconds["reference"] * timed,
         "cpu_seconds": cpu[-1] - cpu[first] + seconds["reference_cpu"] * timed,
         "reference_seconds": seconds["reference"],

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from workload import Pair, Plan
+from workload import LORA_ALPHA, LORA_RANK, TOP_K, Pair, Plan
 
 from burnish.config.registry import KINDS, load_object
 from burnish.config.train import TrainSettings
@@ -20,14 +20,19 @@ from burnish.engine.runtime import build_runtime
 from burnish.models.load import build_model
 from burnish.models.policy import Policy
 from burnish.models.precision import resolve_precision
-from burnish.models.reference import Reference, attach_table, compute_reference_table
+from burnish.models.reference import COLUMN, Reference, attach_table, compute_reference_table
 
 
-def build_groups(plan: Plan, pairs: Sequence[Pair]) -> list[Group]:
-    """The rows as groups; every answer token is scored."""
+def build_groups(plan: Plan, pairs: Sequence[Pair], reference: float | None = None) -> list[Group]:
+    """The rows as groups; every answer token is scored.
+
+    Args:
+        reference: Put this number in place of the reference's log-probs, where only the cost matters.
+    """
 
     def completion(ids: list[int]) -> Completion:
-        return Completion(np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool))
+        columns = {} if reference is None else {COLUMN: np.full(len(ids), reference, dtype=np.float32)}
+        return Completion(np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool), token_columns=columns)
 
     groups = []
     for pair in pairs:
@@ -50,6 +55,14 @@ def build_settings(plan: Plan, model: Path) -> TrainSettings:
     }
     if plan.method == "dpo":
         settings["beta"] = plan.beta
+    if plan.setting == "lora":
+        settings["lora"] = {"r": LORA_RANK, "alpha": LORA_ALPHA}
+    elif plan.setting == "top_k":
+        settings["top_k"] = TOP_K
+    elif plan.setting == "padded":
+        settings["attention"] = "padded"
+    if plan.micro_batch_tokens:
+        settings["micro_batch_tokens"] = plan.micro_batch_tokens
     return load_object(KINDS[plan.method].settings)(**settings)
 
 
@@ -60,6 +73,7 @@ class Watch:
         self.losses: list[float] = []
         self.ends: list[float] = []
         self.cpu: list[float] = []
+        self.start, self.start_cpu = 0.0, 0.0
         self.warmup_steps = warmup_steps
         self.profiler = (
             torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True)
@@ -85,35 +99,45 @@ class Watch:
             self.profile.write_text(text, encoding="utf-8")
 
 
-def run_burnish(plan: Plan, pairs: Sequence[Pair], folder: Path, profile: Path | None = None) -> dict[str, Any]:
-    """Train once over `pairs` in their order; the same figures as `peer_trl.run_trl`."""
-    model = folder / "model"
-    settings = build_settings(plan, model)
-    runtime = build_runtime()
+def build_side(plan: Plan, model: Path) -> tuple[TrainSettings, Any, Any, Policy]:
+    """(settings, method, built model, policy) of a stage on this machine."""
+    settings, runtime = build_settings(plan, model), build_runtime()
     method = load_object(KINDS[plan.method].runner)(settings)
     precision = resolve_precision(plan.precision, runtime.device, plan.shape.hidden)
     built = build_model(settings, str(model), head=method.head, seed=plan.seed, compute_dtype=precision.compute)
     policy = Policy(built.model, head=method.head, attention=settings.attention, compute_dtype=precision.compute)
+    return settings, method, built, policy
+
+
+def _build_job(side: tuple[TrainSettings, Any, Any, Policy], groups: list[Group], watch: Watch) -> TrainJob:
+    settings, method, built, policy = side
+    return TrainJob(
+        policy=policy, method=method, settings=settings, train=groups, held_out=[], trainable=built.trainable,
+        runtime=build_runtime(), no_decay=built.no_decay, head=built.head_parameters, on_step=watch,
+    )  # fmt: skip
+
+
+def train_groups(plan: Plan, groups: list[Group], folder: Path) -> Watch:
+    """One pass over groups that carry their reference's log-probs; what was watched comes back."""
+    watch = Watch(0, None)
+    job = _build_job(build_side(plan, folder / "model"), groups, watch)
+    watch.start, watch.start_cpu = time.perf_counter(), time.process_time()
+    run_training(job)
+    return watch
+
+
+def run_burnish(plan: Plan, pairs: Sequence[Pair], folder: Path, profile: Path | None = None) -> dict[str, Any]:
+    """Train once over `pairs` in their order; the same figures as `peer_trl.run_trl`."""
+    side = build_side(plan, folder / "model")
+    settings, method, built, policy = side
     groups, reference, reference_cpu = build_groups(plan, pairs), 0.0, 0.0
     if method.needs_reference:
         start, start_cpu = time.perf_counter(), time.process_time()
-        budget = choose_budget(settings, runtime.device.type)
+        budget = choose_budget(settings, policy.device.type)
         groups = attach_table(groups, compute_reference_table(Reference(policy, "copy"), groups, budget=budget))
         reference, reference_cpu = time.perf_counter() - start, time.process_time() - start_cpu
     watch = Watch(plan.warmup_steps, profile)
-    job = TrainJob(
-        policy=policy,
-        method=method,
-        settings=settings,
-        train=groups,
-        held_out=[],
-        trainable=built.trainable,
-        runtime=runtime,
-        no_decay=built.no_decay,
-        head=built.head_parameters,
-        on_step=watch,
-    )
-    run_training(job)
+    run_training(_build_job(side, groups, watch))
     watch.close()
     timed = 1.0 - plan.warmup_steps * plan.batch_size / len(pairs)
     first = plan.warmup_steps - 1
@@ -122,5 +146,6 @@ def run_burnish(plan: Plan, pairs: Sequence[Pair], folder: Path, profile: Path |
         "seconds": watch.ends[-1] - watch.ends[first] + reference * timed,
         "cpu_seconds": watch.cpu[-1] - watch.cpu[first] + reference_cpu * timed,
         "reference_seconds": reference,
+        "trainable": sum(p.numel() for p in built.trainable.values()),
         "backend": policy.backend,
     }

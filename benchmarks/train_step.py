@@ -1,6 +1,6 @@
 """Time and memory of training steps: burnish against TRL on the same rows, model, precision and optimizer.
 
-    python benchmarks/train_step.py --method dpo --peer trl --json
+    python benchmarks/train_step.py --method dpo --setting full,lora,top_k,padded --peer trl --json
 
 Every measurement is a fresh process of this script (`--worker`), the sides in turn (A B C A B C …). The last line of
 standard output is one JSON object a method; progress goes to standard error. What the figures mean: docs/benchmarks.md.
@@ -15,14 +15,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from workload import Plan, Shape, find_data, load_workload, save_workload
+from workload import SETTINGS, Plan, Shape, find_data, load_workload, save_workload
 
 METHODS = ("dpo", "reward", "sft")
-SIDES = {"burnish": "burnish", "defaults": "trl", "tuned": "trl"}
+SIDES = {"burnish": "burnish", "defaults": "trl", "tuned": "trl", "accumulated": "trl"}
+LEAST_BUSY = 0.9  # below this share of its threads' time, a measurement was disturbed
+STARTED = time.perf_counter()
 
 
 def run_prepare(out: Path, folder: Path) -> None:
@@ -41,18 +44,20 @@ def prepare(folder: Path, plan: Plan, data: Path, rows: int, max_length: int) ->
     out = folder / "order.json"
     order = {"plan": asdict(plan), "data": str(data), "rows": rows, "max_length": max_length}
     out.write_text(json.dumps(order), encoding="utf-8")
-    _start(["--worker", "prepare", "--folder", str(folder), "--out", str(out)])
+    start_worker(Path(__file__), ["--worker", "prepare", "--folder", str(folder), "--out", str(out)])
     return json.loads(out.read_text(encoding="utf-8"))
 
 
-def run_worker(side: str, mode: str, folder: Path, out: Path, profile: Path | None) -> None:
+def run_worker(side: str, mode: str, setting: str, folder: Path, out: Path, profile: Path | None) -> None:
     """One measurement in this process: figures go to `out`."""
     import resource
 
     import torch
     from flops import compute_useful_flops, measure_matmul_peak
 
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     plan, pairs = load_workload(folder)
+    plan = replace(plan, setting=setting)
     if side == "burnish":
         from side_burnish import run_burnish
 
@@ -65,30 +70,41 @@ def run_worker(side: str, mode: str, folder: Path, out: Path, profile: Path | No
     found["gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
     found["matmul_peak"] = measure_matmul_peak(plan.precision)
     timed = pairs[plan.warmup_steps * plan.batch_size :]
-    found["peak_share"] = compute_useful_flops(timed, plan) / found["seconds"] / found["matmul_peak"]
+    useful = compute_useful_flops(timed, plan) if setting in ("full", "padded") else None
+    found["peak_share"] = useful and useful / found["seconds"] / found["matmul_peak"]
     found["busy"] = found["cpu_seconds"] / found["seconds"] / torch.get_num_threads()
     out.write_text(json.dumps(found), encoding="utf-8")
 
 
-def measure(side: str, folder: Path, profile: Path | None = None) -> dict[str, Any]:
-    """Run one worker process for `side` ("burnish", "defaults", "tuned") and return its figures."""
-    out = folder / "result.json"
-    out.unlink(missing_ok=True)
-    words = ["--worker", SIDES[side], "--peer-mode", side, "--folder", str(folder), "--out", str(out)]
-    if profile:
-        words += ["--profile-out", str(profile)]
-    _start(words)
-    found = json.loads(out.read_text(encoding="utf-8"))
-    note(
-        f"  {side}: {found['seconds']:.2f} s ({found['cpu_seconds']:.1f} s of processor, busy {found['busy']:.2f}), "
-        f"{found['gb']:.2f} GB, peak share {found['peak_share']:.2f}"
-    )
+def measure(side: str, folder: Path, setting: str = "full", profile: Path | None = None) -> dict[str, Any]:
+    """Run one worker process for `side` (a key of SIDES) and return its figures; once more if it was disturbed."""
+    for again in (False, True):
+        out = folder / "result.json"
+        out.unlink(missing_ok=True)
+        words = ["--worker", SIDES[side], "--peer-mode", side, "--setting", setting]
+        words += ["--folder", str(folder), "--out", str(out)]
+        if profile:
+            words += ["--profile-out", str(profile)]
+        start_worker(Path(__file__), words)
+        found = json.loads(out.read_text(encoding="utf-8"))
+        share = "" if found["peak_share"] is None else f", peak share {found['peak_share']:.2f}"
+        note(
+            f"  {side}, {setting}: {found['seconds']:.2f} s ({found['cpu_seconds']:.1f} s of processor, "
+            f"busy {found['busy']:.2f}), {found['gb']:.2f} GB{share}"
+        )
+        if found["busy"] >= LEAST_BUSY:
+            break
+        note(
+            f"  DISTURBED: busy {found['busy']:.2f} < {LEAST_BUSY}: {'it is marked' if again else 'measured once more'}"
+        )
     return found
 
 
-def _start(words: list[str]) -> None:
-    environment = dict(os.environ, PYTHONWARNINGS="ignore")
-    command = [sys.executable, __file__, *words]
+def start_worker(script: Path, words: list[str]) -> None:
+    """Run `script` with these arguments in a process of its own, with a fixed number of threads."""
+    threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)
+    environment = dict(os.environ, PYTHONWARNINGS="ignore", OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
+    command = [sys.executable, str(script), *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         sys.stderr.write(done.stdout[-4000:] + done.stderr[-8000:])
@@ -120,22 +136,41 @@ def describe_machine() -> dict[str, Any]:
 
 
 def note(text: str) -> None:
-    """A line of progress."""
-    print(text, file=sys.stderr, flush=True)
+    """A line of progress, with the minutes since the start."""
+    print(f"{(time.perf_counter() - STARTED) / 60:5.1f} min  {text}", file=sys.stderr, flush=True)
+
+
+def check_trainable(plan: Plan, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Raise unless all sides train equally many parameters."""
+    counts = {side: found[0]["trainable"] for side, found in runs.items() if found}
+    if len(set(counts.values())) > 1:
+        raise SystemExit(f"{plan.method}, {plan.setting}: the sides train different parameters: {counts}")
 
 
 def compute_row(plan: Plan, runs: dict[str, list[dict[str, Any]]], facts: dict[str, Any]) -> dict[str, Any]:
-    """The JSON object of one method from all its measurements: medians, ratios peer ÷ burnish, agreement of losses."""
+    """The JSON object of one method and setting: medians, ratios peer ÷ burnish, agreement of losses.
+
+    TRL tuned is the faster of its two variants (all rows at once, or a quarter of them at a time).
+    """
+    check_trainable(plan, runs)
+    runs = dict(runs)
+    variants = [side for side in ("tuned", "accumulated") if runs.get(side)]
+    if variants:
+        best = min(variants, key=lambda side: statistics.median(r["seconds"] for r in runs[side]))
+        runs["tuned"], variant = runs[best], best
+    else:
+        variant = None
 
     def median(side: str, key: str) -> float | None:
-        return statistics.median(r[key] for r in runs[side]) if runs.get(side) else None
+        values = [r[key] for r in runs.get(side, [])]
+        return statistics.median(values) if values and None not in values else None
 
     def ratio(side: str, key: str) -> float | None:
         ours, theirs = median("burnish", key), median(side, key)
         return round(theirs / ours, 3) if ours and theirs else None
 
     def difference(side: str) -> float | None:
-        if not runs.get(side) or not runs.get("burnish"):
+        if not runs.get(side) or not runs.get("burnish") or not runs[side][0]["losses"]:
             return None
         ours, theirs = runs["burnish"][0]["losses"], runs[side][0]["losses"]
         assert len(ours) == len(theirs), (len(ours), len(theirs))
@@ -147,6 +182,7 @@ def compute_row(plan: Plan, runs: dict[str, list[dict[str, Any]]], facts: dict[s
     main = "defaults" if runs.get("defaults") else "tuned"
     row: dict[str, Any] = {
         "method": plan.method,
+        "setting": plan.setting,
         "time_ratio": ratio("defaults", "seconds"),
         "memory_ratio": ratio("defaults", "gb"),
         "time_ratio_tuned": ratio("tuned", "seconds"),
@@ -159,6 +195,9 @@ def compute_row(plan: Plan, runs: dict[str, list[dict[str, Any]]], facts: dict[s
         "peer_tuned_gb": rounded(median("tuned", "gb")),
         "cpu_time_ratio": ratio("defaults", "cpu_seconds"),
         "cpu_time_ratio_tuned": ratio("tuned", "cpu_seconds"),
+        "tuned_variant": variant,
+        "trainable": runs["burnish"][0]["trainable"] if runs.get("burnish") else None,
+        "disturbed": [side for side in runs if any(r["busy"] < LEAST_BUSY for r in runs[side])],
         "busy": {side: rounded(median(side, "busy")) for side in runs},
         "loss_max_abs_diff": difference(main),
         "loss_first": runs["burnish"][0]["losses"][0] if runs.get("burnish") else None,
@@ -167,40 +206,69 @@ def compute_row(plan: Plan, runs: dict[str, list[dict[str, Any]]], facts: dict[s
         "peer_matmul_peak_share": rounded(median("defaults", "peak_share")),
         "precision": plan.precision,
         "batch_size": plan.batch_size,
+        "warmup_rows": plan.warmup_steps * plan.batch_size,
         "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         "runs": {side: [rounded(r["seconds"]) for r in found] for side, found in runs.items()},
     }
     return row | facts | describe_machine()
 
 
-def run_method(plan: Plan, arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
-    """All measurements of one method."""
+def choose_sides(arguments: argparse.Namespace, setting: str) -> list[str]:
+    """The sides of one setting; the peer has no padded backend of its own, it always pads."""
     sides = [] if arguments.peer_only else ["burnish"]
-    if arguments.peer == "trl":
-        sides += {"defaults": ["defaults"], "tuned": ["tuned"], "both": ["defaults", "tuned"]}[arguments.peer_mode]
+    if arguments.peer == "trl" and setting != "padded":
+        tuned = ["tuned", "accumulated"]
+        sides += {"tuned": tuned, "both": ["defaults", *tuned]}.get(arguments.peer_mode, [arguments.peer_mode])
+    return sides
+
+
+def run_sides(folder: Path, sides: list[str], setting: str, alternations: int) -> dict[str, list[dict[str, Any]]]:
+    """The sides in turn; of the two tuned variants only the faster is measured more than once."""
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for turn in range(alternations):
+        for side in sides:
+            other = {"tuned": "accumulated", "accumulated": "tuned"}.get(side)
+            slower = turn and other in runs and runs[other][0]["seconds"] < runs[side][0]["seconds"]
+            if not slower:
+                runs[side].append(measure(side, folder, setting))
+    return runs
+
+
+def run_method(plan: Plan, settings: list[str], arguments: argparse.Namespace, data: Path) -> None:
+    """All measurements of one method; prints a JSON object a setting."""
     with tempfile.TemporaryDirectory(prefix="burnish-bench-") as name:
-        folder = Path(name)
+        folders: dict[bool, tuple[Path, dict[str, Any]]] = {}
+        peers: dict[str, list[dict[str, Any]]] = {}
         rows = arguments.rows + plan.warmup_steps * plan.batch_size
-        facts = prepare(folder, plan, data, rows, arguments.max_length)
-        note(f"{plan.method}: {facts}")
-        runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-        for _ in range(arguments.alternations):
-            for side in sides:
-                runs[side].append(measure(side, folder))
-        row = compute_row(plan, runs, facts)
+        for setting in settings:
+            tied = setting != "top_k"
+            current = replace(plan, setting=setting, shape=replace(plan.shape, tied=tied))
+            if tied not in folders:
+                folder = Path(name) / ("tied" if tied else "untied")
+                folder.mkdir()
+                folders[tied] = folder, prepare(folder, current, data, rows, arguments.max_length)
+            folder, facts = folders[tied]
+            note(f"{plan.method}, {setting}: {facts}")
+            runs = run_sides(folder, choose_sides(arguments, setting), setting, arguments.alternations)
+            if setting == "full":
+                peers = {side: found for side, found in runs.items() if side != "burnish"}
+            elif setting == "padded":
+                runs |= peers
+            print(json.dumps(compute_row(current, runs, facts)), flush=True)
         if arguments.profile:
+            folder = next(iter(folders.values()))[0]
             table = folder / "profile.txt"
-            measure("burnish", folder, table)
+            measure("burnish", folder, settings[0], table)
             print(table.read_text(encoding="utf-8"))
-    return row
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=[*METHODS, "all"], default="dpo")
+    parser.add_argument("--setting", default="full", help=f"one or more of {','.join(SETTINGS)}, or all")
     parser.add_argument("--peer", choices=["trl", "none"], default="trl")
-    parser.add_argument("--peer-mode", choices=["defaults", "tuned", "both", "burnish"], default="both")
+    parser.add_argument("--peer-mode", choices=["both", *SIDES], default="both")
     parser.add_argument("--peer-only", action="store_true", help="measure the peer alone")
     parser.add_argument("--data", help="HH rows (chosen/rejected), .jsonl or .jsonl.gz")
     parser.add_argument("--rows", type=int, default=40, help="timed rows (a multiple of the batch size)")
@@ -213,7 +281,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="threads of each side (default: all processors)")
     parser.add_argument("--json", action="store_true", help="accepted for clarity: the last line always is JSON")
     parser.add_argument("--profile", action="store_true", help="one more burnish run, under the profiler")
-    parser.add_argument("--curve", action="store_true", help="cost against batch size, prompt share, spread and layers")
     for hidden in ("--worker", "--folder", "--out", "--profile-out"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     return parser
@@ -226,12 +293,16 @@ def main() -> int:
         return 0
     if arguments.worker:
         profile = Path(arguments.profile_out) if arguments.profile_out else None
-        run_worker(arguments.worker, arguments.peer_mode, Path(arguments.folder), Path(arguments.out), profile)
+        folder, out = Path(arguments.folder), Path(arguments.out)
+        run_worker(arguments.worker, arguments.peer_mode, arguments.setting, folder, out, profile)
         return 0
     if arguments.threads:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     if arguments.rows % arguments.batch_size:
         raise SystemExit(f"--rows {arguments.rows} is not a multiple of --batch-size {arguments.batch_size}")
+    settings = list(SETTINGS) if arguments.setting == "all" else arguments.setting.split(",")
+    if not set(settings) <= set(SETTINGS):
+        raise SystemExit(f"--setting {arguments.setting}: use {', '.join(SETTINGS)} or all")
     data = find_data(arguments.data)
     base = Plan(
         method="dpo",
@@ -240,14 +311,9 @@ def main() -> int:
         seed=arguments.seed,
         shape=Shape(layers=arguments.layers),
     )
-    if arguments.curve:
-        from curve import run_curve
-
-        print(json.dumps(run_curve(replace(base, method="dpo"), data, arguments)))
-        return 0
     methods = METHODS if arguments.method == "all" else (arguments.method,)
     for method in methods:
-        print(json.dumps(run_method(replace(base, method=method), arguments, data)), flush=True)
+        run_method(replace(base, method=method), settings, arguments, data)
     return 0
 
 

@@ -15,6 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+SETTINGS = ("full", "lora", "top_k", "padded")
+TOP_K = 2
+LORA_RANK, LORA_ALPHA = 16, 32
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 TAG = "\n\nAssistant:"
 
@@ -39,7 +42,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The model: a random Qwen3 of this size with tied embeddings."""
+    """The model: a random Qwen3 of this size; `tied`: head and input embedding are one matrix."""
 
     layers: int = 8
     hidden: int = 512
@@ -48,6 +51,7 @@ class Shape:
     head_dim: int = 64
     intermediate: int = 1536
     vocabulary: int = 32_768
+    tied: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,11 @@ class Plan:
         warmup_steps: Steps at the start that are not timed.
         rows: Which rows: "any" (a seeded sample of the file), or the extremes that the curve looks at: "short_prompts",
             "long_prompts" (share of the prompt in the row), "even", "uneven" (spread of the lengths within a batch).
+        micro_batch_tokens: burnish's token budget; None: its default.
         learning_rate: Peak of the linear schedule (no warm-up).
+        setting: What trains and how: "full"; "lora" (rank 16, alpha 32, the attention projections); "top_k" (the last two
+            blocks, the final norm and the head, which is not tied to the embedding); "padded" (full, burnish's rectangular
+            backend).
         precision: "bf16" (autocast over fp32 weights) or "fp32".
     """
 
@@ -70,9 +78,11 @@ class Plan:
     rows: str = "any"
     learning_rate: float = 1e-5
     beta: float = 0.1
+    setting: str = "full"
     max_grad_norm: float = 1.0
     precision: str = "bf16"
     seed: int = 0
+    micro_batch_tokens: int | None = None
     shape: Shape = Shape()
 
 
@@ -187,7 +197,7 @@ def build_config(shape: Shape, tokenizer, max_length: int):
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         max_position_embeddings=max(2048, max_length),
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape.tied,
         attention_dropout=0.0,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
