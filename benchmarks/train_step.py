@@ -20,11 +20,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from disturbance import Disturbance, is_disturbed
 from workload import SETTINGS, Plan, Shape, find_data, load_workload, save_workload
 
 METHODS = ("dpo", "reward", "sft")
 SIDES = {"burnish": "burnish", "defaults": "trl", "tuned": "trl", "accumulated": "trl"}
-LEAST_BUSY = 0.9  # below this share of its threads' time, a measurement was disturbed
 STARTED = time.perf_counter()
 
 
@@ -58,6 +58,7 @@ def run_worker(side: str, mode: str, setting: str, folder: Path, out: Path, prof
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     plan, pairs = load_workload(folder)
     plan = replace(plan, setting=setting)
+    watch = Disturbance()
     if side == "burnish":
         from side_burnish import run_burnish
 
@@ -66,6 +67,7 @@ def run_worker(side: str, mode: str, setting: str, folder: Path, out: Path, prof
         from peer_trl import run_trl
 
         found = run_trl(plan, pairs, folder, mode)
+    found["others"] = watch.share()
     scale = 1024.0**2 if sys.platform != "darwin" else 1024.0**3
     found["gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
     found["matmul_peak"] = measure_matmul_peak(plan.precision)
@@ -92,11 +94,10 @@ def measure(side: str, folder: Path, setting: str = "full", profile: Path | None
             f"  {side}, {setting}: {found['seconds']:.2f} s ({found['cpu_seconds']:.1f} s of processor, "
             f"busy {found['busy']:.2f}), {found['gb']:.2f} GB{share}"
         )
-        if found["busy"] >= LEAST_BUSY:
+        if not is_disturbed(found["others"]):
             break
-        note(
-            f"  DISTURBED: busy {found['busy']:.2f} < {LEAST_BUSY}: {'it is marked' if again else 'measured once more'}"
-        )
+        what = "it is marked" if again else "measured once more"
+        note(f"  DISTURBED: other programs used {100 * found['others']:.0f} % of the machine: {what}")
     return found
 
 
@@ -197,7 +198,7 @@ def compute_row(plan: Plan, runs: dict[str, list[dict[str, Any]]], facts: dict[s
         "cpu_time_ratio_tuned": ratio("tuned", "cpu_seconds"),
         "tuned_variant": variant,
         "trainable": runs["burnish"][0]["trainable"] if runs.get("burnish") else None,
-        "disturbed": [side for side in runs if any(r["busy"] < LEAST_BUSY for r in runs[side])],
+        "disturbed": [side for side in runs if any(is_disturbed(r["others"]) for r in runs[side])],
         "busy": {side: rounded(median(side, "busy")) for side in runs},
         "loss_max_abs_diff": difference(main),
         "loss_first": runs["burnish"][0]["losses"][0] if runs.get("burnish") else None,

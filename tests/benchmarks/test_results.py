@@ -13,15 +13,18 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import curve  # noqa: E402
+import disturbance  # noqa: E402
 import results_table  # noqa: E402
 import train_step  # noqa: E402
 from peer_trl import build_arguments, freeze_all_but_top  # noqa: E402
 from workload import TOP_K, Pair, Plan  # noqa: E402
 
 
-def _run(seconds: float, *, gb: float = 2.0, busy: float = 0.98, trainable: int = 7, losses: Any = (0.7, 0.6)) -> dict:
+def _run(
+    seconds: float, *, gb: float = 2.0, others: float | None = 0.01, trainable: int = 7, losses: Any = (0.7, 0.6)
+) -> dict:
     return {
-        "seconds": seconds, "gb": gb, "cpu_seconds": 2 * seconds * busy, "busy": busy, "peak_share": 0.5,
+        "seconds": seconds, "gb": gb, "cpu_seconds": 2 * seconds, "busy": 0.98, "others": others, "peak_share": 0.5,
         "matmul_peak": 4e11, "losses": list(losses), "trainable": trainable,
     }  # fmt: skip
 
@@ -45,12 +48,19 @@ def test_a_row_holds_medians_and_the_faster_tuned_variant() -> None:
 
 
 def test_a_disturbed_measurement_is_marked() -> None:
-    runs = RUNS | {"defaults": [_run(60.0, busy=0.7)]}
+    runs = RUNS | {"defaults": [_run(60.0, others=0.2)]}
     row = train_step.compute_row(Plan(method="dpo"), runs, FACTS)
     assert row["disturbed"] == ["defaults"]
     table = results_table.build_table([row | {"threads": 2}])
     assert "60.0 s, 2.00 GB †" in table and "† Another program" in table
     assert "†" not in results_table.build_table([train_step.compute_row(Plan(method="dpo"), RUNS, FACTS)])
+
+
+def test_time_of_other_programs_and_of_the_host_counts() -> None:
+    before = "cpu  100 0 50 1000 10 0 5 0 0 0\ncpu0 1 2 3"
+    after = "cpu  150 10 60 1500 90 1 6 20 0 0\ncpu0 1 2 3"
+    assert disturbance.parse_busy(after) - disturbance.parse_busy(before) == 50 + 10 + 10 + 1 + 1 + 20
+    assert disturbance.is_disturbed(0.06) and not disturbance.is_disturbed(0.05) and not disturbance.is_disturbed(None)
 
 
 def test_sides_that_train_different_parameters_are_refused() -> None:
