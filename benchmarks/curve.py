@@ -150,14 +150,11 @@ def draw_curve(found: dict[str, Any], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(x, [str(n) for n in x])
     per_token = statistics.median(p["seconds"] / p["tokens"] for p in rows)
-    reach = 1.45 * max(p["tokens"] for p in rows)
+    reach = 1.3 * max(p["tokens"] for p in rows)
     right.plot([0, reach / 1000], [0, per_token * reach], color=grey, lw=1)
-    for p in rows:
-        right.plot([p["tokens"] / 1000], [p["seconds"]], "o", color=blue)
-        right.annotate(
-            ROW_NAMES[p["label"]], (p["tokens"] / 1000, p["seconds"]), xytext=(6, -8), textcoords="offset points",
-            fontsize=7.5,
-        )  # fmt: skip
+    for p, marker in zip(rows, "os^Dv", strict=False):
+        right.plot([p["tokens"] / 1000], [p["seconds"]], marker, color=blue, label=ROW_NAMES[p["label"]])
+    right.legend(loc="lower right", frameon=False, fontsize=8, handletextpad=0.2)
     right.set(title="seconds (line: in proportion)", xlabel="thousand tokens computed", xlim=(0, None), ylim=(0, None))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="svg", facecolor="white", metadata={"Date": None})
