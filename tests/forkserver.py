@@ -1,8 +1,9 @@
 """A parent that has imported everything and forks one child per command, so that hundreds of kills are affordable.
 
 Run as a module it reads one JSON job a line: {"argv": […], "fault": "point:n:kill" | "", "call": "module:name:n:before" | "",
-"kill_after": seconds | null, "signal_after": [number, seconds] | null, "cwd": folder, "log": file} and answers {"status":
-exit status or −signal}. `call` kills the child before or after the n-th call of a function or method, as seen from a module.
+"kill_after": seconds | null, "signal_after": [number, seconds] | null, "cwd": folder, "log": file, "env": variables, "spare":
+bytes | null} and answers {"status": exit status or −signal}. `call` kills the child before or after the n-th call of a function
+or method, as seen from a module.
 """
 
 from __future__ import annotations
@@ -24,15 +25,27 @@ class ForkServer:
     """Starts the parent and hands it jobs."""
 
     def __init__(self) -> None:
-        env = os.environ | {"BURNISH_TESTING": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+        env = os.environ | {
+            "BURNISH_TESTING": "1",
+            "PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT))),
+            "OMP_NUM_THREADS": "1",
+            "TERM": "dumb",
+        }
         self._parent = subprocess.Popen(
             [sys.executable, "-m", "tests.forkserver"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd=ROOT
         )
 
     def run(self, argv: list[str], *, log: Path, cwd: Path, fault: str = "", call: str = "",
-            kill_after: float | None = None, signal_after: tuple[int, float] | None = None) -> int:  # fmt: skip
-        """Run `burnish argv` in a fresh child; returns its exit status, or −n if signal n ended it."""
+            kill_after: float | None = None, signal_after: tuple[int, float] | None = None,
+            env: dict[str, str] | None = None, spare: int | None = None) -> int:  # fmt: skip
+        """Run `burnish argv` in a fresh child; returns its exit status, or −n if signal n ended it.
+
+        Args:
+            env: Further environment variables.
+            spare: Bytes of address space that the child may take beyond what it has (RLIMIT_AS).
+        """
         job = {"argv": argv, "fault": fault, "call": call, "kill_after": kill_after, "signal_after": signal_after}
+        job |= {"env": env or {}, "spare": spare}
         assert self._parent.stdin and self._parent.stdout
         self._parent.stdin.write((json.dumps(job | {"cwd": str(cwd), "log": str(log)}) + "\n").encode())
         self._parent.stdin.flush()
@@ -67,6 +80,7 @@ def _kill_at_call(module: str, name: str, nth: str, when: str) -> None:
 
 def _child(job: dict[str, Any]) -> None:
     os.chdir(job["cwd"])
+    sys.path.insert(0, job["cwd"])  # as `python -m burnish` has it
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -79,6 +93,13 @@ def _child(job: dict[str, Any]) -> None:
     faults._SPEC, faults._ACTIVE = job["fault"], bool(job["fault"])
     if job["call"]:
         _kill_at_call(*job["call"].split(":"))
+    os.environ.update(job["env"])
+    if job["spare"] is not None:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + job["spare"]
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     status = 1
     try:
         status = main(job["argv"])

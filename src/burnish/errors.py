@@ -5,6 +5,8 @@ Each says what is wrong, where, what was found and what to do, and carries the e
 
 from __future__ import annotations
 
+import errno
+
 
 class BurnishError(Exception):
     """An error with a place and a remedy.
@@ -61,9 +63,26 @@ class ServiceError(BurnishError):
     exit_code = 6
 
 
+class PeerLost(BurnishError):
+    """Another process of the same run is gone or no longer answers."""
+
+
 class InterruptedRun(BurnishError):
     """A signal stopped the run after its state was saved; `exit_code` is 128 + the signal's number."""
 
     def __init__(self, message: str, *, signum: int, remedy: str, where: str = "") -> None:
         super().__init__(message, remedy=remedy, where=where)
         self.exit_code = 128 + signum
+
+
+_MEMORY_WORDS = ("can't allocate memory", "out of memory", "not enough memory", "bad_alloc", "cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: Python's, torch's for a device or for the host, or the system's."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(word in text for word in _MEMORY_WORDS)

@@ -1,7 +1,8 @@
-"""Named fault points for the tests: `BURNISH_FAULT=<point>:<nth>:<kill|enospc|eio|nan|hang|raise>`.
+"""Named fault points for the tests: `BURNISH_FAULT=<point>:<nth>:<action>[@rank]`.
 
-Inert unless `BURNISH_TESTING=1` is set as well. A point that is reached for the n-th time in a process fires once; `*`
-stands for any part of a name (`folder.*:5:kill`: the fifth operation of the writer of folders).
+Actions: kill, stop (SIGSTOP), hang, raise, enospc, eio, oom, nan, inf. Inert unless `BURNISH_TESTING=1` is set as well.
+A point that is reached for the n-th time in a process fires once; with `@rank` in that process of several only. `*` stands
+for any part of a name (`folder.*:5:kill`: the fifth operation of the writer of folders).
 """
 
 from __future__ import annotations
@@ -22,19 +23,24 @@ if _SPEC and not _ACTIVE:
     sys.stderr.write("burnish: BURNISH_FAULT is set outside the test suite and is ignored\n")
 
 
-def fault_point(name: str) -> bool:
-    """Pass a named point. Returns True when the fault `nan` is due here; other faults act at once."""
+def fault_point(name: str) -> float | None:
+    """Pass a named point. Returns the number that the faults `nan` and `inf` put there; other faults act at once."""
     if not _ACTIVE:
-        return False
+        return None
     _SEEN[name] += 1
     point, nth, action = _SPEC.split(":")
-    if not fnmatchcase(name, point):
-        return False
+    action, _, rank = action.partition("@")
+    if not fnmatchcase(name, point) or (rank and rank != os.environ.get("RANK", "0")):
+        return None
     reached = sum(count for seen, count in _SEEN.items() if fnmatchcase(seen, point))
     if reached != int(nth):
-        return False
+        return None
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if action == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if action == "oom":  # a point that computes is only reached once torch is loaded
+        raise sys.modules["torch"].OutOfMemoryError(f"injected at {name}: tried to allocate 7.00 GiB")
     if action == "enospc":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
     if action == "eio":
@@ -43,4 +49,4 @@ def fault_point(name: str) -> bool:
         time.sleep(3600)
     if action == "raise":
         raise RuntimeError(f"fault injected at {name}")
-    return action == "nan"
+    return float(action) if action in ("nan", "inf") else None

@@ -71,7 +71,7 @@ def export(built: BuiltModel, folder: Path, base: Path, head: str, **more: objec
     return folder
 
 
-def test_results_load_in_a_process_without_burnish(tmp_path: Path) -> None:
+def test_r33_results_load_in_a_process_without_burnish(tmp_path: Path) -> None:
     """R-33, S2-10, T-24: full, top_k, LoRA, DoRA, language and reward models, two architectures: bit-equal outputs."""
     tokenizer = build_tokenizer(template=TEMPLATE)
     ids = torch.randint(3, 200, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -99,7 +99,7 @@ class Canary:
         return Path.touch, (self.path,)
 
 
-def test_pickled_weights_are_refused(llama: Path, tmp_path: Path) -> None:
+def test_r27_pickled_weights_are_refused(llama: Path, tmp_path: Path) -> None:
     """R-27: no unpickler is reached, for a model and for an adapter."""
     folder = copy_model(llama, tmp_path / "m")
     (folder / "model.safetensors").unlink()
@@ -140,7 +140,7 @@ def _lie(raw: bytes, how: str) -> bytes:
 
 
 @pytest.mark.parametrize("how", ["length", "cut", "text", "offsets", "shape", "negative"])
-def test_lying_headers(llama: Path, tmp_path: Path, how: str) -> None:
+def test_r27_lying_headers(llama: Path, tmp_path: Path, how: str) -> None:
     """R-27: the bounds of a safetensors header are checked before any tensor is used."""
     folder = copy_model(llama, tmp_path / "m")
     file = folder / "model.safetensors"
@@ -149,7 +149,7 @@ def test_lying_headers(llama: Path, tmp_path: Path, how: str) -> None:
         load_model(str(folder), **LM)
 
 
-def test_index_cannot_leave_the_folder(llama: Path, tmp_path: Path) -> None:
+def test_r27_index_cannot_leave_the_folder(llama: Path, tmp_path: Path) -> None:
     """R-27."""
     folder = copy_model(llama, tmp_path / "m")
     for name in ("../base/model.safetensors", str(llama / "model.safetensors"), "weights.bin"):

@@ -22,5 +22,6 @@ def _connect(self, address):
 _real_connect = socket.socket.connect
 socket.socket.connect = _connect
 socket.socket.connect_ex = _refuse
-socket.getaddrinfo = _refuse
-socket.gethostbyname = _refuse
+socket.socket.sendto = _refuse
+for _name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex", "gethostbyaddr", "getnameinfo"):
+    setattr(socket, _name, _refuse)

@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.pipeline.test_run import write_recipe
 
 OFFLINE = Path(__file__).resolve().parent.parent / "offline"
+PATHS = os.pathsep.join((str(OFFLINE), str(OFFLINE.parent.parent / "src")))
 QUIET = (
     "HF_HUB_OFFLINE",
     "TRANSFORMERS_OFFLINE",
@@ -24,7 +25,7 @@ def test_r10_no_connection_and_no_look_up(tmp_path, tiny_inputs):
     """R-10, T-37: sft → reward → dpo → evaluate with sockets refused and no offline switch set: zero attempts."""
     record = tmp_path / "attempts"
     env = {k: v for k, v in os.environ.items() if k not in QUIET}
-    env |= {"PYTHONPATH": str(OFFLINE), "BURNISH_NETWORK_RECORD": str(record), "OMP_NUM_THREADS": "1"}
+    env |= {"PYTHONPATH": PATHS, "BURNISH_NETWORK_RECORD": str(record), "OMP_NUM_THREADS": "1"}
     recipe = write_recipe(tmp_path, tiny_inputs)
     command = [sys.executable, "-m", "burnish", "run", str(recipe)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
@@ -34,7 +35,7 @@ def test_r10_no_connection_and_no_look_up(tmp_path, tiny_inputs):
 
 def test_the_recorder_works(tmp_path):
     record = tmp_path / "attempts"
-    env = os.environ | {"PYTHONPATH": str(OFFLINE), "BURNISH_NETWORK_RECORD": str(record)}
+    env = os.environ | {"PYTHONPATH": PATHS, "BURNISH_NETWORK_RECORD": str(record)}
     code = "import urllib.request; urllib.request.urlopen('http://example.org')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env, cwd=tmp_path)
     assert done.returncode != 0

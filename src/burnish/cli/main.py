@@ -13,7 +13,8 @@ import click
 
 from burnish import __version__
 from burnish.config.registry import ALIASES, KINDS
-from burnish.errors import BurnishError
+from burnish.errors import BurnishError, PeerLost, is_out_of_memory
+from burnish.track.whereabouts import BEAT_VARIABLE, PEER_LOST
 
 # Command → where it is, and what `burnish --help` says of it.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -130,6 +131,8 @@ def report_failure(error: BaseException, *, verbose: bool = False) -> int:
     """Says on stderr what went wrong, and returns the exit status that belongs to it."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, PeerLost) and BEAT_VARIABLE in os.environ:
+        return PEER_LOST
     if isinstance(error, BurnishError):
         if verbose:
             traceback.print_exception(error)
@@ -138,14 +141,11 @@ def report_failure(error: BaseException, *, verbose: bool = False) -> int:
     if isinstance(error, KeyboardInterrupt | click.Abort):
         print("interrupted", file=sys.stderr)
         return 130
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         if verbose:
             traceback.print_exception(error)
-        print(
-            "error: out of memory\n  → set micro_batch_tokens to a smaller number (the gradient stays the same), "
-            "or gradient_checkpointing: true",
-            file=sys.stderr,
-        )
+        detail = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        print(f"error: out of memory: {detail}\n  → use a smaller model or less data at once", file=sys.stderr)
         return 5
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         print(

@@ -153,7 +153,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(
             f"this is not valid JSON: {error}", where=str(path), remedy="download the file again"
         ) from error
@@ -183,7 +183,9 @@ def _convert_slow(folder: Path) -> Tokenizer:
     try:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer
+        return AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        ).backend_tokenizer
     except Exception as error:
         raise DataError(
             f"there is no tokenizer.json, and the slow tokenizer cannot be converted: {error}",

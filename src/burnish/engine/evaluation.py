@@ -13,6 +13,8 @@ from burnish.core.group import Group
 from burnish.engine.plan import build_plan
 from burnish.engine.step import Guard, StepContext, Sums, _attach_reference, _build, compute_counts
 from burnish.errors import NumericStop
+from burnish.faults import fault_point
+from burnish.track.whereabouts import enter_phase
 
 
 class Module(Protocol):
@@ -60,6 +62,8 @@ def _evaluate(
         for micro in plan.of(ctx.runtime.rank):
             batch = _build(micro, groups, ctx.runtime.device)
             _attach_reference(ctx, batch)
+            enter_phase("evaluate", batch.input_ids.numel(), batch.last_index.numel())
+            fault_point("evaluation.forward")
             outputs = ctx.policy(batch, ctx.method.want)
             if micro.coupled:  # parts of a group that exceeds the budget
                 pending[0].append((batch.table, outputs.named()))

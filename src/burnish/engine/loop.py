@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from burnish.artifacts.checkpoints import hold_checkpoint, verify_checkpoint
+from burnish.artifacts.checkpoints import hold_checkpoint, list_checkpoints, verify_checkpoint
 from burnish.clock import mono
 from burnish.disk import format_bytes, free_bytes
 from burnish.engine.checkpoint import (
@@ -23,6 +24,7 @@ from burnish.engine.checkpoint import (
 )
 from burnish.engine.evaluation import run_evaluation
 from burnish.engine.job import TrainJob, TrainOutcome, build_source, choose_budget
+from burnish.engine.memory import build_memory_error
 from burnish.engine.optimizer import build_optimizer, build_parameter_groups
 from burnish.engine.plan import build_plan
 from burnish.engine.source import StepData, extend_ledger
@@ -30,12 +32,13 @@ from burnish.engine.space import check_disk, estimate_checkpoint, measure_folder
 from burnish.engine.state import TrainState
 from burnish.engine.step import Gradient, StepContext, Stopped, compute_gradient
 from burnish.engine.update import Update, run_update
-from burnish.errors import InterruptedRun, NumericStop, ResourceError
+from burnish.errors import InterruptedRun, NumericStop, ResourceError, is_out_of_memory
 from burnish.faults import fault_point
 from burnish.track.log import check_log_file
 from burnish.track.metrics import MetricsLog, read_metrics
 from burnish.track.progress import Progress
 from burnish.track.signals import SignalFlag
+from burnish.track.whereabouts import enter_phase, here, note_step
 
 log = logging.getLogger("burnish")
 
@@ -88,6 +91,7 @@ class Trainer:
         started = mono()
         self._plan_disk()
         resumed = self._resume() if self.job.resume else None
+        note_step(self.state.counters.step)
         fork = torch.random.fork_rng(devices=[]) if self.job.runtime.device.type == "cpu" else torch.random.fork_rng()
         progress = Progress(
             self.job.label, self.source.total_steps, done=self.state.counters.step, quiet=not self._speaks()
@@ -97,11 +101,11 @@ class Trainer:
                 stopped_early = self._loop(progress)
             except (NumericStop, InterruptedRun):
                 raise
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                raise self._memory_error(error) from error
             except ResourceError:  # the disk is full or gone: the last checkpoint is the state to go on from
                 raise
-            except Exception:
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise self._memory_error(error) from error
                 if self.whole and self.job.stage_dir and self.job.runtime.world == 1:
                     self._save()
                     log.warning("saved checkpoint-%d before stopping", self.state.counters.step)
@@ -193,6 +197,7 @@ class Trainer:
         """Count the step and write its rows; only then is the state whole, and may be saved."""
         c = self.state.counters
         c.step += 1
+        note_step(c.step)
         tokens = sum(g.tokens for g in data.groups)
         c.tokens += tokens
         c.ledger = extend_ledger(c.ledger, data.groups)
@@ -228,7 +233,7 @@ class Trainer:
         c.bad_steps += 1
         what, rows = _blame(data, gradient)
         log.warning("step %d skipped: non-finite %s on %s", c.step, what, ", ".join(rows[:5]))
-        self._write({"step": c.step, "kind": "skipped", "what": what, "rows": rows[:20]})
+        self._write({"step": c.step, "kind": "skipped", "what": what, "terms": gradient.terms, "rows": rows[:20]})
 
     def _stop_for_numbers(self, data: StepData, gradient: Gradient) -> None:
         c = self.state.counters
@@ -308,6 +313,7 @@ class Trainer:
         stage_dir = self.job.stage_dir
         if stage_dir is None:
             return
+        enter_phase("save")
         self.job.runtime.barrier()
         if self.job.runtime.is_main:
             c = self.state.counters
@@ -376,12 +382,29 @@ class Trainer:
         )  # fmt: skip
 
     def _memory_error(self, error: BaseException) -> ResourceError:
-        smaller = max(self.budget // 2, 256)
-        return ResourceError(
-            f"out of memory at step {self.state.counters.step + 1}: {error}",
-            where=self.job.label or self.job.method.name,
-            remedy=f"set micro_batch_tokens: {smaller} (the gradient stays the same), or gradient_checkpointing: true",
-        )
+        """The message; the state is saved first if it is whole and there is room for it."""
+        place = replace(here())
+        error.__traceback__ = None  # its frames hold the tensors of the step
+        for parameter in self.parameters:
+            parameter.grad = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return build_memory_error(error, place, saved=self._save_in_need())
+
+    def _save_in_need(self) -> str:
+        """Save if that can be done now; says what there is to go on from."""
+        stage_dir, step = self.job.stage_dir, self.state.counters.step
+        if stage_dir is None:
+            return ""
+        if self.whole and step and self.job.runtime.world == 1:
+            try:
+                self._save()
+                return f"checkpoint-{step} is saved, the same command goes on from it"
+            except Exception as error:
+                if not (is_out_of_memory(error) or isinstance(error, ResourceError)):
+                    raise
+        steps = [ref.step for ref in list_checkpoints(stage_dir)]
+        return f"checkpoint-{steps[-1]} is intact, the same command goes on from it" if steps else "nothing is lost yet"
 
 
 def _blame(data: StepData, gradient: Gradient) -> tuple[str, list[str]]:

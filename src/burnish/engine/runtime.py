@@ -9,14 +9,17 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from burnish.errors import ConfigError
+from burnish.errors import ConfigError, PeerLost, is_out_of_memory
+from burnish.track.whereabouts import TIMEOUT_VARIABLE, here, read_timeout
 
 log = logging.getLogger("burnish")
 
@@ -42,14 +45,16 @@ class Runtime:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world > 1:
-            dist.barrier()
+            with peers():
+                dist.barrier()
 
     def gather(self, value: Any) -> list[Any]:
         """The picklable `value` of every rank, in rank order, on every rank."""
         if self.world == 1:
             return [value]
         out: list[Any] = [None] * self.world
-        dist.all_gather_object(out, value)
+        with peers():
+            dist.all_gather_object(out, value)
         return out
 
     def any(self, flag: bool) -> bool:
@@ -68,7 +73,8 @@ class Runtime:
         for bucket in _buckets(parameters):
             flat = torch.cat([p.grad.reshape(-1) for p in bucket if p.grad is not None])
             every = [torch.empty_like(flat) for _ in range(self.world)]
-            dist.all_gather(every, flat)
+            with peers():
+                dist.all_gather(every, flat)
             total = every[0]
             for other in every[1:]:
                 total += other
@@ -94,6 +100,26 @@ class Runtime:
             if sys.exc_info()[0] is None:
                 dist.barrier()  # a rank that leaves early would cut the connections of the others
             dist.destroy_process_group()
+
+
+@contextmanager
+def peers() -> Iterator[None]:
+    """Around a collective: another process that is gone or silent is an error with a remedy.
+
+    Raises:
+        PeerLost: The connection broke, or nothing came within the time limit.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # gloo and NCCL raise this class or one below it
+        if is_out_of_memory(error):
+            raise
+        raise PeerLost(
+            f"another process of this run is gone or did not answer: {str(error).splitlines()[0][:200]}",
+            where=str(here()),
+            remedy="give the same command again: the run goes on from its last checkpoint; "
+            f"a slow machine may need {TIMEOUT_VARIABLE} (seconds) to be more than {read_timeout():g}",
+        ) from error
 
 
 def _buckets(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
@@ -127,7 +153,7 @@ def build_runtime(devices: Sequence[int] | None = None) -> Runtime:
     if world > 1:
         from accelerate import PartialState
 
-        state = PartialState(cpu=not cuda)
+        state = PartialState(cpu=not cuda, timeout=timedelta(seconds=read_timeout()))
         device = chosen or torch.device(state.device or "cpu")
         return Runtime(device, state.process_index, state.num_processes)
     return Runtime(chosen or torch.device("cuda", 0) if cuda else torch.device("cpu"))

@@ -22,6 +22,7 @@ from burnish.engine.streams import compute_seed
 from burnish.errors import BurnishError
 from burnish.faults import fault_point
 from burnish.losses.terms import LossResult
+from burnish.track.whereabouts import enter_phase
 
 
 class PolicyLike(Protocol):
@@ -93,10 +94,12 @@ class Guard:
 
     flags: list[Tensor] = field(default_factory=list)
     rows: list[list[tuple[Table, dict[str, Tensor]]]] = field(default_factory=list)
+    terms: list[dict[str, Tensor]] = field(default_factory=list)
 
-    def watch(self, loss: Tensor, rows: Sequence[tuple[Table, Mapping[str, Tensor]]]) -> None:
-        """Remember whether `loss` is finite, and the outputs that tell which rows are to blame."""
+    def watch(self, loss: Tensor, result: LossResult, rows: Sequence[tuple[Table, Mapping[str, Tensor]]]) -> None:
+        """Remember whether `loss` is finite, and the outputs and terms that tell which rows are to blame."""
         self.flags.append(torch.isfinite(loss.detach()))
+        self.terms.append({t.name: t.sum.detach() for t in result.terms})
         self.rows.append([(table, {n: t.detach() for n, t in outputs.items()}) for table, outputs in rows])
 
     def name_rows(self, finite: Sequence[float]) -> list[str]:
@@ -104,13 +107,23 @@ class Guard:
         broken = [rows for ok, rows in zip(finite, self.rows, strict=True) if not ok]
         return [name for rows in broken for table, outputs in rows for name in _non_finite_rows(outputs, table)]
 
+    def name_terms(self, finite: Sequence[float]) -> list[str]:
+        """Names of the terms to blame; all of a micro-batch if only their total is not finite."""
+        broken = [sums for ok, sums in zip(finite, self.terms, strict=True) if not ok]
+        return [
+            name for sums in broken for name in [n for n, t in sums.items() if not bool(torch.isfinite(t))] or list(sums)
+        ]
+
 
 @dataclass
 class Gradient:
     """What `compute_gradient` found; the gradients themselves, unscaled, are on the parameters.
 
     Attributes:
-        norm: Their L2 norm. total_norm: The same, (), on the device.
+        bad: Ids of the rows whose loss is not finite; none = the gradient may be applied.
+        state: The method's next state; None = unchanged.
+        norm: The gradients' L2 norm. total_norm: The same, (), on the device.
+        terms: The terms of the loss that are not finite.
     """
 
     figures: dict[str, float]
@@ -119,6 +132,7 @@ class Gradient:
     state: Mapping[str, Any] | None
     norm: float
     total_norm: Tensor
+    terms: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -160,8 +174,19 @@ def _forward(ctx: StepContext, batch: PackedBatch, step: int, index: int) -> Out
     """The policy's outputs; dropout is reseeded by (seed, step, rank, micro-batch), so both passes see the same."""
     if ctx.reseed:
         torch.manual_seed(compute_seed(ctx.seed, "dropout", step, ctx.runtime.rank, index))
+    enter_phase("forward", batch.input_ids.numel(), batch.last_index.numel())
     fault_point("step.forward")
-    return ctx.policy(batch, ctx.method.want)
+    outputs = ctx.policy(batch, ctx.method.want)
+    _spoil(outputs)
+    return outputs
+
+
+def _spoil(outputs: Outputs) -> None:
+    """For the tests: a number that is none, in the outputs of one micro-batch."""
+    for name in ("logprobs", "scores"):
+        value = getattr(outputs, name)
+        if value is not None and (number := fault_point(f"step.nan_{name}")) is not None:
+            setattr(outputs, name, value * number)
 
 
 def _attach_reference(ctx: StepContext, batch: PackedBatch) -> None:
@@ -216,21 +241,22 @@ def compute_gradient(
         batch = _build(micro, groups, ctx.runtime.device)
         _attach_reference(ctx, batch)
         outputs = _forward(ctx, batch, step, index)
-        if fault_point("step.nan_logprobs") and outputs.logprobs is not None:
-            outputs.logprobs = outputs.logprobs * float("nan")
         result = ctx.method.compute_loss(outputs, batch.table, state)
         loss = _total(result, counts)
-        if fault_point("step.nan_loss"):
-            loss = loss * float("nan")
-        guard.watch(loss, [(batch.table, outputs.named())])
+        if (number := fault_point("step.nan_loss")) is not None:
+            loss = loss * number
+        guard.watch(loss, result, [(batch.table, outputs.named())])
         sums.add(result)
         if ctx.method.stateful:
             rows.append((batch.table, {n: t.detach() for n, t in outputs.named().items()}))
+        enter_phase("backward")
         fault_point("step.backward")
         (loss if ctx.scale is None else loss * ctx.scale).backward()
     total_norm = _finish_gradients(ctx)
     *finite, norm = sums.fetch([*guard.flags, total_norm])
-    bad = [row for part in ctx.runtime.gather(guard.name_rows(finite)) for row in part]
+    every = ctx.runtime.gather((guard.name_rows(finite), guard.name_terms(finite)))
+    bad = [row for part, _ in every for row in part]
+    terms = sorted({name for _, part in every for name in part})
     sums.reduce(ctx.runtime)
     next_state = None
     if not bad:
@@ -241,7 +267,7 @@ def compute_gradient(
         if ctx.method.stateful:
             next_state = ctx.method.next_state(*_join_ranks(ctx, rows), state)
     figures = sums.figures(counts) if not bad else {}
-    return Gradient(figures, sum(m.tokens for m in mine), bad, next_state, norm, total_norm)
+    return Gradient(figures, sum(m.tokens for m in mine), bad, next_state, norm, total_norm, terms)
 
 
 def _finish_gradients(ctx: StepContext) -> Tensor:
@@ -251,8 +277,8 @@ def _finish_gradients(ctx: StepContext) -> Tensor:
     if ctx.scale is not None:
         for grad in grads:
             grad.mul_(1.0 / ctx.scale)
-    if fault_point("step.nan_gradient"):
-        grads[0].view(-1)[0] = float("nan")
+    if (number := fault_point("step.nan_gradient")) is not None:
+        grads[0].view(-1)[0] = number
     return get_total_norm(grads)
 
 
@@ -280,15 +306,19 @@ def _run_coupled(
     leaves = [{n: t.detach().requires_grad_(True) for n, t in outputs.items()} for outputs in named]
     result = _coupled_loss(ctx, tables, leaves, state)
     loss = _total(result, {t.name: t.count for t in result.terms} if ctx.method.coupled else counts)
-    guard.watch(loss, list(zip(tables, named, strict=True)))
+    if (number := fault_point("step.nan_loss")) is not None:
+        loss = loss * number
+    guard.watch(loss, result, list(zip(tables, named, strict=True)))
     if ctx.runtime.is_main:
         sums.add(result)
+    enter_phase("backward")
     if loss.requires_grad:  # else no row of the coupled part is on this rank
         (loss if ctx.scale is None else loss * ctx.scale).backward()
     for index, batch, leaf, first in zip(coupled, batches, leaves, named, strict=True):
         outputs = first if single else _forward(ctx, batch, step, index).named()
         pairs = [(outputs[n], leaf[n].grad) for n in leaf if leaf[n].grad is not None and outputs[n].requires_grad]
         if pairs:
+            enter_phase("backward")
             torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
     return [(t, {n: v.detach() for n, v in o.items()}) for t, o in zip(tables, named, strict=True)]
 

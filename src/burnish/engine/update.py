@@ -14,6 +14,7 @@ from burnish.engine.optimizer import compute_lr_factor
 from burnish.engine.state import TrainState
 from burnish.engine.step import Gradient
 from burnish.faults import fault_point
+from burnish.track.whereabouts import enter_phase
 
 SCALE_FLOOR = 1.0
 SCALE_GROWTH_INTERVAL = 2000
@@ -54,6 +55,7 @@ def run_update(
         clip_grads_with_norm_(parameters, settings.max_grad_norm, gradient.total_norm)
     for group in state.optimizer.param_groups:
         group["lr"] = factor * group["peak_lr"]
+    enter_phase("optimizer")
     fault_point("update.before_optimizer")
     state.optimizer.step()
     fault_point("update.after_optimizer")

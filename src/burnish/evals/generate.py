@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from burnish.errors import UsageError
+from burnish.faults import fault_point
+from burnish.track.whereabouts import enter_phase
 
 EndReason = Literal["eos", "length"]
 CACHE_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}  # a key-value cache may take, where the batch size is chosen for it
@@ -87,6 +89,8 @@ def generate_greedy(
     try:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
+            enter_phase("generate")
+            fault_point("generate.batch")
             found = _generate_batch(model, [prompts[r] for r in rows], frozenset(eos_ids), max_new_tokens, context)
             for row, answer in zip(rows, found, strict=True):
                 answers[row] = answer

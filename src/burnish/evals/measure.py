@@ -17,6 +17,8 @@ from burnish.core.group import Group
 from burnish.engine.plan import build_part, build_plan
 from burnish.errors import NumericStop
 from burnish.evals.subjects import Loaded
+from burnish.faults import fault_point
+from burnish.track.whereabouts import enter_phase
 
 Numbers = NDArray[np.float64]
 
@@ -81,6 +83,8 @@ def _run(model: Loaded, groups: Sequence[Group], want: str) -> Iterator[tuple[Ou
         cut = [build_part(groups[p.position], p) for p in micro.parts]
         batch = build_packed_batch([g for g, _ in cut], [p.position for p in micro.parts], [s for _, s in cut])
         batch = batch.to(model.policy.device)
+        enter_phase("evaluate", batch.input_ids.numel())
+        fault_point("measure.forward")
         yield model.policy(batch, frozenset({want})), batch.table
 
 

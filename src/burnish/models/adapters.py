@@ -201,6 +201,12 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
             f"{found.config.get('peft_type')} adapters cannot be merged into the weights",
             where=str(folder), remedy="give a LoRA adapter or a full model",
         )  # fmt: skip
+    if config.megatron_config:
+        raise ConfigError(
+            f"this adapter asks for the module {config.megatron_core}, code from elsewhere, which burnish does not run",
+            where=str(folder / "adapter_config.json"), found=config.megatron_core,
+            remedy="remove megatron_config from it",
+        )  # fmt: skip
     config.task_type = None
     try:
         with warnings.catch_warnings():

@@ -55,7 +55,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a ConfigError that names the file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(
             f"{path.name} cannot be read: {e}", where=str(path.parent), remedy="fetch or export the model again"
         ) from None

@@ -263,6 +263,12 @@ def _load_config(folder: ModelFolder, trust: bool) -> Any:
             where=str(folder.path), found=folder.config["auto_map"],
             remedy="read that code; if you trust it, set trust_remote_code: true",
         )  # fmt: skip
+    kernel = find_foreign_kernel(folder.config)
+    if kernel and not trust:
+        raise ConfigError(
+            f"this model asks for {kernel}, code from elsewhere, which burnish does not run",
+            where=str(folder.path / "config.json"), found=kernel, remedy="remove that key from config.json",
+        )  # fmt: skip
     if "quantization_config" in folder.config:
         raise ConfigError(
             "these weights are quantised and cannot be trained or merged as they are",
@@ -281,6 +287,16 @@ def _load_config(folder: ModelFolder, trust: bool) -> Any:
             where=str(folder.path / "config.json"), found=name,
             remedy=f"use an architecture that transformers has{hint}",
         ) from None  # fmt: skip
+
+
+def find_foreign_kernel(fields: Mapping[str, Any]) -> str:
+    """A repository that a configuration names as its implementation of attention or experts; "" if it names none."""
+    for key, value in fields.items():
+        if isinstance(value, dict) and (found := find_foreign_kernel(value)):
+            return found
+        if "implementation" in key and isinstance(value, str) and "/" in value:
+            return f"{key}: {value}"
+    return ""
 
 
 def _load_weights(

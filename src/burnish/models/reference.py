@@ -30,9 +30,11 @@ from burnish.core.batch import PackedBatch, build_packed_batch
 from burnish.core.group import Group
 from burnish.disk import disk_error
 from burnish.errors import ConfigError
+from burnish.faults import fault_point
 from burnish.models.adapters import ADAPTER, adapter_off, is_peft
 from burnish.models.load import load_model, load_tokenizer
 from burnish.models.policy import Policy
+from burnish.track.whereabouts import enter_phase
 
 log = logging.getLogger("burnish")
 
@@ -201,6 +203,8 @@ def compute_reference_table(
     done = 0
     for positions in plan_batches(groups, budget):
         batch = build_packed_batch([groups[i] for i in positions]).to(reference.device)
+        enter_phase("reference", batch.input_ids.numel())
+        fault_point("reference.forward")
         values = reference.logprobs(batch).float().cpu().numpy()
         cursor = 0
         for i in positions:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from burnish.artifacts.checkpoints import list_checkpoints
-from burnish.artifacts.folder import DamagedFolder, load_manifest, verify_folder
+from burnish.artifacts.folder import DamagedFolder, verify_folder
 from burnish.artifacts.run_folder import describe_differences, load_stage
 from burnish.errors import UsageError
 
@@ -34,10 +34,11 @@ Action = Literal["run", "skip", "resume", "rerun"]
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What happens to a stage and, in one sentence, why."""
+    """What happens to a stage and, in one sentence, why; `changes` under which it is continued."""
 
     action: Action
     why: str
+    changes: tuple[str, ...] = ()
 
 
 def compute_key(settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
@@ -47,25 +48,19 @@ def compute_key(settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def fingerprint_result(final: Path) -> str:
-    """Fingerprint of a sealed `final/`: the hashes of its manifest."""
-    manifest = load_manifest(final)
-    rows = "\n".join(f"{name} {entry.sha256}" for name, entry in sorted(manifest.files.items()))
-    return hashlib.sha256(rows.encode()).hexdigest()
-
-
 def decide(
-    stage_dir: Path, key: str, settings: Mapping[str, Any], inputs: Mapping[str, Any], *, allow: Sequence[str] = (),
-    upstream_rerun: bool = False,
+    stage_dir: Path, key: str, settings: Mapping[str, Any], inputs: Mapping[str, Any], *, code: Mapping[str, str],
+    allow: Sequence[str] = (), upstream_rerun: bool = False,
 ) -> Decision:  # fmt: skip
     """Decide by the stage's record.
 
     Args:
-        allow: Settings whose change does not forbid to continue an interrupted stage.
+        code: Versions of the code; they matter to a stage that was interrupted, not to a finished one.
+        allow: Settings, inputs or packages whose change does not forbid to continue an interrupted stage.
         upstream_rerun: A stage that this one depends on was made again by this command.
 
     Raises:
-        UsageError: The stage was interrupted and its settings or inputs have changed since.
+        UsageError: The stage was interrupted and its settings, inputs or code have changed since.
     """
     record = load_stage(stage_dir)
     if record is None:
@@ -73,49 +68,67 @@ def decide(
     same = record.get("key") == key
     if record["state"] == "done":
         if not same:
-            return Decision("rerun", f"finished before, but changed: {_first_change(record, settings, inputs)}")
+            lines = _changes(record, settings, inputs)
+            return Decision("rerun", f"finished before, but changed: {'; '.join(lines[:3]) or 'its key'}")
         problem = _damage(stage_dir)
         return Decision("rerun", problem) if problem else Decision("skip", "finished and unchanged")
-    if same or _allowed(record, settings, inputs, allow):
+    lines = _changes(record, settings, inputs, code)
+    changed = find_changed(record, settings, inputs, code)
+    if changed <= {name.rpartition(".")[2] for name in allow}:
         steps = [ref.step for ref in list_checkpoints(stage_dir)]
-        return Decision(
-            "resume", f"interrupted; continues from step {steps[-1]}" if steps else "interrupted before a checkpoint"
-        )
+        why = f"interrupted; continues from step {steps[-1]}" if steps else "interrupted before a checkpoint"
+        return Decision("resume", why, tuple(lines))
     if upstream_rerun:
         return Decision("rerun", "interrupted, and a stage before it has changed")
     raise UsageError(
-        "this stage was interrupted and has changed since:"
-        + "".join(f"\n    {line}" for line in _changes(record, settings, inputs)),
+        "this stage was interrupted and has changed since:" + "".join(f"\n    {line}" for line in lines),
         where=str(stage_dir),
-        remedy="take the change back, allow it with --allow-change KEY, or start over with --fresh",
+        found=sorted(changed),
+        remedy="take the change back, allow it with "
+        + " ".join(f"--allow-change {_quote(name)}" for name in sorted(changed))
+        + ", or start over with --fresh",
     )
+
+
+def _quote(name: str) -> str:
+    return f"'{name}'" if " " in name else name
 
 
 def _relevant(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if k not in HARMLESS}
 
 
-def _changes(record: Mapping[str, Any], settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:
+def _changes(
+    record: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    code: Mapping[str, str] | None = None,
+) -> list[str]:
+    """What differs from the record, a line for each place; the code only where it is given."""
     old = {"settings": _relevant(record.get("settings", {})), "inputs": record.get("inputs", {})}
-    return describe_differences(old, {"settings": _relevant(settings), "inputs": dict(inputs)})
+    new: dict[str, Any] = {"settings": _relevant(settings), "inputs": dict(inputs)}
+    if code is not None:
+        old["code"], new["code"] = record.get("code", {}), dict(code)
+    return describe_differences(old, new)
 
 
-def _first_change(record: Mapping[str, Any], settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
-    lines = _changes(record, settings, inputs)
-    return lines[0] if lines else "its key"
+def find_changed(
+    record: Mapping[str, Any], settings: Mapping[str, Any], inputs: Mapping[str, Any], code: Mapping[str, str]
+) -> set[str]:
+    """Names of settings, inputs and packages that differ from the record and matter to an interrupted stage.
 
-
-def _allowed(
-    record: Mapping[str, Any], settings: Mapping[str, Any], inputs: Mapping[str, Any], allow: Sequence[str]
-) -> bool:
-    if not allow:
-        return False
-    old, new = _relevant(record.get("settings", {})), _relevant(settings)
-    changed = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
-    before = record.get("inputs", {})
-    changed |= {k for k in before.keys() | inputs.keys() if before.get(k) != inputs.get(k)}
-    names = {a.rpartition(".")[2] for a in allow}
-    return changed <= names
+    `max_steps` may grow: the steps that are done stay what they were.
+    """
+    changed: set[str] = set()
+    now = {"settings": _relevant(settings), "inputs": inputs, "code": code}
+    for part, new in now.items():
+        old = record.get(part, {})
+        old = _relevant(old) if part == "settings" else old
+        changed |= {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
+    before, after = record.get("settings", {}).get("max_steps", -1), settings.get("max_steps", -1)
+    if "max_steps" in changed and 0 < before < after:
+        changed.discard("max_steps")
+    return changed
 
 
 def _damage(stage_dir: Path) -> str:

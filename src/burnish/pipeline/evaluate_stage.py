@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from burnish.config.stages import DpoSettings, EvaluateSettings, SftSettings
+from burnish.config.stages import EvaluateSettings
 from burnish.config.train import TrainSettings
 from burnish.core.group import Group
 from burnish.data.prepare import prepare_data
@@ -18,10 +18,11 @@ from burnish.evals.evaluate import evaluate_subjects
 from burnish.evals.subjects import EvaluationData, Prompt, Subject
 from burnish.models.folder import read_context
 from burnish.models.load import fetch_model_folder, resolve_model_path
+from burnish.pipeline.inputs import StageResult, choose_held_out
 from burnish.report.terminal import render_table
 
 if TYPE_CHECKING:
-    from burnish.pipeline.run import RunState, StageResult
+    from burnish.pipeline.run import RunState
 
 log = logging.getLogger("burnish")
 
@@ -89,15 +90,7 @@ def find_base(settings: EvaluateSettings, state: RunState) -> Path | None:
 
 def build_data(settings: EvaluateSettings, state: RunState) -> EvaluationData:
     """Held-out data of the recipe's own stages, unless `data` names a source."""
-    trained: list[TrainSettings] = [r.settings for r in state.results.values() if r.kind != "evaluate"]
-    shared = {"max_length": settings.max_length, "chat_template": settings.chat_template, "seed": settings.seed}
-    if settings.data is not None:
-        text_stage: TrainSettings | None = SftSettings(data=settings.data, eval_data=settings.data, **shared)
-        pair_stage: TrainSettings | None = DpoSettings(data=settings.data, eval_data=settings.data, **shared)
-    else:
-        text_stage = next((s for s in trained if s.kind == "sft"), None)
-        pair_stage = next((s for s in reversed(trained) if s.kind in ("dpo", "reward")), None)
-
+    text_stage, pair_stage = choose_held_out(settings, state.results)
     base = find_base(settings, state)
     context = read_context(base) if base is not None else None
 

@@ -15,10 +15,10 @@ from burnish.config.options import RunOptions
 from burnish.config.recipe import Recipe
 from burnish.config.stages import EvaluateSettings
 from burnish.config.train import TrainSettings
-from burnish.data.bundled import resolve_model
 from burnish.data.prepare import prepare_data
 from burnish.data.tokenizer import TextTokenizer
 from burnish.errors import UsageError
+from burnish.pipeline.forecast import Forecast, find_local_model
 from burnish.pipeline.naming import choose_models, find_folder
 
 
@@ -50,9 +50,10 @@ def build_plan_rows(loaded: LoadedRecipe, options: RunOptions) -> dict[str, Any]
     for model in models:
         one = recipe.for_model(model) if several else recipe
         base = folder / plain_name(model or "model") if several else folder
+        forecast = Forecast(one, options)
         for index, stage in enumerate(one.stages, start=1):
             name = str(getattr(stage, "name", index))
-            rows.append(_describe_stage(one, stage, base / f"{index:02d}-{plain_name(name)}", options))
+            rows.append(_describe_stage(forecast, stage, base / f"{index:02d}-{plain_name(name)}"))
     return {"recipe": recipe.name, "origin": loaded.origin, "folder": str(folder), "models": models, "stages": rows}
 
 
@@ -65,9 +66,11 @@ def find_root_model(recipe: Recipe, stage: TrainSettings) -> str | None:
     return stage.model
 
 
-def _describe_stage(recipe: Recipe, stage: Any, folder: Path, options: RunOptions) -> dict[str, Any]:
+def _describe_stage(forecast: Forecast, stage: Any, folder: Path) -> dict[str, Any]:
+    recipe, options = forecast.recipe, forecast.options
     row: dict[str, Any] = {"stage": stage.name, "kind": stage.kind, "folder": str(folder), "state": _state(folder)}
     if isinstance(stage, EvaluateSettings):
+        row |= forecast.foresee_evaluation(stage, folder)
         return row | {"of": stage.of or ["base", "every trained stage"], "tasks": stage.tasks}
     assert isinstance(stage, TrainSettings)
     model = find_root_model(recipe, stage)
@@ -77,10 +80,14 @@ def _describe_stage(recipe: Recipe, stage: Any, folder: Path, options: RunOption
     row |= {"batch": str(batch), "batch_size": batch.batch_size}
     path = find_local_model(model)
     if path is None:
+        forecast.results[stage.name or stage.kind] = None
+        row |= {"action": "run", "why": "its model has to be fetched first"}
         return row | {"note": f"{model} is not on this machine: rows and steps are known once it is fetched"}
     from burnish.models.folder import read_context
 
-    prepared = prepare_data(stage, TextTokenizer.load(str(path)), context=read_context(path))
+    tokenizer = TextTokenizer.load(str(path))
+    prepared = prepare_data(stage, tokenizer, context=read_context(path))
+    row |= forecast.foresee_training(stage, folder, path, tokenizer, prepared)
     per_epoch = math.ceil(len(prepared.train) / batch.batch_size)
     steps = stage.max_steps if stage.max_steps >= 0 else math.ceil(per_epoch * stage.num_train_epochs - 1e-9)
     row |= {"train": len(prepared.train), "held_out": len(prepared.held_out), "steps": steps}
@@ -96,16 +103,6 @@ def describe_trainable(stage: TrainSettings, path: Path) -> str:
     from burnish.models.meta import compute_trainable_share
 
     return compute_trainable_share(stage, path)
-
-
-def find_local_model(name: str | None) -> Path | None:
-    """The folder of a bundled or local model; None for one that would have to be fetched."""
-    if name is None:
-        return None
-    bundled = resolve_model(name)
-    if bundled is not None:
-        return bundled
-    return Path(name) if Path(name).is_dir() else None
 
 
 def _state(folder: Path) -> str:
@@ -126,6 +123,7 @@ def _render(plan: dict[str, Any]) -> Iterable[str]:
     for row in plan["stages"]:
         yield ""
         yield f"{row['stage']} ({row['kind']}), {row['state']}"
+        yield f"  will       {row['action']}: {row['why']}"
         if row["kind"] == "evaluate":
             yield f"  of         {', '.join(row['of'])}"
             yield f"  tasks      {', '.join(row['tasks'])}"

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,17 @@ from burnish.config.recipe import Recipe
 from burnish.config.stages import EvaluateSettings
 from burnish.config.train import TrainSettings
 from burnish.disk import disk_error, find_disk_failure
-from burnish.errors import BurnishError, InterruptedRun, ResourceError, UsageError
-from burnish.pipeline.decide import Decision, compute_key, decide, fingerprint_result
+from burnish.engine.memory import build_memory_error
+from burnish.errors import BurnishError, InterruptedRun, ResourceError, UsageError, is_out_of_memory
+from burnish.faults import fault_point
+from burnish.pipeline.decide import Decision, compute_key, decide
+from burnish.pipeline.inputs import StageResult, find_code, fingerprint_evaluation, fingerprint_result
 from burnish.pipeline.naming import choose_models, find_folder
 from burnish.pipeline.space import check_run_space
 from burnish.track.log import attach_log_file, check_log_file, detach_log_file, setup_logging, success
+from burnish.track.whereabouts import enter_stage, here, start_beat
 
 log = logging.getLogger("burnish")
-
-
-@dataclass
-class StageResult:
-    """A finished stage, as later stages see it."""
-
-    name: str
-    kind: str
-    folder: Path
-    settings: Any
-    rerun: bool
 
 
 @dataclass
@@ -73,6 +66,7 @@ def run_recipe(loaded: LoadedRecipe, options: RunOptions) -> int:
         return print_plan(loaded, options, sys.stdout)
     from burnish.engine.runtime import build_runtime
 
+    start_beat()
     setup_logging(1 if options.verbose else 0, redact=redact)
     for note in loaded.notes:
         log.info("%s", note)
@@ -233,6 +227,7 @@ def _run_stages(state: RunState) -> None:
 
 def _run_stage(state: RunState, index: int, settings: Any) -> None:
     name, kind = settings.name, settings.kind
+    fault_point("stage.next")
     stage_dir = _stage_dir(state, index, name)
     prepared, values, inputs = _prepare(state, settings)
     key = compute_key(values, inputs)
@@ -241,7 +236,7 @@ def _run_stage(state: RunState, index: int, settings: Any) -> None:
     label = f"{state.prefix}/{name}" if state.prefix else name
     if decision.action == "skip":
         log.info("%s: skipped (%s)", label, decision.why)
-        state.results[name] = StageResult(name, kind, stage_dir / "final", settings, rerun=False)
+        state.results[name] = StageResult(name, kind, stage_dir / "final", settings, rerun=False, inputs=inputs)
         return
     log.info("%s: %s", label, decision.why)
     if decision.action == "rerun" and state.runtime.is_main:
@@ -254,10 +249,12 @@ def _run_stage(state: RunState, index: int, settings: Any) -> None:
     state.resumed += resume
     record = {
         "state": "running", "kind": kind, "name": name, "key": key, "settings": values, "inputs": inputs,
-        "started": wall(), "label": label,
+        "code": find_code(), "started": wall(), "label": label, **_continue_record(stage_dir, decision),
     }  # fmt: skip
     _record(state, stage_dir, record)
+    fault_point("stage.started")
     begun = mono()
+    enter_stage(label, batch=settings.batch_size if isinstance(settings, EvaluateSettings) else 0)
     try:
         if isinstance(settings, EvaluateSettings):
             from burnish.pipeline.evaluate_stage import run_evaluate_stage
@@ -272,7 +269,8 @@ def _run_stage(state: RunState, index: int, settings: Any) -> None:
                 label=label, run=state.run,
             )  # fmt: skip
         check_log_file()
-    except BaseException as error:
+    except BaseException as caught:
+        error = build_memory_error(caught, replace(here())) if is_out_of_memory(caught) else caught
         interrupted = isinstance(error, (InterruptedRun, KeyboardInterrupt))
         text = error.message if isinstance(error, BurnishError) else f"{type(error).__name__}: {error}"
         with suppress(ResourceError):  # on a disk that just failed the first error is the one to report
@@ -282,12 +280,16 @@ def _run_stage(state: RunState, index: int, settings: Any) -> None:
         if found := find_disk_failure(error, state.run.path):
             where = Path(os.fsdecode(found.filename)) if isinstance(found.filename, (str, bytes)) else stage_dir
             raise disk_error(found, where, doing=f"go on with {label}") from error
-        raise
+        if error is caught:
+            raise
+        raise error from caught
     seconds = mono() - begun
+    fault_point("stage.finished")
     _record(state, stage_dir, record | found | {"state": "done", "ended": wall(), "seconds": round(seconds, 3)})
     if state.runtime.is_main:
         success("%s: done in %.1f s", label, seconds)
-    state.results[name] = StageResult(name, kind, stage_dir / "final", settings, rerun=True)
+    fault_point("stage.recorded")
+    state.results[name] = StageResult(name, kind, stage_dir / "final", settings, rerun=True, inputs=inputs)
 
 
 def _check_results(state: RunState) -> None:
@@ -320,6 +322,15 @@ def _stage_dir(state: RunState, index: int, name: str) -> Path:
     return state.run.stage_dir(index, name, state.prefix)
 
 
+def _continue_record(stage_dir: Path, decision: Decision) -> dict[str, Any]:
+    """How often the stage was started, and the changes under which it was continued."""
+    before = load_stage(stage_dir) or {}
+    for line in decision.changes:
+        log.warning("continued although it changed: %s", line)
+    changes = [*before.get("continued_with_changes", []), *decision.changes]
+    return {"starts": before.get("starts", 0) + 1} | ({"continued_with_changes": changes} if changes else {})
+
+
 def _record(state: RunState, stage_dir: Path, record: Mapping[str, Any]) -> None:
     if state.runtime.is_main:
         save_stage(stage_dir, record)
@@ -332,7 +343,10 @@ def _decide_together(
     found: Decision | BurnishError | None = None
     if state.runtime.is_main:
         try:
-            found = decide(stage_dir, key, values, inputs, allow=state.options.allow_change, upstream_rerun=upstream)
+            found = decide(
+                stage_dir, key, values, inputs, code=find_code(), allow=state.options.allow_change,
+                upstream_rerun=upstream,
+            )  # fmt: skip
         except BurnishError as error:
             found = error
     found = state.runtime.gather(found)[0]
@@ -346,8 +360,10 @@ def _prepare(state: RunState, settings: Any) -> tuple[Any, dict[str, Any], dict[
     """(what a training stage starts from, its settings, fingerprints of its inputs)."""
     values = settings.model_dump(mode="json")
     if isinstance(settings, EvaluateSettings):
-        inputs = {n: fingerprint_result(r.folder) for n, r in state.results.items() if r.kind != "evaluate"}
-        return None, values, inputs
+        from burnish.pipeline.evaluate_stage import find_base
+
+        base = find_base(settings, state)
+        return None, values, fingerprint_evaluation(settings, state.results, base, lambda f: _fingerprint(state, f))
     assert isinstance(settings, TrainSettings)
     from burnish.pipeline.train_stage import load_inputs
 

@@ -13,23 +13,26 @@ import torch
 
 from burnish.artifacts.checkpoints import list_checkpoints
 from burnish.artifacts.folder import FolderWriter
-from burnish.artifacts.redact import redact
+from burnish.artifacts.redact import redact, redact_tree
 from burnish.artifacts.run_folder import RunFolder
 from burnish.config.registry import KINDS, load_object
 from burnish.config.train import TrainSettings
 from burnish.data.prepare import PreparedData, prepare_data
 from burnish.data.tokenizer import TextTokenizer
-from burnish.engine.job import TrainJob, TrainOutcome
+from burnish.engine.job import TrainJob, TrainOutcome, choose_budget
 from burnish.engine.loop import run_training
 from burnish.engine.runtime import Runtime
+from burnish.faults import fault_point
 from burnish.models.export import export_model
 from burnish.models.folder import read_context, read_text_config
 from burnish.models.load import BuiltModel, build_model, fetch_model_folder, resolve_model_path
 from burnish.models.policy import Policy
 from burnish.models.precision import PrecisionPlan, resolve_precision
+from burnish.pipeline.inputs import fingerprint_inputs
 from burnish.pipeline.reference import attach_reference
 from burnish.pipeline.space import estimate_export
 from burnish.track.sinks import SinkContext, build_sinks
+from burnish.track.whereabouts import enter_phase, note_rows
 
 log = logging.getLogger("burnish")
 
@@ -66,7 +69,10 @@ def load_inputs(settings: TrainSettings, model: str, fingerprint: Callable[[Path
     folder = fetch_model_folder(path, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     tokenizer = TextTokenizer.load(str(folder))
     data = prepare_data(settings, tokenizer, context=read_context(folder))
-    return StageInputs(path, folder, tokenizer, data, {"model": fingerprint(folder), "data": data.fingerprint})
+    reference = getattr(settings, "reference", "same")
+    other = None if reference == "same" else fetch_model_folder(resolve_model_path(reference))
+    found = fingerprint_inputs(settings, folder, tokenizer, data, fingerprint, other)
+    return StageInputs(path, folder, tokenizer, data, found)
 
 
 def run_train_stage(
@@ -84,7 +90,10 @@ def run_train_stage(
     policy = Policy(built.model, head=method.head, attention=settings.attention, compute_dtype=precision.compute)
     log.info("attention: %s%s", policy.backend, f" ({policy.why_padded})" if policy.why_padded else "")
     train, held_out, reference = inputs.data.train, inputs.data.held_out, None
+    longest = max((len(g.prompt) + len(c.ids) for g in (*train, *held_out) for c in g.completions), default=0)
+    note_rows(choose_budget(settings, runtime.device.type), longest)
     if method.needs_reference:
+        enter_phase("reference")
         train, held_out, reference = attach_reference(
             settings, inputs, built, policy, train, held_out, stage_dir, runtime
         )
@@ -99,8 +108,10 @@ def run_train_stage(
             stamp={"key": key, "inputs": inputs.fingerprints, "kind": settings.kind, "run_id": run.run_id},
             sinks=sinks, label=label, export_bytes=estimate_export(inputs.folder, built.model, built.trainable, settings),
         )  # fmt: skip
+        enter_phase("start")
         outcome = run_training(job)
     if runtime.is_main:
+        enter_phase("export")
         save_final(settings, inputs, built, outcome, method.head, stage_dir / "final")
     runtime.barrier()
     return _describe(settings, inputs, built, policy, precision, outcome)
@@ -123,9 +134,10 @@ def save_final(
         final, kind="final", meta={"stage": settings.name or settings.kind, "steps": outcome.steps}
     ) as writer:
         export_model(
-            built, writer.folder, tokenizer_source=inputs.folder, head=head, extra=extra,
+            built, writer.folder, tokenizer_source=inputs.folder, head=head, extra=redact_tree(extra),
             dtype=SAVE_DTYPES[settings.save_dtype], stop_ids=sorted(inputs.tokenizer.eos_ids),
         )  # fmt: skip
+        fault_point("export.written")
 
 
 def _describe(

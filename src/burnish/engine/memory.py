@@ -1,0 +1,60 @@
+"""What to say when memory runs out: where it happened, and a setting with a number that fits."""
+
+from __future__ import annotations
+
+from burnish.errors import ResourceError
+from burnish.track.whereabouts import Whereabouts
+
+SHRINK = 0.6  # what is proposed holds at most this share of the micro-batch that did not fit
+
+
+def suggest_budget(budget: int, tokens: int, longest: int) -> int | None:
+    """A smaller `micro_batch_tokens` that makes the micro-batch at hand smaller; None if one row alone fills it.
+
+    Args:
+        budget: The setting as it holds.
+        tokens: Tokens of the micro-batch that did not fit; 0 = unknown.
+        longest: Tokens of the longest row, which no budget cuts.
+    """
+    tokens = tokens or budget
+    proposed = budget
+    while proposed > SHRINK * tokens and proposed > 1:
+        proposed //= 2
+    proposed = max(proposed, longest)
+    return proposed if proposed < min(tokens, budget) else None
+
+
+def describe_remedy(place: Whereabouts) -> str:
+    """What to change, by the phase in which memory ran out."""
+    if place.phase == "generate":
+        return f"set batch_size: {place.batch} → {max(place.batch // 2, 1)} in this stage (the same answers)"
+    if place.phase == "optimizer":
+        return (
+            "set optim: adafactor (few moments), or lora: {r: 16} (few parameters); the micro-batch plays no part here"
+        )
+    if place.phase in ("load", "start", "export", "save"):
+        return "set lora: {r: 16} with precision: bf16 (one copy of the weights, 2 bytes each), or use a smaller model"
+    if not place.budget:
+        return f"set max_length: {max(place.tokens // 2, 2)} in this stage, or precision: bf16"
+    smaller = suggest_budget(place.budget, place.tokens, place.longest)
+    if smaller is not None:
+        return (
+            f"set micro_batch_tokens: {place.budget} → {smaller} (the same gradient); "
+            "gradient_checkpointing: true saves more and costs time"
+        )
+    alone = place.tokens or place.longest
+    return (
+        f"one row of {alone} tokens alone does not fit: set gradient_checkpointing: true, "
+        f"or max_length: {max(alone // 2, 2)} (longer rows are left out and counted)"
+    )
+
+
+def build_memory_error(error: BaseException, place: Whereabouts, *, saved: str = "") -> ResourceError:
+    """The one message: stage, phase, what fits, what is saved."""
+    detail = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    kept = f"; {saved}" if saved else ""
+    return ResourceError(
+        f"out of memory in phase {place.phase} after step {place.step}: {detail}",
+        where=place.stage or "start",
+        remedy=describe_remedy(place) + kept,
+    )

@@ -1,0 +1,148 @@
+"""What a stage's result depends on beside its settings, as named fingerprints; without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from burnish import __version__
+from burnish.artifacts.folder import load_manifest
+from burnish.config.stages import DpoSettings, EvaluateSettings, SftSettings
+from burnish.config.train import TrainSettings
+from burnish.data.prepare import PreparedData, prepare_data
+from burnish.data.prompts import load_prompts
+from burnish.data.template import load_template
+from burnish.data.tokenizer import TextTokenizer
+from burnish.models.folder import read_context
+
+PLAIN_TASKS = ("loss", "preferences", "win_rate")
+
+
+@dataclass
+class StageResult:
+    """A finished stage, as later stages see it.
+
+    Attributes:
+        folder: Its `final/`.
+        rerun: It was made or continued by this command.
+        inputs: Fingerprints of what it was made from.
+    """
+
+    name: str
+    kind: str
+    folder: Path
+    settings: Any
+    rerun: bool
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+
+def find_code() -> dict[str, str]:
+    """Versions of the code that decides numbers. Not part of a stage's key: a finished stage stays finished."""
+    found = {"burnish": __version__}
+    for name in ("torch", "transformers", "peft"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def fingerprint_result(final: Path) -> str:
+    """Fingerprint of a sealed `final/`: the hashes of its manifest."""
+    manifest = load_manifest(final)
+    rows = "\n".join(f"{name} {entry.sha256}" for name, entry in sorted(manifest.files.items()))
+    return hashlib.sha256(rows.encode()).hexdigest()
+
+
+def fingerprint_inputs(
+    settings: TrainSettings, folder: Path, tokenizer: TextTokenizer, data: PreparedData,
+    fingerprint: Callable[[Path], str], reference: Path | None = None,
+) -> dict[str, str]:  # fmt: skip
+    """Fingerprints of a training stage's inputs: model, tokenizer, chat template, data, reference, own loss functions.
+
+    Args:
+        folder: The model's folder.
+        fingerprint: Fingerprint of a model folder.
+        reference: Folder of another reference model than the policy itself.
+    """
+    template = load_template(settings.chat_template, tokenizer, settings.chat_template_kwargs)
+    found = {
+        "model": fingerprint(folder),
+        "tokenizer": _hash([tokenizer.backend.to_str(), tokenizer.special_tokens, sorted(tokenizer.eos_ids)]),
+        "chat_template": template.fingerprint,
+        "data": data.fingerprint,
+    }
+    if reference is not None:
+        found["reference"] = fingerprint(reference)
+    losses = getattr(settings, "loss_type", [])
+    for name in [losses] if isinstance(losses, str) else losses:
+        module, colon, _ = str(name).partition(":")
+        source = _find_source(module) if colon else None
+        if source is not None:
+            found[name] = hashlib.sha256(source.read_bytes()).hexdigest()
+    return found
+
+
+def choose_held_out(
+    settings: EvaluateSettings, results: Mapping[str, StageResult]
+) -> tuple[TrainSettings | None, TrainSettings | None]:
+    """(stage whose held-out texts are measured, stage whose held-out pairs are); from `data` where it is set."""
+    if settings.data is not None:
+        shared = {"max_length": settings.max_length, "chat_template": settings.chat_template, "seed": settings.seed}
+        text = SftSettings(data=settings.data, eval_data=settings.data, **shared)
+        return text, DpoSettings(data=settings.data, eval_data=settings.data, **shared)
+    trained: list[TrainSettings] = [r.settings for r in results.values() if r.kind != "evaluate"]
+    text_stage = next((s for s in trained if s.kind == "sft"), None)
+    return text_stage, next((s for s in reversed(trained) if s.kind in ("dpo", "reward")), None)
+
+
+def fingerprint_evaluation(
+    settings: EvaluateSettings,
+    results: Mapping[str, StageResult],
+    base: Path | None,
+    fingerprint: Callable[[Path], str],
+) -> dict[str, str]:
+    """Fingerprints of an evaluation's inputs: the results before it, the base, and the items that it measures on."""
+    trained = {n: r for n, r in results.items() if r.kind != "evaluate"}
+    found = {n: fingerprint_result(r.folder) for n, r in trained.items()}
+    if base is not None:
+        found["base model"] = fingerprint(base)
+    if settings.data is None:
+        found |= {f"data of {n}": r.inputs["data"] for n, r in trained.items() if "data" in r.inputs}
+    reader = base or next((r.folder for r in trained.values()), None)
+    if reader is None:
+        return found
+    tokenizer, context = TextTokenizer.load(str(reader)), read_context(reader)
+    if settings.data is not None:
+        wanted = {"loss": 0, "preferences": 1, "win_rate": 1}
+        stages = choose_held_out(settings, results)
+        for place in sorted({wanted[t] for t in settings.tasks if t in wanted}):
+            stage = stages[place]
+            assert stage is not None
+            found[f"data of {stage.kind}"] = prepare_data(stage, tokenizer, context=context).fingerprint
+    for task in (t for t in settings.tasks if t not in PLAIN_TASKS):
+        rows = load_prompts(task, tokenizer, seed=settings.seed, chat_template=settings.chat_template)
+        found[task] = _hash([[r.id, r.prompt_ids, r.answer, r.reference] for r in rows])
+    return found
+
+
+def _find_source(module: str) -> Path | None:
+    """The file of a user's module: installed, or in the current folder."""
+    try:
+        spec = find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    origin = spec.origin if spec is not None else None
+    place = Path(origin) if origin else Path.cwd() / f"{module.replace('.', '/')}.py"
+    return place if place.is_file() else None
+
+
+def _hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True).encode("utf-8", "surrogatepass")
+    return hashlib.sha256(text).hexdigest()

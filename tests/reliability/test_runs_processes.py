@@ -1,0 +1,123 @@
+"""R-24: one of two processes is killed or hangs: the run ends soon, says which and where, leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from burnish.clock import mono
+from tests.pipeline.test_kill import build_command, compute_digest
+
+LIMIT = 4
+
+
+def start(command: list[str], folder: Path, *, fault: str = "") -> tuple[int, str, float]:
+    """(exit status, standard error, seconds) of a two-process run; nothing of its session may be left."""
+    env = os.environ | {"BURNISH_TESTING": "1", "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    env |= {"BURNISH_PEER_TIMEOUT": str(LIMIT if fault else 60), "BURNISH_FAULT": fault}
+    if not fault:
+        del env["BURNISH_FAULT"]
+    begun = mono()
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "burnish", *command, "--num-processes", "2"], env=env, cwd=folder,
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
+    )  # fmt: skip
+    _, text = parent.communicate(timeout=240)
+    assert find_session(parent.pid) == [], "a process of the run is left"
+    return parent.returncode, text, mono() - begun
+
+
+def find_session(leader: int) -> list[int]:
+    """Processes (zombies too) of a session."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == leader:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def calm(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes]:
+    """What an undisturbed two-process run ends with."""
+    folder = tmp_path_factory.mktemp("calm")
+    status, text, _ = start(build_command(inputs, "dpo", False, folder), folder)
+    assert status == 0, text[-3000:]
+    return compute_digest(folder / "run")
+
+
+def check(inputs: Path, folder: Path, calm: tuple[str, bytes], fault: str, words: list[str], status: int) -> None:
+    command = build_command(inputs, "dpo", False, folder)
+    found, text, seconds = start(command, folder, fault=fault)
+    last = text[text.rindex("error: ") :]
+    assert text.count("error: ") == 1, text[-3000:]
+    assert found == status, text[-3000:]
+    assert "Traceback" not in text
+    assert re.search(r"process 1 \(pid \d+\)", last), last
+    for word in words:
+        assert word in last, last
+    assert seconds < 60, "the start of the processes included"
+    pid = int(re.search(r"process 1 \(pid (\d+)\)", last)[1])  # pyright: ignore
+    assert not Path(f"/proc/{pid}").exists()
+    status, text, _ = start(command, folder)
+    assert status == 0, text[-3000:]
+    assert compute_digest(folder / "run") == calm, "the resumed run ends with other bits"
+    record = json.loads((folder / "run" / "01-dpo" / "stage.json").read_text())
+    assert record["resumed_from"] is not None
+
+
+@pytest.mark.dist
+def test_r24_a_killed_process_is_named(inputs, tmp_path, calm):
+    """R-24: SIGKILL to rank 1: rank, pid, signal and last step; exit 5; the resume is exact."""
+    check(inputs, tmp_path, calm, "loop.after_step:5:kill@1", ["signal 9 (SIGKILL)", "after step 4", "dpo"], 5)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "words", "status"),
+    [
+        ("step.forward:5:kill@1", ["signal 9 (SIGKILL)", "phase forward"], 5),
+        ("step.backward:6:kill@1", ["signal 9 (SIGKILL)", "phase backward"], 5),
+        ("loop.after_step:5:stop@1", ["SIGSTOP", "after step 4"], 1),
+        ("step.forward:6:stop@1", ["SIGSTOP", "phase forward"], 1),
+        ("loop.after_step:5:hang@1", ["has not answered", "after step 4"], 1),
+    ],
+)
+def test_r24_killed_stopped_or_hanging_processes(inputs, tmp_path, calm, fault, words, status):
+    """R-24: in every phase, by SIGKILL, SIGSTOP and an endless wait."""
+    check(inputs, tmp_path, calm, fault, words, status)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_r24_processes_do_not_outlive_their_parent(inputs, tmp_path):
+    """R-24: when the parent is killed, the others save and end."""
+    command = [*build_command(inputs, "dpo", False, tmp_path), "--max-steps", "2000", "--save-steps", "5000"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "burnish", *command, "--num-processes", "2"], env=env, cwd=tmp_path,
+        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    metrics = tmp_path / "run" / "01-dpo" / "metrics.jsonl"
+    begun = mono()
+    while not metrics.exists() and mono() - begun < 120:
+        assert parent.poll() is None
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    begun = mono()
+    while find_session(parent.pid) and mono() - begun < 30:
+        pass
+    assert find_session(parent.pid) == []
+    assert json.loads((tmp_path / "run" / "01-dpo" / "stage.json").read_text())["state"] == "interrupted"
