@@ -15,6 +15,7 @@ from burnish.artifacts.run_folder import describe_differences, load_stage
 from burnish.errors import UsageError
 
 # Settings that change neither a parameter nor a figure of the result: an interrupted stage may go on with other values.
+# Of models and data the content counts, which is among the inputs, not the path.
 HARMLESS = frozenset(
     {
         "logging_steps",
@@ -25,6 +26,9 @@ HARMLESS = frozenset(
         "devices",
         "name",
         "model",
+        "data",
+        "eval_data",
+        "reference",
         "samples",
     }
 )
