@@ -174,7 +174,7 @@ def test_r18_every_setting_is_either_harmless_or_refused(tmp_path, kind):
             ask(values, found | {name: "z"})
     with pytest.raises(UsageError, match=r"code\.burnish"):
         ask(values, found, {"burnish": "1.1"})
-    assert set(values) | set(EvaluateSettings.model_fields) >= HARMLESS
+    assert set(DpoSettings.model_fields) | set(EvaluateSettings.model_fields) >= HARMLESS
 
 
 # ---------------------------------------------------------------------------------------------------------------

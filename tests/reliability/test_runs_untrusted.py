@@ -21,7 +21,7 @@ WATCHING = [False]
 
 
 def _hook(event: str, arguments: tuple) -> None:
-    if WATCHING[0] and event in ("pickle.find_class", "marshal.loads", "os.system", "subprocess.Popen"):
+    if WATCHING[0] and event in ("pickle.find_class", "os.system", "subprocess.Popen"):
         EVENTS.append((event, arguments))
 
 

@@ -135,17 +135,17 @@ def report_failure(error: BaseException, *, verbose: bool = False) -> int:
         return PEER_LOST
     if isinstance(error, BurnishError):
         if verbose:
-            traceback.print_exception(error)
-        print(f"error: {error}", file=sys.stderr)
+            _say("".join(traceback.format_exception(error)).rstrip())
+        _say(f"error: {error}")
         return error.exit_code
     if isinstance(error, KeyboardInterrupt | click.Abort):
         print("interrupted", file=sys.stderr)
         return 130
     if is_out_of_memory(error):
         if verbose:
-            traceback.print_exception(error)
+            _say("".join(traceback.format_exception(error)).rstrip())
         detail = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        print(f"error: out of memory: {detail}\n  → use a smaller model or less data at once", file=sys.stderr)
+        _say(f"error: out of memory: {detail}\n  → use a smaller model or less data at once")
         return 5
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         print(
@@ -153,12 +153,16 @@ def report_failure(error: BaseException, *, verbose: bool = False) -> int:
             file=sys.stderr,
         )
         return 5
-    traceback.print_exception(error)
-    print(
-        f"error: {type(error).__name__}: {error}\n  → this is a fault in burnish; please report it with these lines",
-        file=sys.stderr,
-    )
+    _say("".join(traceback.format_exception(error)).rstrip())
+    _say(f"error: {type(error).__name__}: {error}\n  → this is a fault in burnish; please report it with these lines")
     return 1
+
+
+def _say(text: str) -> None:
+    """To stderr, without the secrets that an error's text or a traceback may hold."""
+    from burnish.artifacts.redact import redact
+
+    print(redact(text), file=sys.stderr)
 
 
 def _say_usage(error: click.ClickException) -> None:
