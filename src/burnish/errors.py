@@ -26,9 +26,20 @@ class BurnishError(Exception):
         self.message, self.where, self.found, self.remedy = message, where, found, remedy
         super().__init__(str(self))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restore, (type(self), dict(vars(self)))
+
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         return f"{place}{self.message}\n  → {self.remedy}"
+
+
+def _restore(cls: type[BurnishError], fields: dict[str, object]) -> BurnishError:
+    """The same error in another process: rank 0 decides, every rank raises."""
+    error = cls.__new__(cls)
+    vars(error).update(fields)
+    error.args = (str(error),)
+    return error
 
 
 class UsageError(BurnishError):

@@ -69,11 +69,13 @@ def decide(
     record = load_stage(stage_dir)
     if record is None:
         return Decision("run", "not run yet")
-    same = record.get("key") == key
+    if "code" not in record:  # written before these inputs and the code were recorded
+        inputs = {k: v for k, v in inputs.items() if k in record.get("inputs", {})}
+        code = {}
     if record["state"] == "done":
-        if not same:
-            lines = _changes(record, settings, inputs)
-            return Decision("rerun", f"finished before, but changed: {'; '.join(lines[:3]) or 'its key'}")
+        lines = _changes(record, settings, inputs)
+        if lines and record.get("key") != key:
+            return Decision("rerun", f"finished before, but changed: {'; '.join(lines[:3])}")
         problem = _damage(stage_dir)
         return Decision("rerun", problem) if problem else Decision("skip", "finished and unchanged")
     lines = _changes(record, settings, inputs, code)
