@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from burnish.cli.flags import SettingsCommand
+from burnish.cli.flags import SettingsCommand, is_path
 from burnish.config.registry import ALIASES, KINDS
 
 
@@ -46,7 +46,7 @@ def show(words: tuple[str, ...], everything: bool, as_json: bool) -> int:
     from burnish.config.load import load_recipe
     from burnish.config.reference import render_resolved
 
-    recipes = [word for word in words if "=" not in word]
+    recipes = [word for word in words if is_path(word)]
     if len(recipes) != 1:
         raise click.UsageError("name one recipe\n  → a file, or the name of a bundled one")
     loaded = load_recipe(recipes[0], overrides=[word for word in words if word not in recipes], check_machine=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from burnish.cli.flags import SettingsCommand
+from burnish.cli.flags import SettingsCommand, is_path
 from burnish.config.registry import ALIASES, KINDS, load_object
 
 _TRAINING = [name for name, kind in KINDS.items() if kind.trains]
@@ -61,7 +61,7 @@ def _call(target: str, words: tuple[str, ...], kind: str, model: str | None, lim
     from burnish.cli.tokens import export_tokens
     from burnish.config.load import load_recipe
 
-    sources = [word for word in words if "=" not in word]
+    sources = [word for word in words if is_path(word)]
     if len(sources) > 1:
         raise click.UsageError(
             f"several sources are named: {', '.join(sources)}\n  → name one; settings are written key=value"

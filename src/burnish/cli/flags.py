@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
 import click
@@ -83,6 +84,11 @@ class SettingsCommand(click.Command):
         for title, rows in self.sections() if self.sections else []:
             with formatter.section(title):
                 formatter.write_dl(rows)
+
+
+def is_path(word: str) -> bool:
+    """Whether a word names a file or folder rather than a setting: an existing one may have `=` in its path."""
+    return "=" not in word or Path(word).expanduser().exists()
 
 
 def is_switch(key: str) -> bool:

@@ -8,12 +8,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import click
 
-from burnish.cli.flags import SettingsCommand
+from burnish.cli.flags import SettingsCommand, is_path
 from burnish.config.options import RunOptions
 
 
@@ -51,7 +50,7 @@ def run(words: tuple[str, ...], config_file: str | None, **flags: Any) -> int:
     KEY=VALUE changes any setting: seed=3, stages.dpo.beta=0.05, dpo.beta=0.05 (also --dpo.beta 0.05).
     The same command again continues an interrupted run and skips what is finished.
     """
-    recipes = [word for word in words if "=" not in word or (Path(word).is_file() and word.endswith((".yaml", ".yml")))]
+    recipes = [word for word in words if is_path(word)]
     if config_file is not None:
         recipes.append(config_file)
     if len(recipes) != 1:
