@@ -21,7 +21,8 @@ WATCHING = [False]
 
 
 def _hook(event: str, arguments: tuple) -> None:
-    if WATCHING[0] and event in ("pickle.find_class", "os.system", "subprocess.Popen"):
+    program = event == "subprocess.Popen" and arguments[0] != "uname"  # Python's own platform module asks it
+    if WATCHING[0] and (event in ("pickle.find_class", "os.system") or program):
         EVENTS.append((event, arguments))
 
 

@@ -145,7 +145,9 @@ def report_failure(error: BaseException, *, verbose: bool = False) -> int:
         if verbose:
             _say("".join(traceback.format_exception(error)).rstrip())
         detail = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        _say(f"error: out of memory: {detail}\n  → use a smaller model or less data at once")
+        _say(
+            f"error: out of memory: {detail}\n  → set micro_batch_tokens to less (the same gradient), or use a smaller model"
+        )
         return 5
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         print(

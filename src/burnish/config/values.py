@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import types
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import annotated_types
@@ -375,6 +376,9 @@ def _name_shape(value: Any) -> str:
 
 
 def _is_comma_list(node: Node) -> bool:
+    """Whether a word of the command line or the environment is a list; an existing path with a comma in it is not."""
+    if isinstance(node.value, str) and "," in node.value and Path(node.value).expanduser().exists():
+        return False
     outside = node.place.layer not in (Layer.FILE, Layer.CHECKPOINT)
     return outside and isinstance(node.value, str) and node.raw is not None and "," in node.raw
 
