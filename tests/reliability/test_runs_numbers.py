@@ -129,14 +129,16 @@ def test_r05_all_processes_decide_alike(inputs, tmp_path):
 def check_twice(server, inputs: Path, folder: Path, kind: str, lora: bool) -> None:
     """Two folders; other intervals of logging, evaluating, saving; another name: the same weights, the same rows."""
     plain, other = folder / "plain", folder / "an other"
-    run_until_done(server, build_command(inputs, kind, lora, plain), plain)
+    run_until_done(server, build_command(inputs, kind, lora, plain), plain, [{}])
     again = folder / "again"
-    run_until_done(server, build_command(inputs, kind, lora, again), again)
+    run_until_done(server, build_command(inputs, kind, lora, again), again, [{}])
     assert compute_digest(plain / "run") == compute_digest(again / "run")
     command = build_command(inputs, kind, lora, other)
     for flag, value in (("--save-steps", "1"), ("--eval-steps", "1"), ("--run-name", "run")):
         command[command.index(flag) + 1] = value
-    run_until_done(server, [*command, "--logging-steps", "3", "--eval-on-start", "--save-total-limit", "1"], other)
+    run_until_done(
+        server, [*command, "--logging-steps", "3", "--eval-on-start", "--save-total-limit", "1"], other, [{}]
+    )
     assert compute_digest(other / "run")[0] == compute_digest(plain / "run")[0]
 
 

@@ -8,20 +8,19 @@ from burnish.track.whereabouts import Whereabouts
 SHRINK = 0.6  # what is proposed holds at most this share of the micro-batch that did not fit
 
 
-def suggest_budget(budget: int, tokens: int, longest: int) -> int | None:
-    """A smaller `micro_batch_tokens` that makes the micro-batch at hand smaller; None if one row alone fills it.
+def suggest_budget(budget: int, tokens: int, rows: int) -> int | None:
+    """A smaller `micro_batch_tokens` under which the micro-batch at hand is cut; None if it is a single row.
 
     Args:
         budget: The setting as it holds.
-        tokens: Tokens of the micro-batch that did not fit; 0 = unknown.
-        longest: Tokens of the longest row, which no budget cuts.
+        tokens, rows: Tokens and completions of the micro-batch that did not fit; 0 = unknown.
     """
-    tokens = tokens or budget
+    if rows == 1:
+        return None
     proposed = budget
-    while proposed > SHRINK * tokens and proposed > 1:
+    while proposed > SHRINK * (tokens or budget) and proposed > 1:
         proposed //= 2
-    proposed = max(proposed, longest)
-    return proposed if proposed < min(tokens, budget) else None
+    return proposed if proposed < budget else None
 
 
 def describe_remedy(place: Whereabouts) -> str:
@@ -36,16 +35,15 @@ def describe_remedy(place: Whereabouts) -> str:
         return "set lora: {r: 16} with precision: bf16 (one copy of the weights, 2 bytes each), or use a smaller model"
     if not place.budget:
         return f"set max_length: {max(place.tokens // 2, 2)} in this stage, or precision: bf16"
-    smaller = suggest_budget(place.budget, place.tokens, place.longest)
+    smaller = suggest_budget(place.budget, place.tokens, place.rows)
     if smaller is not None:
         return (
             f"set micro_batch_tokens: {place.budget} → {smaller} (the same gradient); "
             "gradient_checkpointing: true saves more and costs time"
         )
-    alone = place.tokens or place.longest
     return (
-        f"one row of {alone} tokens alone does not fit: set gradient_checkpointing: true, "
-        f"or max_length: {max(alone // 2, 2)} (longer rows are left out and counted)"
+        f"one row of {place.tokens} tokens alone does not fit: set gradient_checkpointing: true, "
+        f"or max_length: {max(place.tokens // 2, 2)} (longer rows are left out and counted)"
     )
 
 

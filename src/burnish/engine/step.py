@@ -111,7 +111,9 @@ class Guard:
         """Names of the terms to blame; all of a micro-batch if only their total is not finite."""
         broken = [sums for ok, sums in zip(finite, self.terms, strict=True) if not ok]
         return [
-            name for sums in broken for name in [n for n, t in sums.items() if not bool(torch.isfinite(t))] or list(sums)
+            name
+            for sums in broken
+            for name in [n for n, t in sums.items() if not bool(torch.isfinite(t))] or list(sums)
         ]
 
 

@@ -83,7 +83,7 @@ def _run(model: Loaded, groups: Sequence[Group], want: str) -> Iterator[tuple[Ou
         cut = [build_part(groups[p.position], p) for p in micro.parts]
         batch = build_packed_batch([g for g, _ in cut], [p.position for p in micro.parts], [s for _, s in cut])
         batch = batch.to(model.policy.device)
-        enter_phase("evaluate", batch.input_ids.numel())
+        enter_phase("evaluate", batch.input_ids.numel(), batch.last_index.numel())
         fault_point("measure.forward")
         yield model.policy(batch, frozenset({want})), batch.table
 

@@ -203,7 +203,7 @@ def compute_reference_table(
     done = 0
     for positions in plan_batches(groups, budget):
         batch = build_packed_batch([groups[i] for i in positions]).to(reference.device)
-        enter_phase("reference", batch.input_ids.numel())
+        enter_phase("reference", batch.input_ids.numel(), batch.last_index.numel())
         fault_point("reference.forward")
         values = reference.logprobs(batch).float().cpu().numpy()
         cursor = 0

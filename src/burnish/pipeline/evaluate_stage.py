@@ -95,7 +95,10 @@ def build_data(settings: EvaluateSettings, state: RunState) -> EvaluationData:
     context = read_context(base) if base is not None else None
 
     def held_out(stage: TrainSettings | None, tokenizer: TextTokenizer) -> list[Group]:
-        return prepare_data(stage, tokenizer, context=context).held_out if stage is not None else []
+        if stage is None:
+            return []
+        found = prepare_data(stage, tokenizer, context=context)
+        return found.held_out if found.held_out or settings.data is None else found.train
 
     def prompts(name: str, tokenizer: TextTokenizer) -> list[Prompt]:
         rows = load_prompts(name, tokenizer, seed=settings.seed, chat_template=settings.chat_template)

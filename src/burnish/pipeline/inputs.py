@@ -92,11 +92,13 @@ def fingerprint_inputs(
 def choose_held_out(
     settings: EvaluateSettings, results: Mapping[str, StageResult]
 ) -> tuple[TrainSettings | None, TrainSettings | None]:
-    """(stage whose held-out texts are measured, stage whose held-out pairs are); from `data` where it is set."""
+    """(stage whose held-out texts are measured, stage whose held-out pairs are).
+
+    Where `data` is set: two that read it; without a test split of its own all of it is held out.
+    """
     if settings.data is not None:
         shared = {"max_length": settings.max_length, "chat_template": settings.chat_template, "seed": settings.seed}
-        text = SftSettings(data=settings.data, eval_data=settings.data, **shared)
-        return text, DpoSettings(data=settings.data, eval_data=settings.data, **shared)
+        return SftSettings(data=settings.data, **shared), DpoSettings(data=settings.data, **shared)
     trained: list[TrainSettings] = [r.settings for r in results.values() if r.kind != "evaluate"]
     text_stage = next((s for s in trained if s.kind == "sft"), None)
     return text_stage, next((s for s in reversed(trained) if s.kind in ("dpo", "reward")), None)

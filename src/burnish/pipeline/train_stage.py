@@ -32,7 +32,7 @@ from burnish.pipeline.inputs import fingerprint_inputs
 from burnish.pipeline.reference import attach_reference
 from burnish.pipeline.space import estimate_export
 from burnish.track.sinks import SinkContext, build_sinks
-from burnish.track.whereabouts import enter_phase, note_rows
+from burnish.track.whereabouts import enter_phase, note_budget
 
 log = logging.getLogger("burnish")
 
@@ -90,8 +90,7 @@ def run_train_stage(
     policy = Policy(built.model, head=method.head, attention=settings.attention, compute_dtype=precision.compute)
     log.info("attention: %s%s", policy.backend, f" ({policy.why_padded})" if policy.why_padded else "")
     train, held_out, reference = inputs.data.train, inputs.data.held_out, None
-    longest = max((len(g.prompt) + len(c.ids) for g in (*train, *held_out) for c in g.completions), default=0)
-    note_rows(choose_budget(settings, runtime.device.type), longest)
+    note_budget(choose_budget(settings, runtime.device.type))
     if method.needs_reference:
         enter_phase("reference")
         train, held_out, reference = attach_reference(

@@ -34,7 +34,7 @@ class Whereabouts:
         phase: "start", "load", "reference", "forward", "backward", "optimizer", "save", "evaluate", "generate", "export".
         tokens: Tokens of the micro-batch at hand; 0 where there is none.
         budget: `micro_batch_tokens` of the stage; 0 where it has none.
-        longest: Tokens of the stage's longest row, which no budget cuts; 0 where it is unknown.
+        rows: Completions in that micro-batch; a single one cannot be cut.
         batch: Prompts that the stage answers together; 0 where it answers none.
         beat: Grows as long as the process lives and runs.
     """
@@ -44,7 +44,7 @@ class Whereabouts:
     phase: str = "start"
     tokens: int = 0
     budget: int = 0
-    longest: int = 0
+    rows: int = 0
     batch: int = 0
     beat: int = 0
 
@@ -70,16 +70,16 @@ def enter_stage(label: str, batch: int = 0) -> None:
     _write()
 
 
-def note_rows(budget: int, longest: int) -> None:
-    """What decides the size of the stage's micro-batches, in tokens."""
-    _HERE.budget, _HERE.longest = budget, longest
+def note_budget(budget: int) -> None:
+    """How many tokens a micro-batch of the stage holds at most."""
+    _HERE.budget = budget
     _write()
 
 
-def enter_phase(phase: str, tokens: int = 0) -> None:
-    """A phase of the stage begins; `tokens` of the micro-batch, 0 = as before."""
+def enter_phase(phase: str, tokens: int = 0, rows: int = 0) -> None:
+    """A phase of the stage begins; tokens and completions of the micro-batch, 0 = as before."""
     _HERE.phase = phase
-    _HERE.tokens = tokens or _HERE.tokens
+    _HERE.tokens, _HERE.rows = tokens or _HERE.tokens, rows or _HERE.rows
     _write()
 
 
