@@ -49,7 +49,7 @@ def find_session(leader: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def calm(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes]:
+def calm(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What an undisturbed two-process run ends with."""
     folder = tmp_path_factory.mktemp("calm")
     status, text, _ = start(build_command(inputs, "dpo", False, folder), folder)
@@ -57,7 +57,7 @@ def calm(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, b
     return compute_digest(folder / "run")
 
 
-def check(inputs: Path, folder: Path, calm: tuple[str, bytes], fault: str, words: list[str], status: int) -> None:
+def check(inputs: Path, folder: Path, calm: dict[str, str], fault: str, words: list[str], status: int) -> None:
     command = build_command(inputs, "dpo", False, folder)
     found, text, seconds = start(command, folder, fault=fault)
     last = text[text.rindex("error: ") :]
