@@ -70,7 +70,7 @@ def _evaluate(
                 continue
             result = ctx.method.compute_loss(outputs, batch.table, state)
             guard = Guard()
-            guard.watch(torch.stack([t.sum for t in result.terms]).sum(), [(batch.table, outputs.named())])
+            guard.watch(torch.stack([t.sum for t in result.terms]).sum(), result, [(batch.table, outputs.named())])
             sums.add(result)
             bad += guard.name_rows(sums.fetch(guard.flags))
         _add_parts(ctx, pending[0], state, sums)
