@@ -86,7 +86,7 @@ def test_r32_reference_evaluation_and_answers(server, inputs, tmp_path):
     message = run_out(server, ["run", recipe], tmp_path, "measure.forward:2")
     assert "evaluate: out of memory in phase evaluate" in message and "max_length" in message
     message = run_out(server, ["run", recipe], tmp_path, "generate.batch:1")
-    assert "phase generate" in message and "batch_size: 32 → 16" in message
+    assert "phase generate" in message and re.search(r"batch_size: (6 → 3|5 → 2|4 → 2) in this stage", message), message
     log = tmp_path / "log"
     log.unlink()
     assert server.run(["run", recipe], log=log, cwd=tmp_path) == 0

@@ -26,7 +26,9 @@ def suggest_budget(budget: int, tokens: int, rows: int) -> int | None:
 def describe_remedy(place: Whereabouts) -> str:
     """What to change, by the phase in which memory ran out."""
     if place.phase == "generate":
-        return f"set batch_size: {place.batch} → {max(place.batch // 2, 1)} in this stage (the same answers)"
+        if place.rows > 1:
+            return f"set batch_size: {place.rows} → {place.rows // 2} in this stage (the same answers)"
+        return "set max_new_tokens to less in this stage, or precision: bf16"
     if place.phase == "optimizer":
         return (
             "set optim: adafactor (few moments), or lora: {r: 16} (few parameters); the micro-batch plays no part here"

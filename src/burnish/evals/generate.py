@@ -89,7 +89,7 @@ def generate_greedy(
     try:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            enter_phase("generate")
+            enter_phase("generate", rows=len(rows))
             fault_point("generate.batch")
             found = _generate_batch(model, [prompts[r] for r in rows], frozenset(eos_ids), max_new_tokens, context)
             for row, answer in zip(rows, found, strict=True):

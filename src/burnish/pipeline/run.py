@@ -254,7 +254,7 @@ def _run_stage(state: RunState, index: int, settings: Any) -> None:
     _record(state, stage_dir, record)
     fault_point("stage.started")
     begun = mono()
-    enter_stage(label, batch=settings.batch_size if isinstance(settings, EvaluateSettings) else 0)
+    enter_stage(label)
     try:
         if isinstance(settings, EvaluateSettings):
             from burnish.pipeline.evaluate_stage import run_evaluate_stage

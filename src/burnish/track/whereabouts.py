@@ -34,8 +34,7 @@ class Whereabouts:
         phase: "start", "load", "reference", "forward", "backward", "optimizer", "save", "evaluate", "generate", "export".
         tokens: Tokens of the micro-batch at hand; 0 where there is none.
         budget: `micro_batch_tokens` of the stage; 0 where it has none.
-        rows: Completions in that micro-batch; a single one cannot be cut.
-        batch: Prompts that the stage answers together; 0 where it answers none.
+        rows: Completions in that micro-batch, or prompts answered together; a single one cannot be cut.
         beat: Grows as long as the process lives and runs.
     """
 
@@ -45,7 +44,6 @@ class Whereabouts:
     tokens: int = 0
     budget: int = 0
     rows: int = 0
-    batch: int = 0
     beat: int = 0
 
     def __str__(self) -> str:
@@ -63,9 +61,9 @@ def here() -> Whereabouts:
     return _HERE
 
 
-def enter_stage(label: str, batch: int = 0) -> None:
-    """A stage begins; `batch` prompts are answered together in it."""
-    for name, value in vars(Whereabouts(label, phase="load", batch=batch, beat=_HERE.beat)).items():
+def enter_stage(label: str) -> None:
+    """A stage begins."""
+    for name, value in vars(Whereabouts(label, phase="load", beat=_HERE.beat)).items():
         setattr(_HERE, name, value)
     _write()
 
