@@ -80,9 +80,12 @@ def _describe_machine() -> dict[str, Any]:
 def _describe_device() -> dict[str, Any]:
     import torch
 
+    from burnish.core.allocator import keep_freed_memory
+
     facts: dict[str, Any] = {
         "cpu features": torch.backends.cpu.get_cpu_capability(),
         "torch threads": torch.get_num_threads(),
+        "allocator": keep_freed_memory(),
     }
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from burnish.core.allocator import keep_freed_memory, release_freed_memory
 from burnish.errors import ConfigError, PeerLost, is_out_of_memory
 from burnish.track.whereabouts import TIMEOUT_VARIABLE, here, read_timeout
 
@@ -95,7 +96,9 @@ class Runtime:
         return total
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group; hand free memory back to the system."""
+        if self.device.type == "cpu":
+            release_freed_memory()
         if self.world > 1 and dist.is_initialized():
             if sys.exc_info()[0] is None:
                 dist.barrier()  # a rank that leaves early would cut the connections of the others
@@ -150,6 +153,8 @@ def build_runtime(devices: Sequence[int] | None = None) -> Runtime:
     if devices and not cuda:
         log.warning("devices: %s is set, but there is no CUDA device here; computing on the CPU", devices)
     chosen = _choose_device(devices, cuda)
+    if not cuda:
+        keep_freed_memory()
     if world > 1:
         from accelerate import PartialState
 
