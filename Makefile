@@ -21,10 +21,10 @@ test: setup
 	$(BIN)/python -m pytest -m "not slow and not kill and not gpu"
 
 test-all: setup
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not kill"
 
 test-kill: setup
-	$(BIN)/python -m pytest -m kill
+	$(BIN)/python -m pytest -m kill -n 2 --dist worksteal tests/pipeline/test_kill.py
 
 soak: setup
 	$(BIN)/python scripts/soak.py

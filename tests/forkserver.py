@@ -123,6 +123,10 @@ def _serve() -> None:
     import scipy.stats  # noqa: F401
     from transformers import AutoModelForCausalLM, Qwen3ForCausalLM, Qwen3ForSequenceClassification  # noqa: F401
 
+    if name := os.environ.get("BURNISH_SEEDED_DEFECT"):
+        from tests.reliability.defects import apply
+
+        apply(name)
     for line in sys.stdin:
         job = json.loads(line)
         pid = os.fork()

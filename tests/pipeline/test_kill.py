@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +62,6 @@ REFERENCE = [
     "folder.fsync_parent:1 > burnish.pipeline.reference:attach_table:1:before",
 ]
 FEW = POINTS[1::4]
-CASES = [(kind, lora) for kind in ("sft", "reward", "dpo") for lora in (False, True)]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,10 @@ def build_command(inputs: Path, kind: str, lora: bool, out: Path) -> list[str]:
         "fp32",
     ]
     command += ["--validation-split", "0.25", "--eval-steps", "4", "--seed", "3"]
-    return [*command, "--lora.r", "4"] if lora else command
+    if not lora:
+        return command
+    command += ["--lora.r", "4"]
+    return [*command, "--lora.dropout", "0.1"] if kind == "sft" else command
 
 
 def compute_digest(run: Path) -> dict[str, str]:
@@ -135,9 +140,7 @@ def run_until_done(server: ForkServer, command: list[str], out: Path, faults: li
 def check_kills(
     server: ForkServer, inputs: Path, kind: str, lora: bool, tmp: Path, points: list[str], randoms: int
 ) -> None:
-    began = time.monotonic()
     run_until_done(server, build_command(inputs, kind, lora, tmp / "calm"), tmp / "calm", [{}])
-    length = time.monotonic() - began
     expected = compute_digest(tmp / "calm" / "run")
     for index, point in enumerate(points):
         out = tmp / f"point-{index}"
@@ -146,6 +149,10 @@ def check_kills(
         assert statuses[:-1] == [-9] * len(faults), f"{point} was not reached: {statuses}"
         assert compute_digest(out / "run") == expected, point
         shutil.rmtree(out)
+    began = time.monotonic()
+    run_until_done(server, build_command(inputs, kind, lora, tmp / "again"), tmp / "again", [{}])
+    length = time.monotonic() - began
+    assert compute_digest(tmp / "again" / "run") == expected
     draw, killed = random.Random(f"{kind}{lora}"), 0
     for i in range(randoms):
         out = tmp / f"random-{i}"
@@ -154,10 +161,10 @@ def check_kills(
         killed += run_until_done(server, build_command(inputs, kind, lora, out), out, [first])[0] == -9
         assert compute_digest(out / "run") == expected, f"killed after {seconds:.2f} s"
         shutil.rmtree(out)
-    assert killed >= 0.7 * randoms, f"{killed} of {randoms} came in time"
+    assert killed >= 0.5 * randoms, f"{killed} of {randoms} came in time"
 
 
-@pytest.mark.parametrize(("kind", "lora"), [("sft", False), ("reward", True), ("dpo", False)])
+@pytest.mark.parametrize(("kind", "lora"), [("sft", True), ("reward", False), ("dpo", False)])
 def test_r01_one_kill(server, inputs, kind, lora, tmp_path):
     """R-01: killed in the middle of a step and of a save, continued by the same command: the same bits."""
     check_kills(server, inputs, kind, lora, tmp_path, ["update.after_optimizer:7", "folder.manifest:4"], 0)
@@ -177,6 +184,69 @@ def test_r01_kills(server, inputs, kind, tmp_path):
 def test_r01_kills_with_lora(server, inputs, kind, tmp_path):
     """R-01: eight enumerated points and seven random moments for adapters."""
     check_kills(server, inputs, kind, True, tmp_path, FEW, 7)
+
+
+# Two processes: who is killed (rank 0, rank 1, both by the hook at a point) and when (training rows written).
+PAIRS = [
+    ("0", "0"), ("0", "7"), ("0", "31"), ("1", "3"), ("1", "18"), ("1", "40"),
+    ("both", "step.backward:9"), ("both", "folder.manifest:4"), ("both", "update.after_optimizer:23"),
+    ("both", "12"),
+]  # fmt: skip
+
+
+def find_ranks(parent: int) -> list[int]:
+    """Process ids of the ranks that a launcher started, in the order of their ranks."""
+    children = Path(f"/proc/{parent}/task/{parent}/children")
+    found = {}
+    for pid in children.read_text().split():
+        for word in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if word.startswith(b"RANK="):
+                found[int(word[5:])] = int(pid)
+    return [found[rank] for rank in sorted(found)]
+
+
+def run_pair(command: list[str], out: Path, who: str = "", when: str = "") -> int:
+    """Exit status of a run of two processes as the command line starts them, some of them killed."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb", "BURNISH_FAULT": f"{when}:kill" if ":" in when else ""}
+    out.mkdir(parents=True, exist_ok=True)
+    words = [sys.executable, "-m", "burnish", *command, "--num-processes", "2"]
+    with (out / "log").open("ab") as log:
+        launcher = subprocess.Popen(words, env=env, cwd=out, stdout=log, stderr=log)
+    metrics = out / "run" / "01-dpo" / "metrics.jsonl"
+    if who and ":" not in when:
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < int(when):
+            assert launcher.poll() is None, (out / "log").read_text()[-3000:]
+            time.sleep(0.005)
+        ranks = find_ranks(launcher.pid)
+        assert len(ranks) == 2
+        for pid in ranks if who == "both" else [ranks[int(who)]]:
+            os.kill(pid, signal.SIGKILL)
+    return launcher.wait(timeout=180)
+
+
+@pytest.fixture(scope="module")
+def calm_pair(inputs, tmp_path_factory) -> dict[str, str]:
+    """What an undisturbed run of two processes ends in."""
+    out = tmp_path_factory.mktemp("pair")
+    assert run_pair(build_pair_command(inputs, out), out) == 0, (out / "log").read_text()[-3000:]
+    return compute_digest(out / "run")
+
+
+def build_pair_command(inputs: Path, out: Path) -> list[str]:
+    command = build_command(inputs, "dpo", False, out)
+    return [*command, "--max-steps", "60", "--save-steps", "8", "--eval-steps", "25"]
+
+
+@pytest.mark.kill
+@pytest.mark.dist
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the children of a process from /proc")
+@pytest.mark.parametrize(("who", "when"), PAIRS)
+def test_r01_kills_on_two_processes(inputs, calm_pair, tmp_path, who, when):
+    """R-01, R-24: rank 0, rank 1 or both are killed; the same command on two processes ends in the same bits."""
+    command = build_pair_command(inputs, tmp_path)
+    assert run_pair(command, tmp_path, who, when) != 0
+    assert run_pair(command, tmp_path) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert compute_digest(tmp_path / "run") == calm_pair
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
