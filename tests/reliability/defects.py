@@ -184,7 +184,7 @@ DEFECTS: dict[str, Defect] = {
     ),
     "space_not_checked": Defect(
         "a checkpoint is begun on a disk that cannot hold it",
-        "burnish.artifacts.disk:check_space",
+        "burnish.disk:check_space",
         (("if free < needed:", "if False:"),),
         (f"{FOLDER}test_r14_the_space_is_checked_before_writing",),
     ),
@@ -206,13 +206,13 @@ DEFECTS: dict[str, Defect] = {
     "nan_guard_off": Defect(
         "a non-finite gradient reaches parameters and moments",
         "burnish.engine.update:run_update",
-        (("if not bool(torch.isfinite(norm)):", "if False:"),),
+        (("if not math.isfinite(gradient.norm):", "if False:"),),
         ("tests/engine/test_loop.py::test_r05_a_nan_changes_no_parameter",),
     ),
     "bad_steps_never_stop": Defect(
         "training goes on however many steps in a row are non-finite",
-        "burnish.engine.loop:Trainer._account_bad",
-        (("if c.bad_steps >= limit:", "if False:"),),
+        "burnish.engine.loop:Trainer._account",
+        (("c.bad_steps >= self.job.settings.max_bad_steps:", "False:"),),
         ("tests/engine/test_loop.py::test_r05_three_bad_steps_in_a_row_stop_with_the_last_good_state",),
     ),
     "mean_over_micro_batches": Defect(
@@ -311,7 +311,7 @@ def build_code(defect: Defect) -> CodeType:
     source = textwrap.dedent(inspect.getsource(function))
     for old, new in defect.edits:
         if source.count(old) != 1:
-            raise ValueError(f"{defect.where} has no longer exactly one {old!r}")
+            raise ValueError(f"{defect.where} has no longer exactly one {old!r}: adapt the edit in {__name__}")
         source = source.replace(old, new)
     scope: dict[str, Any] = {}
     exec(
