@@ -78,7 +78,7 @@ def test_r28_train_resume_and_delete_are_refused_while_a_run_is_in_use(tmp_path,
 
 
 @pytest.mark.slow
-def test_r28_two_commands_in_one_folder(tmp_path, holder):
+def test_r28_two_commands_in_one_folder(tmp_path):
     """The second command ends with status 2 before it loads a model, and names the first."""
     from tests.pipeline.tiny_folder import build_model_folder, write_rows
 
@@ -86,8 +86,14 @@ def test_r28_two_commands_in_one_folder(tmp_path, holder):
     rows = write_rows(tmp_path / "chat.jsonl", "pocket/chat", 8)
     command = [sys.executable, "-m", "burnish", "sft", "--model", str(tmp_path / "model"), "--data", str(rows)]
     command += ["--output-dir", str(tmp_path), "--run-name", "old"]
+    hold = HOLD.replace('"name": "old"', '"name": "sft"')  # a verb's recipe is called after its kind
+    child = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "held\n"
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and f"in use by process {holder.pid}" in done.stderr, done.stderr
+    child.kill()
+    child.wait()
+    assert done.returncode == 2 and f"in use by process {child.pid}" in done.stderr, done.stderr
+    assert "attention" not in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------ R-39
