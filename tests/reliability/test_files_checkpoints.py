@@ -173,6 +173,23 @@ def test_r34_a_failed_row_is_written_again(calm, tmp_path):
         assert finish(build_job(stage, resume=True)) == calm[1]
 
 
+def test_r34_a_step_whose_rows_are_not_all_written_is_not_saved(calm, tmp_path):
+    """Something fails between a step's row in metrics.jsonl and its row in timing.jsonl."""
+    job, rows = build_job(tmp_path), []
+
+    def sink(row) -> None:
+        rows.append(row)
+        if len(rows) == 7:
+            raise ValueError("boom")
+
+    job.sinks = (sink,)
+    with pytest.raises(ValueError, match="boom"):
+        finish(job)
+    assert finish(build_job(tmp_path, resume=True)) == calm[1]
+    steps = [row["step"] for row in read_metrics(tmp_path / "timing.jsonl")[0]]
+    assert steps == list(range(1, STEPS + 1))
+
+
 def test_r34_an_evaluation_that_was_cut_off_is_made_up_for(calm, tmp_path, monkeypatch):
     from burnish.engine import loop
 

@@ -208,6 +208,22 @@ def test_r38_a_run_folder_removed_during_the_run(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_r38_a_stage_folder_replaced_during_the_run(tmp_path):
+    """An empty folder of the same name is not the run's: its rows would be missing there."""
+    stage = tmp_path / "01-sft"
+    job = build_job(stage)
+
+    def replace(step: int, figures: object, seconds: float) -> None:
+        if step == 3:
+            shutil.rmtree(stage)
+            stage.mkdir()
+
+    job.on_step = replace
+    with pytest.raises(ResourceError, match=r"metrics\.jsonl"):
+        finish(job)
+    assert not list(stage.iterdir())
+
+
 def open_as_nobody(root: Path, name: str) -> str:
     """What `RunFolder.open` says in a process of another user (root ignores modes)."""
     read, write = os.pipe()
