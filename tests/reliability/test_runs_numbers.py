@@ -15,6 +15,7 @@ import torch
 
 from burnish import faults
 from burnish.artifacts.checkpoints import list_checkpoints
+from burnish.engine import step
 from burnish.engine.loop import Trainer
 from burnish.errors import NumericStop
 from burnish.track.metrics import read_metrics
@@ -86,20 +87,21 @@ def test_r05_nan_and_inf_at_every_place_of_every_stage(tmp_path, fault, name, pl
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 2, 3])
 @pytest.mark.parametrize("name", PLACES)
-def test_r05_so_many_bad_steps_in_a_row_stop(tmp_path, fault, name, limit):
+def test_r05_so_many_bad_steps_in_a_row_stop(tmp_path, monkeypatch, name, limit):
     """R-05: n in a row: exit 4, a remedy, the last good state saved; good steps between reset the count."""
     good = compute_state(train(tmp_path / "good", name, 2))
     job = make_job(tmp_path / "bad", name, held_out=0, **(OPTIONS | {"max_bad_steps": limit}))
     trainer = Trainer(job)
-    step = trainer._gradient
+    finish = step._finish_gradients
 
-    def spoil(data):
-        found = step(data)
-        if trainer.state.counters.step >= 2:
-            next(p for p in trainer.parameters if p.grad is not None).grad.view(-1)[0] = float("inf")  # pyright: ignore
-        return found
+    def spoil(ctx: step.StepContext) -> torch.Tensor:
+        norm = finish(ctx)
+        if trainer.state.counters.step < 2:
+            return norm
+        next(p.grad for p in trainer.parameters if p.grad is not None).view(-1)[0] = float("inf")
+        return norm * float("inf")
 
-    trainer._gradient = spoil  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(step, "_finish_gradients", spoil)
     with pytest.raises(NumericStop) as caught:
         trainer.run()
     assert caught.value.exit_code == 4 and caught.value.remedy
