@@ -171,7 +171,7 @@ DEFECTS: dict[str, Defect] = {
         "a second run enters a folder that is in use",
         "burnish.artifacts.lock:RunLock.acquire",
         (("if not _take(fd) or self._held_elsewhere(fd):", "if False:"),),
-        ("tests/artifacts/test_lock.py::test_the_second_is_refused_with_pid_host_and_start",),
+        ("tests/artifacts/test_lock.py::test_r28_the_second_is_refused_with_pid_host_and_start",),
     ),
     "deletion_follows_links": Defect(
         "`runs delete` follows a link out of the runs folder",
