@@ -78,7 +78,7 @@ def find_grouped(plan: AttentionPlan, heads: int, kv_heads: int) -> GroupedRow |
     """The row as batches of short groups; None where walking its segments is cheaper. Cached across layers."""
     key = (heads, kv_heads)
     if key not in plan.grouped:
-        plan.grouped[key] = build_grouped(plan, heads, kv_heads) if is_worth_it(plan) else None
+        plan.grouped[key] = build_grouped(plan, heads, kv_heads) if not plan.walk and is_worth_it(plan) else None
     return plan.grouped[key]
 
 

@@ -40,6 +40,7 @@ class AttentionPlan:
         kept: The last layer returned the rows of `keep` only.
         calls: Layers that used this plan (the self-check counts them).
         block_masks: The flex backend's masks, by window and device; cached across layers.
+        walk: Take the row segment by segment even where its groups are short (the self-check looks at both ways).
         grouped: The row as batches of short groups (`core.group_attention`), by numbers of heads; cached across layers.
     """
 
@@ -50,6 +51,7 @@ class AttentionPlan:
     kept: bool = False
     calls: int = 0
     block_masks: dict[tuple, Any] = field(default_factory=dict, repr=False)
+    walk: bool = False
     grouped: dict[tuple[int, int], GroupedRow | None] = field(default_factory=dict, repr=False)
     _masks: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
 
