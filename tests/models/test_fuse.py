@@ -55,11 +55,12 @@ def _agree(policies: tuple[Policy, Policy], seed: int = 0, limit: float = 1e-5) 
 @pytest.mark.parametrize("grouped", [True, False])
 def test_every_gradient_equals_the_modules(family: str, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With short groups in batches, and segment by segment."""
+    pair = _pair(family)
     find, taken = block.find_grouped, []
     monkeypatch.setattr(
         block, "find_grouped", lambda *args: taken.append(find(*args)) or (taken[-1] if grouped else None)
     )
-    _agree(_pair(family))
+    _agree(pair)
     assert family.endswith("window") or (taken and all(row is not None for row in taken))
 
 
