@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.forkserver import ForkServer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -46,3 +49,36 @@ def _one_thread() -> None:
     except ImportError:
         return
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ForkServer]:
+    """Forks a child for each command; started by the first test that asks for it."""
+    found = ForkServer()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model/ (tiny), chat.jsonl and pairs.jsonl (24 rows each); not to be changed."""
+    from tests.pipeline.tiny_folder import build_model_folder, write_rows
+
+    folder = tmp_path_factory.mktemp("inputs")
+    build_model_folder(folder / "model")
+    write_rows(folder / "chat.jsonl", "pocket/chat", 24)
+    write_rows(folder / "pairs.jsonl", "pocket/preferences", 24)
+    return folder
+
+
+@pytest.fixture
+def arm_fault(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Arms one fault of `burnish.faults` in this process until the test ends; "" disarms."""
+    from burnish import faults
+
+    def arm(spec: str) -> None:
+        monkeypatch.setattr(faults, "_SPEC", spec)
+        monkeypatch.setattr(faults, "_ACTIVE", bool(spec))
+        faults._SEEN.clear()
+
+    return arm

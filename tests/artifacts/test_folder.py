@@ -24,6 +24,7 @@ from burnish.artifacts.folder import (
     write_file,
 )
 from burnish.errors import ResourceError, UsageError
+from tests.artifacts.damage import DAMAGES, damage
 
 FILES = {
     "model.safetensors": b"weights" * 3000,
@@ -43,35 +44,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def damage(folder: Path, name: str, how: str) -> None:
-    path = folder / name
-    raw = path.read_bytes()
-    if how == "truncate":
-        path.write_bytes(raw[:-1])
-    elif how == "flip":
-        middle = len(raw) // 2
-        path.write_bytes(raw[:middle] + bytes([raw[middle] ^ 1]) + raw[middle + 1 :])
-    elif how == "delete":
-        path.unlink()
-    elif how == "zero":
-        path.write_bytes(b"\0" * len(raw))
-    elif how == "stray":
-        (path.parent / (path.name + ".bak")).write_bytes(raw)
-    elif how == "swap":
-        other = folder / next(n for n in [*FILES, MANIFEST] if n != name)
-        spare = folder / "spare"
-        path.rename(spare), other.rename(path), spare.rename(other)
-    elif how == "empty":
-        path.write_bytes(b"")
-
-
-@pytest.mark.parametrize("how", ["truncate", "flip", "delete", "zero", "stray", "swap", "empty"])
+@pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
 def test_r03_every_damage_to_every_file_is_found_and_named(tmp_path, name, how):
     final = tmp_path / "checkpoint-1"
     write(final, FILES)
     assert verify_folder(final).meta == {"step": 1}
-    damage(final, name, how)
+    damage(final, name, how, [*FILES, MANIFEST])
     with pytest.raises(DamagedFolder) as found:
         verify_folder(final)
     first_line = str(found.value).splitlines()[0]
@@ -108,9 +87,9 @@ def test_r03_links_and_empty_folders(tmp_path):
 def test_sizes_only_is_faster_and_says_less(tmp_path):
     final = tmp_path / "c"
     write(final, FILES)
-    damage(final, "model.safetensors", "flip")
+    damage(final, "model.safetensors", "flip", FILES)
     verify_folder(final, sizes_only=True)
-    damage(final, "model.safetensors", "truncate")
+    damage(final, "model.safetensors", "truncate", FILES)
     with pytest.raises(DamagedFolder, match=r"20,999 bytes instead of 21,000"):
         verify_folder(final, sizes_only=True)
 

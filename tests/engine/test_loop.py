@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from burnish import faults
 from burnish.artifacts.checkpoints import list_checkpoints
 from burnish.config.stages import DpoSettings, SftSettings
 from burnish.engine.job import TrainJob
@@ -56,26 +55,16 @@ def finish(job: TrainJob) -> tuple[str, bytes]:
     return digest(job), (job.stage_dir / "metrics.jsonl").read_bytes()
 
 
-@pytest.fixture
-def fault(monkeypatch: pytest.MonkeyPatch):
-    def arm(spec: str) -> None:
-        monkeypatch.setattr(faults, "_SPEC", spec)
-        monkeypatch.setattr(faults, "_ACTIVE", bool(spec))
-        faults._SEEN.clear()
-
-    return arm
-
-
 @pytest.mark.parametrize("name", ["sft", "sigmoid", "coupled"])
 @pytest.mark.parametrize("step", [1, 4, 7, 10])
-def test_s1_11_a_resumed_stage_ends_with_the_same_bits(tmp_path, name, step, fault):
+def test_s1_11_a_resumed_stage_ends_with_the_same_bits(tmp_path, name, step, arm_fault):
     """S1-11, S4-05: stopped after any step and resumed = never stopped: parameters and metrics byte for byte."""
     expected = finish(make_job(tmp_path / "a", name, eval_steps=2))
-    fault(f"loop.after_step:{step}:raise")
+    arm_fault(f"loop.after_step:{step}:raise")
     job = make_job(tmp_path / "b", name, eval_steps=2)
     with pytest.raises(RuntimeError, match="fault injected"):
         run_training(job)
-    fault("")
+    arm_fault("")
     resumed = make_job(tmp_path / "b", name, eval_steps=2)
     resumed.resume = True
     assert finish(resumed) == expected
@@ -97,12 +86,12 @@ def test_t37_global_random_state_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["step.nan_loss", "step.nan_logprobs", "step.nan_gradient"])
-def test_r05_a_nan_changes_no_parameter(tmp_path, place, fault):
+def test_r05_a_nan_changes_no_parameter(tmp_path, place, arm_fault):
     """R-05, T-30: the step is skipped and logged with its rows; parameters, moments and schedule stay."""
     job = make_job(tmp_path / "a", num_train_epochs=1.0, max_steps=3)
     seen: list[str] = []
     job.on_step = lambda step, figures, seconds: seen.append(digest(job))
-    fault(f"{place}:2:nan")
+    arm_fault(f"{place}:2:nan")
     outcome = run_training(job)
     rows = read_metrics(tmp_path / "a" / "metrics.jsonl")[0]
     assert (outcome.steps, outcome.updates) == (3, 2)
@@ -131,8 +120,8 @@ def test_r05_three_bad_steps_in_a_row_stop_with_the_last_good_state(tmp_path):
     assert [c.step for c in list_checkpoints(tmp_path / "a")] == [3]
 
 
-def test_max_bad_steps_one_stops_at_the_first(tmp_path, fault):
-    fault("step.nan_loss:2:nan")
+def test_max_bad_steps_one_stops_at_the_first(tmp_path, arm_fault):
+    arm_fault("step.nan_loss:2:nan")
     with pytest.raises(NumericStop):
         run_training(make_job(tmp_path / "a", max_bad_steps=1))
 

@@ -8,9 +8,9 @@ import burnish
 from burnish.errors import ConfigError
 
 
-def test_train_gives_a_stage_and_its_result(tmp_path, tiny_inputs):
+def test_train_gives_a_stage_and_its_result(tmp_path, inputs):
     stage = burnish.train(
-        "sft", model=str(tiny_inputs / "model"), data=str(tiny_inputs / "chat.jsonl"), max_steps=2, batch_size=2,
+        "sft", model=str(inputs / "model"), data=str(inputs / "chat.jsonl"), max_steps=2, batch_size=2,
         output_dir=tmp_path, run_name="one",
     )  # fmt: skip
     assert stage.state == "done"

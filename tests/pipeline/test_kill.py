@@ -11,13 +11,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.forkserver import ForkServer
-from tests.pipeline.tiny_folder import build_model_folder, write_rows
 
 # Where a run is killed: a fault point and its n-th passing, or the n-th call of a function ("before" it or "after" it).
 # "A > B": killed at A, and the continued run at B. All of them are reached by every method.
@@ -62,22 +60,6 @@ REFERENCE = [
     "folder.fsync_parent:1 > burnish.pipeline.reference:attach_table:1:before",
 ]
 FEW = POINTS[1::4]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    found = ForkServer()
-    yield found
-    found.close()
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    build_model_folder(folder / "model")
-    write_rows(folder / "chat.jsonl", "pocket/chat", 24)
-    write_rows(folder / "pairs.jsonl", "pocket/preferences", 24)
-    return folder
 
 
 def build_command(inputs: Path, kind: str, lora: bool, out: Path) -> list[str]:

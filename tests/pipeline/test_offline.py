@@ -21,12 +21,12 @@ QUIET = (
 )
 
 
-def test_r10_no_connection_and_no_look_up(tmp_path, tiny_inputs):
+def test_r10_no_connection_and_no_look_up(tmp_path, inputs):
     """R-10, T-37: sft → reward → dpo → evaluate with sockets refused and no offline switch set: zero attempts."""
     record = tmp_path / "attempts"
     env = {k: v for k, v in os.environ.items() if k not in QUIET}
     env |= {"PYTHONPATH": PATHS, "BURNISH_NETWORK_RECORD": str(record), "OMP_NUM_THREADS": "1"}
-    recipe = write_recipe(tmp_path, tiny_inputs)
+    recipe = write_recipe(tmp_path, inputs)
     command = [sys.executable, "-m", "burnish", "run", str(recipe)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

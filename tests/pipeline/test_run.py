@@ -46,17 +46,17 @@ def states(folder: Path) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    assert main(["run", str(write_recipe(folder, tiny_inputs))]) == 0
+    assert main(["run", str(write_recipe(folder, inputs))]) == 0
     return folder
 
 
 @pytest.fixture
-def run(finished: Path, tiny_inputs: Path, tmp_path: Path) -> Path:
+def run(finished: Path, inputs: Path, tmp_path: Path) -> Path:
     """A copy of the finished run, with its recipe pointing to the copy."""
     shutil.copytree(finished, tmp_path / "copy")
-    write_recipe(tmp_path / "copy", tiny_inputs)
+    write_recipe(tmp_path / "copy", inputs)
     return tmp_path / "copy"
 
 
@@ -109,7 +109,7 @@ def test_the_same_command_again_skips_everything(run):
     assert states(run) == before
 
 
-def test_r18_a_changed_stage_runs_again_with_all_behind_it(run, tiny_inputs):
+def test_r18_a_changed_stage_runs_again_with_all_behind_it(run, inputs):
     """R-18, R-30: what is replaced goes to superseded/; what does not depend on it stays."""
     before = states(run)
     assert main(["run", str(run / "small.yaml"), "dpo.beta=0.3"]) == 0
@@ -163,15 +163,15 @@ def test_a_damaged_result_is_made_again(run):
     assert (run / "runs" / "small" / "superseded" / "01-sft.1").is_dir()
 
 
-def test_another_recipe_in_the_folder_is_refused(run, tiny_inputs, capfd):
-    other = write_recipe(run, tiny_inputs, name="other", run_name="small")
+def test_another_recipe_in_the_folder_is_refused(run, inputs, capfd):
+    other = write_recipe(run, inputs, name="other", run_name="small")
     assert main(["run", str(other)]) == 2
     assert "another recipe" in capfd.readouterr().err
 
 
-def test_s1_01_a_dry_run_touches_nothing(tmp_path, tiny_inputs, capsys):
+def test_s1_01_a_dry_run_touches_nothing(tmp_path, inputs, capsys):
     """S1-01, S1-18: the plan in numbers; no output folder."""
-    recipe = write_recipe(tmp_path, tiny_inputs)
+    recipe = write_recipe(tmp_path, inputs)
     assert main(["run", str(recipe), "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert "effective batch 4 examples" in text
@@ -180,13 +180,13 @@ def test_s1_01_a_dry_run_touches_nothing(tmp_path, tiny_inputs, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_s1_02_one_failing_model_does_not_stop_the_rest(tmp_path, tiny_inputs, capfd):
+def test_s1_02_one_failing_model_does_not_stop_the_rest(tmp_path, inputs, capfd):
     """S1-02: several models in sequence; the exit status is the first failure's."""
     broken = tmp_path / "broken"
-    shutil.copytree(tiny_inputs / "model", broken)
+    shutil.copytree(inputs / "model", broken)
     (broken / "model.safetensors").write_bytes(b"not weights")
-    stages = [{"kind": "sft", "data": str(tiny_inputs / "chat.jsonl")}]
-    recipe = write_recipe(tmp_path, tiny_inputs, models=[str(broken), str(tiny_inputs / "model")], stages=stages)
+    stages = [{"kind": "sft", "data": str(inputs / "chat.jsonl")}]
+    recipe = write_recipe(tmp_path, inputs, models=[str(broken), str(inputs / "model")], stages=stages)
     data = yaml.safe_load(recipe.read_text())
     del data["model"]
     recipe.write_text(yaml.safe_dump(data))
@@ -198,33 +198,33 @@ def test_s1_02_one_failing_model_does_not_stop_the_rest(tmp_path, tiny_inputs, c
     assert main(["run", str(recipe), "--model-index", "5"]) == 2
 
 
-def test_s2_06_a_missing_stage_is_named_before_anything_is_loaded(tmp_path, tiny_inputs, capfd):
+def test_s2_06_a_missing_stage_is_named_before_anything_is_loaded(tmp_path, inputs, capfd):
     """S2-06: init_from of a stage that nobody makes: exit 2 with the names there are."""
-    stages = [{"kind": "dpo", "init_from": "sfd", "data": str(tiny_inputs / "pairs.jsonl")}]
-    assert main(["run", str(write_recipe(tmp_path, tiny_inputs, stages=stages))]) == 2
+    stages = [{"kind": "dpo", "init_from": "sfd", "data": str(inputs / "pairs.jsonl")}]
+    assert main(["run", str(write_recipe(tmp_path, inputs, stages=stages))]) == 2
     assert "sfd" in capfd.readouterr().err
 
 
-def test_s0_27_the_same_seed_gives_the_same_bits(tmp_path, tiny_inputs):
+def test_s0_27_the_same_seed_gives_the_same_bits(tmp_path, inputs):
     """S0-27, R-12: two folders, one seed: equal weights; another seed: other weights."""
     digests = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         (tmp_path / name).mkdir()
-        stages = [{"kind": "sft", "data": str(tiny_inputs / "chat.jsonl")}]
-        assert main(["run", str(write_recipe(tmp_path / name, tiny_inputs, stages=stages, seed=seed))]) == 0
+        stages = [{"kind": "sft", "data": str(inputs / "chat.jsonl")}]
+        assert main(["run", str(write_recipe(tmp_path / name, inputs, stages=stages, seed=seed))]) == 0
         final = tmp_path / name / "runs" / "small" / "01-sft" / "final" / "model.safetensors"
         digests.append(final.read_bytes())
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_s2_05_stages_take_disjoint_slices(tmp_path, tiny_inputs):
+def test_s2_05_stages_take_disjoint_slices(tmp_path, inputs):
     """S2-05: an SFT slice and a reward slice of one source share no prompt."""
     from burnish.config.stages import RewardSettings, SftSettings
     from burnish.data.prepare import prepare_data
     from burnish.data.tokenizer import TextTokenizer
 
-    tokenizer = TextTokenizer.load(str(tiny_inputs / "model"))
-    data = str(tiny_inputs / "pairs.jsonl")
+    tokenizer = TextTokenizer.load(str(inputs / "model"))
+    data = str(inputs / "pairs.jsonl")
     first = prepare_data(SftSettings(data=data, slice_share=0.5), tokenizer)
     second = prepare_data(RewardSettings(data=data, slice_share=0.5, slice_offset=0.5), tokenizer)
     rows = [{g.prompt.tobytes() for g in p.train} for p in (first, second)]
@@ -232,13 +232,13 @@ def test_s2_05_stages_take_disjoint_slices(tmp_path, tiny_inputs):
 
 
 @pytest.mark.dist
-def test_two_processes_give_the_same_stage(tmp_path, tiny_inputs):
+def test_two_processes_give_the_same_stage(tmp_path, inputs):
     """R-23: --num-processes 2 ends with the parameters of one process up to rounding, and one ledger."""
     finals = []
     for name, extra in (("one", []), ("two", ["--num-processes", "2"])):
         (tmp_path / name).mkdir()
-        stages = [{"kind": "dpo", "data": str(tiny_inputs / "pairs.jsonl")}]
-        recipe = write_recipe(tmp_path / name, tiny_inputs, stages=stages)
+        stages = [{"kind": "dpo", "data": str(inputs / "pairs.jsonl")}]
+        recipe = write_recipe(tmp_path / name, inputs, stages=stages)
         command = [sys.executable, "-m", "burnish", "run", str(recipe), *extra]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-3000:]

@@ -14,6 +14,7 @@ from burnish.artifacts.folder import MANIFEST, clean_leftovers, write_file
 from burnish.engine import checkpoint as checkpoint_module
 from burnish.errors import ResourceError
 from burnish.track.metrics import read_metrics
+from tests.artifacts.damage import DAMAGES, damage
 from tests.reliability.stages import STEPS, build_job, copy_until, finish, read_tree
 
 FILES = (
@@ -24,7 +25,6 @@ FILES = (
     "timing.tail",
     MANIFEST,
 )
-DAMAGES = ("truncate", "flip", "delete", "zero", "stray", "swap", "empty")
 CASES = [(name, how) for name in FILES for how in DAMAGES]
 FEW = [("model.safetensors", "flip"), (MANIFEST, "empty"), ("state.json", "swap")]
 
@@ -36,30 +36,10 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, byt
     return folder, finish(build_job(folder))
 
 
-def damage(folder: Path, name: str, how: str) -> None:
-    path, raw = folder / name, (folder / name).read_bytes()
-    if how == "truncate":
-        path.write_bytes(raw[:-1])
-    elif how == "flip":
-        middle = len(raw) // 2
-        path.write_bytes(raw[:middle] + bytes([raw[middle] ^ 1]) + raw[middle + 1 :])
-    elif how == "delete":
-        path.unlink()
-    elif how == "zero":
-        path.write_bytes(b"\0" * len(raw))
-    elif how == "stray":
-        path.with_name(name + ".bak").write_bytes(raw)
-    elif how == "swap":
-        other, spare = folder / next(n for n in FILES if n != name), folder / "spare"
-        path.rename(spare), other.rename(path), spare.rename(other)
-    else:
-        path.write_bytes(b"")
-
-
 def check_damage(calm, tmp_path: Path, name: str, how: str, monkeypatch, caplog) -> None:
     source, expected = calm
     stage = copy_until(source, tmp_path / "stage", 6)
-    damage(stage / "checkpoint-6", name, how)
+    damage(stage / "checkpoint-6", name, how, FILES)
     loaded: list[str] = []
     real = checkpoint_module.load_tensors
 
@@ -75,7 +55,7 @@ def check_damage(calm, tmp_path: Path, name: str, how: str, monkeypatch, caplog)
     assert len(said) == 1 and "\n" not in said[0] and "checkpoint-3 is used instead" in said[0]
     assert name in said[0] or how in ("swap", "stray")
     alone = copy_until(source, tmp_path / "alone", 3)
-    damage(alone / "checkpoint-3", name, how)
+    damage(alone / "checkpoint-3", name, how, FILES)
     before = read_tree(alone)
     with pytest.raises(ResourceError, match="damaged") as caught:
         finish(build_job(alone, resume=True))

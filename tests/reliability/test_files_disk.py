@@ -316,13 +316,6 @@ def test_disk_failures_are_known_through_any_library(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def server():
-    found = ForkServer()
-    yield found
-    found.close()
-
-
-@pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.pipeline.tiny_folder import build_model_folder, write_rows
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from burnish import faults
 from burnish.artifacts.checkpoints import list_checkpoints
 from burnish.engine import step
 from burnish.engine.loop import Trainer
@@ -24,16 +23,6 @@ from tests.pipeline.test_kill import build_command, compute_digest, run_until_do
 
 PLACES = {"sft": "logprobs", "reward": "scores", "sigmoid": "logprobs", "coupled": "logprobs"}
 OPTIONS: dict[str, Any] = {"num_train_epochs": 4.0, "lr_scheduler_type": "constant", "save_steps": 1000}
-
-
-@pytest.fixture
-def fault(monkeypatch: pytest.MonkeyPatch):
-    def arm(spec: str) -> None:
-        monkeypatch.setattr(faults, "_SPEC", spec)
-        monkeypatch.setattr(faults, "_ACTIVE", bool(spec))
-        faults._SEEN.clear()
-
-    return arm
 
 
 def compute_state(trainer: Trainer) -> str:
@@ -55,11 +44,11 @@ def train(folder: Path, name: str, steps: int, **options: Any) -> Trainer:
     return trainer
 
 
-def check_bad_step(tmp_path: Path, fault, name: str, place: str, number: str) -> None:
+def check_bad_step(tmp_path: Path, arm_fault, name: str, place: str, number: str) -> None:
     """State after [good, bad] == state after [good]; the bad step is logged with its rows and terms."""
-    fault("")
+    arm_fault("")
     good = compute_state(train(tmp_path / "good", name, 1))
-    fault(f"step.nan_{place}:2:{number}")
+    arm_fault(f"step.nan_{place}:2:{number}")
     bad = train(tmp_path / "bad", name, 2)
     assert compute_state(bad) == good
     rows = read_metrics(tmp_path / "bad" / "metrics.jsonl")[0]
@@ -70,18 +59,18 @@ def check_bad_step(tmp_path: Path, fault, name: str, place: str, number: str) ->
     assert (bad.state.counters.step, bad.state.counters.updates, bad.state.counters.bad_steps) == (2, 1, 1)
 
 
-def test_r05_one_bad_log_prob_of_a_method_with_state(tmp_path, fault):
+def test_r05_one_bad_log_prob_of_a_method_with_state(tmp_path, arm_fault):
     """R-05: parameters, moments, schedule and the controller of a coupled loss stay."""
-    check_bad_step(tmp_path, fault, "coupled", "logprobs", "nan")
+    check_bad_step(tmp_path, arm_fault, "coupled", "logprobs", "nan")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", ["nan", "inf"])
 @pytest.mark.parametrize("place", ["loss", "outputs", "gradient"])
 @pytest.mark.parametrize("name", PLACES)
-def test_r05_nan_and_inf_at_every_place_of_every_stage(tmp_path, fault, name, place, number):
+def test_r05_nan_and_inf_at_every_place_of_every_stage(tmp_path, arm_fault, name, place, number):
     """R-05: loss, log-probs or scores, gradient × sft, reward, dpo, coupled × NaN, Inf: nothing changes."""
-    check_bad_step(tmp_path, fault, name, PLACES[name] if place == "outputs" else place, number)
+    check_bad_step(tmp_path, arm_fault, name, PLACES[name] if place == "outputs" else place, number)
 
 
 @pytest.mark.slow

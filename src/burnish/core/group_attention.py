@@ -94,27 +94,26 @@ def is_worth_it(plan: AttentionPlan) -> bool:
 def build_grouped(plan: AttentionPlan, heads: int, kv_heads: int) -> GroupedRow:
     """The indices of `GroupedRow` for a packed row."""
     width = heads + 2 * kv_heads
-    gathered, queries, spare, batches = [], [], [], []
-    first = placed = 0
+    gathered, queries, real, batches = [], [], [], []
+    first = 0
     for groups in _cut(plan.layout.groups, heads):
         length = _round(max(g.end - g.start for g in groups))
         starts = np.array([g.start for g in groups])
         own = np.array([g.end - g.start for g in groups])
         offset = np.arange(length)
-        real = offset < own[:, None]  # (B, L)
-        token = np.where(real, starts[:, None] + offset, starts[:, None])
+        held = offset < own[:, None]  # (B, L): a token, not padding
+        token = np.where(held, starts[:, None] + offset, starts[:, None])
         parts = (range(heads), range(heads, heads + kv_heads), range(heads + kv_heads, width))
         gathered += [(token[:, None] * width + np.array(part)[None, :, None]).ravel() for part in parts]
         queries.append((token[:, None] * heads + np.arange(heads)[None, :, None]).ravel())
-        hidden = np.broadcast_to(~real[:, None], (len(groups), heads, length)).ravel()
-        spare.append(placed + np.flatnonzero(hidden))
+        real.append([np.broadcast_to(held[:, None], (len(groups), len(part), length)).ravel() for part in parts])
         batches.append(GroupBatch(len(groups), length, first, _build_mask(groups, length)))
         first += len(groups) * width * length
-        placed += len(groups) * heads * length
-    gather, gather_out, padding = (np.concatenate(x) for x in (gathered, queries, spare))
-    total = plan.total
-    scatter = _invert(gather, total * width, _find_padding(batches, plan.layout.groups, heads, kv_heads))
-    scatter_out = _invert(gather_out, total * heads, padding)
+    gather, gather_out = np.concatenate(gathered), np.concatenate(queries)
+    real_out = np.concatenate([of_queries for of_queries, *_ in real])
+    scatter = _invert(gather, np.concatenate([x for batch in real for x in batch]), plan.total * width)
+    scatter_out = _invert(gather_out, real_out, plan.total * heads)
+    padding = np.flatnonzero(~real_out)
     return GroupedRow(
         tuple(batches), *(torch.from_numpy(x) for x in (gather, scatter, gather_out, scatter_out, padding))
     )
@@ -228,25 +227,8 @@ def _build_mask(groups: Sequence[GroupSpan], length: int) -> Tensor:
     return torch.from_numpy(np.where(seen, np.float32(0), np.float32("-inf")))
 
 
-def _find_padding(batches: Sequence[GroupBatch], groups: Sequence[GroupSpan], heads: int, kv_heads: int) -> np.ndarray:
-    """Gathered rows that stand for no token."""
-    found = []
-    for batch, members in zip(batches, _cut(groups, heads), strict=True):
-        own = np.array([g.end - g.start for g in members])
-        hidden = np.arange(batch.length) >= own[:, None]
-        start = batch.first
-        for n in (heads, kv_heads, kv_heads):
-            every = np.broadcast_to(hidden[:, None], (batch.count, n, batch.length)).ravel()
-            found.append(start + np.flatnonzero(every))
-            start += every.size
-    return np.concatenate(found)
-
-
-def _invert(gather: np.ndarray, count: int, padding: np.ndarray) -> np.ndarray:
-    """The place of each of `count` rows in a gathered tensor."""
-    places = np.arange(len(gather))
-    real = np.ones(len(gather), dtype=np.bool_)
-    real[padding] = False
+def _invert(gather: np.ndarray, real: np.ndarray, count: int) -> np.ndarray:
+    """The place of each of `count` rows in a gathered tensor; where not `real`, a place stands for no row."""
     out = np.empty(count, dtype=np.int64)
-    out[gather[real]] = places[real]
+    out[gather[real]] = np.flatnonzero(real)
     return out
