@@ -109,7 +109,7 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("functional", [False, True])
 def test_s4_30_no_logits_of_all_positions_exist(functional: bool) -> None:
-    positions, vocabulary = 3000, 4000
+    positions, vocabulary = 6000, 4000  # more products than are kept for backward
     hidden = torch.randn(positions, 4, requires_grad=True)
     weight = torch.randn(vocabulary, 4, requires_grad=True)
     targets = torch.randint(0, vocabulary, (positions,))
@@ -221,3 +221,37 @@ def test_a_head_that_must_be_called() -> None:
     found = torch.autograd.grad(_weigh(out["logprobs"]), [hidden, module.weight])
     expected = torch.autograd.grad(_weigh(logprobs), [hidden, module.weight])
     assert all((a - b).norm() <= 1e-11 * b.norm() for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_kept_products_change_no_bit(dtype, transform, monkeypatch) -> None:
+    """Products kept for backward, or multiplied again where they are too many: the same numbers."""
+
+    def run(keep: int) -> list[Tensor]:
+        hidden, weight, bias, targets = _draw(dtype, bias=True)
+        with _tiles(monkeypatch, 700, 9), monkeypatch.context() as patch:
+            patch.setattr(head, "_KEEP", keep)
+            found = compute_token_logprobs(
+                hidden, weight, targets, bias=bias, transform=transform, want_entropy=True, temperature=0.7
+            )
+            (_weigh(found["logprobs"]) + found["entropy"].sum()).backward()
+        return [*found.values(), hidden.grad, weight.grad, bias.grad]
+
+    kept, again = run(1 << 30), run(0)
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+
+
+def test_products_are_kept_only_for_a_backward_pass(monkeypatch) -> None:
+    """And never more than the limit, whatever the number of positions."""
+    made: list[int] = []
+    reserve = head._reserve
+    monkeypatch.setattr(head, "_reserve", lambda *args: made.append(reserve(*args) is not None) or reserve(*args))
+    hidden, weight, _, targets = _draw(torch.float32)
+    compute_token_logprobs(hidden, weight, targets)
+    with torch.no_grad():
+        compute_token_logprobs(hidden, weight, targets)
+    compute_token_logprobs(hidden, weight.detach(), targets)
+    monkeypatch.setattr(head, "_KEEP", S * V * 4 - 1)
+    compute_token_logprobs(hidden, weight, targets)
+    assert made == [True, False, False, False]

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from burnish.core import block
+from burnish.core import block, bmm_attention
 from burnish.models import fuse
 from burnish.models.fuse import fuse_blocks, split_blocks
 from burnish.models.policy import Policy
@@ -165,3 +165,18 @@ def test_replaced_modules_hooks_and_other_architectures_are_left_alone() -> None
     assert fuse_blocks(packing.build_model("gemma2")) == 0
     assert fuse_blocks(packing.build_model("granite")) == 0
     assert fuse_blocks(packing.build_model("llama", hidden_act="gelu")) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_probabilities_change_no_bit(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segment by segment: probabilities kept for backward or computed again."""
+    fused, _ = _pair(family)
+    monkeypatch.setattr(block, "find_grouped", lambda *args: None)
+    batch = packing.draw_batch(0)
+    kept, gradients = _outcome(fused, batch)
+    monkeypatch.setattr(bmm_attention, "_KEEP", 0)
+    again, others = _outcome(fused, batch)
+    assert torch.equal(kept, again)
+    for name, g in gradients.items():
+        other = others[name]
+        assert (g is None and other is None) or (g is not None and other is not None and torch.equal(g, other)), name

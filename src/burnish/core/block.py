@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from burnish.core.bmm_attention import attend, attend_backward, repeat_heads
+from burnish.core.bmm_attention import attend, attend_backward, may_keep, repeat_heads
 from burnish.core.group_attention import GroupedRow, attend_grouped, attend_grouped_backward, find_grouped
 from burnish.core.plan import AttentionPlan
 
@@ -33,6 +33,7 @@ class BlockSpec:
         window: Sliding window shorter than the row, or None.
         eps: Of the block's norm. head_eps: Of the norms of queries and keys.
         low: The compute type of matrix products.
+        keeps: A backward pass follows: the probabilities of attention may be kept for it.
     """
 
     heads: int
@@ -43,6 +44,7 @@ class BlockSpec:
     eps: float
     head_eps: float
     low: torch.dtype
+    keeps: bool = False
 
     @property
     def wide(self) -> torch.dtype:
@@ -68,12 +70,12 @@ class AttentionHalf(torch.autograd.Function):
         row = find_grouped(plan, spec.heads, spec.kv_heads) if spec.window is None else None
         if row is not None:
             rows = _build_rows(qkv, q_norm, k_norm, cos, sin, spec)
-            keeps = row.may_keep(spec.heads, spec.head_size)
+            keeps = spec.keeps and row.may_keep(spec.heads, spec.head_size)
             heads, kept = attend_grouped(rows, row, spec.heads, spec.kv_heads, keeps)
             heads = heads.to(spec.low)
         else:
-            kept = ()
-            heads = attend(*_operands(qkv, q_norm, k_norm, cos, sin, spec), plan, spec.window)
+            keeps = spec.keeps and may_keep(plan, spec.heads, spec.window)
+            heads, kept = attend(*_operands(qkv, q_norm, k_norm, cos, sin, spec), plan, spec.window, keeps)
         taken = F.linear(_rows(heads.flatten(1), keep), wo.to(spec.low), None if bo is None else bo.to(spec.low))
         weights = norm, wq, wk, wv, bq, bk, bv, q_norm, k_norm, wo, bo
         ctx.save_for_backward(x, rstd, qkv, heads, *weights, cos, sin, keep, *kept)
@@ -95,7 +97,7 @@ class AttentionHalf(torch.autograd.Function):
             d_qkv, d_qn, d_kn = _grouped_backward(qkv, kept, d_heads, q_norm, k_norm, cos, sin, ctx.row, spec)
         else:
             d_qkv, d_qn, d_kn = _operands_backward(
-                attend_backward(*_operands(qkv, q_norm, k_norm, cos, sin, spec), d_heads, ctx.plan, spec.window),
+                attend_backward(*_operands(qkv, q_norm, k_norm, cos, sin, spec), d_heads, ctx.plan, spec.window, kept),
                 qkv, q_norm, k_norm, cos, sin, spec,
             )  # fmt: skip
         d_weights: list[Tensor | None] = [None] * 3

@@ -4,14 +4,14 @@ PyTorch's flash kernel for the CPU multiplies its small bf16 blocks at about a t
 AVX-512 (measured: 116 against 80 ms forward and backward, 2,500 tokens, 8 heads of 64; fp32 about the same). Here every
 segment is walked in blocks of queries, each against the keys it sees. With bf16 inputs, scores and the gradients of
 probabilities are fp32 products and everything else bf16 products, as in the flash kernel. A block of scores lives in a buffer
-that is reused; backward recomputes it.
+that is reused; backward recomputes it, unless the caller asked for the probabilities of all blocks to be kept.
 
 Shapes: T tokens of the row, H query heads, N key/value heads, D head size, n queries of a block, m keys they see.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from burnish.core.plan import AttentionPlan, Segment
 
 _QUERIES = 128  # of a block at most: a segment of 256 then skips a quarter of its square
 _AREA = 1 << 23  # scores of a block at most
+_KEEP = 1 << 22  # probabilities that a layer may keep for backward instead of computing them again
 
 
 class PackedBmm(torch.autograd.Function):
@@ -39,7 +40,7 @@ class PackedBmm(torch.autograd.Function):
         if ctx.row is not None:
             rows = _token_rows(query, key, value, scale)
             return attend_grouped(rows, ctx.row, query.shape[1], key.shape[1])[0].to(value.dtype)[None]
-        return attend(*_operands(query, key, value, scale), plan, window)[None]
+        return attend(*_operands(query, key, value, scale), plan, window)[0][None]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -58,34 +59,49 @@ class PackedBmm(torch.autograd.Function):
         return dq_row.transpose(1, 2), _by_group(dk, key), _by_group(dv, value), None, None, None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: int | None = None) -> Tensor:
+def may_keep(plan: AttentionPlan, heads: int, window: int | None) -> bool:
+    """Whether the probabilities of a layer are few enough to be kept for backward."""
+    return _cut(plan, heads, window).area <= _KEEP
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: int | None = None, keep: bool = False
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Packed attention, forward.
 
     Args:
         q: (H, T, D) scaled queries, at least fp32. k: (H, T, D), the same type. v: (H, T, Dv) in the compute type.
             Grouped heads are repeated.
         window: A key is visible if its position is less than this many before the query's.
+        keep: Return what `attend_backward` would compute again.
 
     Returns:
-        (T, H, Dv) in the compute type.
+        (T, H, Dv) in the compute type, and each block's probabilities if they are to be kept.
     """
     heads, total, _ = q.shape
     row = v.new_empty(total, heads, v.shape[2])
     out = row.transpose(0, 1)
     work = _Work(plan, heads, v.dtype, window)
-    for segment in plan.segments:
+    kept: list[Tensor] = []
+    for segment, blocks in work.cut.segments:
         keys, values = _keys(segment, k), _keys(segment, v)
-        for block in work.blocks(segment):
-            p = work.probabilities(q[:, block.start : block.stop], keys, block)
+        for block in blocks:
+            p = work.probabilities(q[:, block.start : block.stop], keys, block, keep)
+            if keep:
+                kept.append(p)
             part = work.product(work.low(p), values[:, block.first : block.seen])
             out[:, block.start : block.stop] = part
-    return row
+    return row, tuple(kept)
 
 
 def attend_backward(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, plan: AttentionPlan, window: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, plan: AttentionPlan, window: int | None = None,
+    kept: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradient of `attend` for `grad` (T, H, Dv).
+
+    Args:
+        kept: The probabilities that `attend` returned, or none.
 
     Returns:
         d q (H, T, D) in the compute type; d k (H, T, D) and d v (H, T, Dv), at least fp32.
@@ -96,11 +112,12 @@ def attend_backward(
     dq = torch.empty_like(q_low)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v_wide)
     work = _Work(plan, heads, low, window)
-    for segment in plan.segments:
+    known = iter(kept)
+    for segment, blocks in work.cut.segments:
         keys, keys_low, values = (_keys(segment, x) for x in (k, k_low, v_wide))
-        for block in work.blocks(segment):
+        for block in blocks:
             rows, seen = slice(block.start, block.stop), slice(block.first, block.seen)
-            p = work.probabilities(q[:, rows], keys, block)
+            p = next(known) if kept else work.probabilities(q[:, rows], keys, block)
             _add_keys(dv, segment, block, torch.bmm(work.low(p).transpose(1, 2), g_low[:, rows]))
             ds = work.score_gradient(p, g_wide[:, rows], values[:, seen])
             dq[:, rows] = work.product(ds, keys_low[:, seen])
@@ -130,13 +147,47 @@ class _Block:
     hidden: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """The segments of a row with their blocks.
+
+    Attributes:
+        largest: Scores of the largest block, over all heads. area: Of all blocks.
+    """
+
+    segments: tuple[tuple[Segment, tuple[_Block, ...]], ...]
+    largest: int
+    area: int
+
+
+def _cut(plan: AttentionPlan, heads: int, window: int | None) -> _Cut:
+    """How the row is walked; cached across layers."""
+    key = (heads, window)
+    if key not in plan.blocks:
+        segments = tuple((segment, tuple(_cut_segment(segment, heads, window))) for segment in plan.segments)
+        areas = [heads * (b.stop - b.start) * (b.seen - b.first) for _, blocks in segments for b in blocks]
+        plan.blocks[key] = _Cut(segments, max(areas, default=0), sum(areas))
+    return plan.blocks[key]
+
+
+def _cut_segment(segment: Segment, heads: int, window: int | None) -> Iterator[_Block]:
+    own, before = segment.stop - segment.start, segment.prompt_stop - segment.prompt
+    most = min(_QUERIES, max(16, _AREA // (heads * (own + before))))
+    count = -(-own // most)
+    step = -(-own // count)
+    for a in range(0, own, step):
+        b = min(a + step, own)
+        reach = 0 if window is None else before + a - window + 1  # the oldest key that row a sees
+        hidden = b - a if window is None else max(0, -reach)
+        yield _Block(segment.start + a, segment.start + b, max(0, reach), before + b, hidden)
+
+
 class _Work:
-    """How a call is cut into blocks, and the buffers for scores, probabilities and products that all blocks reuse."""
+    """The buffers for scores, probabilities and products that all blocks of a call reuse."""
 
     def __init__(self, plan: AttentionPlan, heads: int, low: torch.dtype, window: int | None) -> None:
-        self._heads, self._window = heads, window
-        blocks = [block for segment in plan.segments for block in self.blocks(segment)]
-        area = heads * max(((b.stop - b.start) * (b.seen - b.first) for b in blocks), default=0)
+        self._heads, self.cut = heads, _cut(plan, heads, window)
+        area = self.cut.largest
         wide = torch.promote_types(low, torch.float32)
         self._scores, self._p = torch.empty(area, dtype=wide), torch.empty(area, dtype=wide)
         self._low = torch.empty(area, dtype=low) if low != wide else self._p
@@ -144,19 +195,8 @@ class _Work:
         self._future = plan.future_penalty(_QUERIES, wide)
         self._past = self._future.t() if window is not None else None
 
-    def blocks(self, segment: Segment) -> Iterator[_Block]:
-        own, before = segment.stop - segment.start, segment.prompt_stop - segment.prompt
-        most = min(_QUERIES, max(16, _AREA // (self._heads * (own + before))))
-        count = -(-own // most)
-        step = -(-own // count)
-        for a in range(0, own, step):
-            b = min(a + step, own)
-            reach = 0 if self._window is None else before + a - self._window + 1  # the oldest key that row a sees
-            hidden = b - a if self._window is None else max(0, -reach)
-            yield _Block(segment.start + a, segment.start + b, max(0, reach), before + b, hidden)
-
-    def probabilities(self, q: Tensor, keys: Tensor, block: _Block) -> Tensor:
-        """(H, n, m) softmax of q·k over the keys that the block sees; in a buffer."""
+    def probabilities(self, q: Tensor, keys: Tensor, block: _Block, keep: bool = False) -> Tensor:
+        """(H, n, m) softmax of q·k over the keys that the block sees; in a buffer, unless it is to be kept."""
         n, m = block.stop - block.start, block.seen - block.first
         scores = _shaped(self._scores, (self._heads, n, m))
         torch.bmm(q, keys[:, block.first : block.seen].transpose(1, 2), out=scores)
@@ -164,6 +204,8 @@ class _Work:
         if self._past is not None and block.hidden < n - 1:
             rows, width = n - block.hidden, min(n - block.hidden, m)
             scores[:, block.hidden :, :width] += self._past[:rows, :width]
+        if keep:
+            return torch.softmax(scores, -1)
         return torch.softmax(scores, -1, out=_shaped(self._p, (self._heads, n, m)))
 
     def score_gradient(self, p: Tensor, g: Tensor, values: Tensor) -> Tensor:

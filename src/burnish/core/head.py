@@ -2,7 +2,8 @@
 
 Log-probabilities and entropy walk the vocabulary in tiles (all rows × some columns), keeping a running log-sum-exp, so
 that the gradient of each weight row is one matrix product. Functionals need whole rows and walk blocks of positions.
-Neither ever holds a (positions, vocabulary) tensor.
+Neither ever holds a (positions, vocabulary) tensor, unless the products of all positions are few (64 MiB): then the tiles keep
+them for backward.
 
 Shapes: S positions, h hidden size, V vocabulary.
 """
@@ -22,6 +23,7 @@ from burnish.errors import UsageError
 BlockFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 _TILE = 1 << 21  # elements of a logits tile; 8 MB in fp32 stays in the last-level cache
 _ROWS = 4096  # positions of a tile at most
+_KEEP = 1 << 26  # bytes of products kept from forward to backward at most; more of them are computed again
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +145,8 @@ def compute_token_logprobs(
         frozen = not weight.requires_grad and not (bias is not None and bias.requires_grad)
         once = torch.is_grad_enabled() and hidden.requires_grad and frozen and not want_entropy
         once = once and transform.softcap is None
-        settings = _Tiling(transform, temperature, want_entropy, _compute_dtype(hidden, weight), once)
+        keep = torch.is_grad_enabled() and not once and (hidden.requires_grad or not frozen)
+        settings = _Tiling(transform, temperature, want_entropy, _compute_dtype(hidden, weight), once, keep)
         logprobs, entropy = _TiledHead.apply(hidden, weight, bias, targets, settings)  # type: ignore[misc]
         return {"logprobs": logprobs, "entropy": entropy} if want_entropy else {"logprobs": logprobs}
     wanted = ([_LOGPROBS] if want_logprobs else []) + ([ENTROPY] if want_entropy else []) + list(functionals)
@@ -184,6 +187,7 @@ class _Tiling:
         dtype: Of the matrix products. Everything else is in at least fp32.
         eager_gradient: The head is frozen: the forward pass also computes d log-prob / d hidden (one product more), and
             the backward pass none.
+        keep: A backward pass follows that wants the products again.
     """
 
     transform: LogitTransform
@@ -191,6 +195,7 @@ class _Tiling:
     want_entropy: bool
     dtype: torch.dtype
     eager_gradient: bool = False
+    keep: bool = False
 
     @property
     def wide(self) -> torch.dtype:
@@ -217,10 +222,18 @@ class _Tiling:
 
 
 class _Tiles:
-    """Walks (positions, vocabulary) tile by tile with buffers that are reused, so that no tile costs page faults."""
+    """Walks (positions, vocabulary) tile by tile with buffers that are reused, so that no tile costs page faults.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, t: _Tiling) -> None:
+    `kept`, if given, holds all products (S · V) of the compute dtype, tile after tile, where they are few enough: forward
+    writes them, backward reads them instead of multiplying again. They are what the matrix product gave, so nothing changes.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, t: _Tiling,
+        kept: Tensor | None = None, *, ready: bool = False,
+    ) -> None:  # fmt: skip
         self.h, self.weight, self.bias, self.targets, self.t = hidden.to(t.dtype), weight, bias, targets, t
+        self._kept, self._ready = kept, ready
         self.count, self.vocabulary = hidden.shape[0], weight.shape[0]
         self.rows = min(self.count, _ROWS)
         area = _TILE if hidden.device.type == "cpu" else 16 * _TILE
@@ -247,9 +260,16 @@ class _Tiles:
 
     def logits(self, part: slice, stripe: slice, weight: Tensor) -> Tensor:
         """A tile of logits, at least fp32, in the shared buffer."""
-        raw, z = self._shaped(self._raw, part, stripe), self._shaped(self._z, part, stripe)
-        torch.mm(self.h[part], weight.t(), out=raw)
-        if z is not raw and self._z is not self._raw:
+        z = self._shaped(self._z, part, stripe)
+        if self._kept is None:
+            raw = self._shaped(self._raw, part, stripe)
+        else:
+            raw = self._shaped(
+                self._kept[self.count * stripe.start + part.start * (stripe.stop - stripe.start) :], part, stripe
+            )
+        if not self._ready:
+            torch.mm(self.h[part], weight.t(), out=raw)
+        if raw.data_ptr() != z.data_ptr():
             z.copy_(raw)
         if self.bias is not None:
             z += self.bias[stripe].to(z.dtype)
@@ -275,6 +295,12 @@ class _Tiles:
         return buffer[: rows * columns].view(rows, columns)
 
 
+def _reserve(hidden: Tensor, weight: Tensor, t: _Tiling) -> Tensor | None:
+    """Room for the products of a forward pass whose backward will read them; None where they are too many."""
+    size = hidden.shape[0] * weight.shape[0]
+    return hidden.new_empty(size, dtype=t.dtype) if t.keep and size * t.dtype.itemsize <= _KEEP else None
+
+
 class _TiledHead(torch.autograd.Function):
     """(hidden, weight, bias, targets) → log-probs, entropy (empty if not wanted)."""
 
@@ -283,7 +309,8 @@ class _TiledHead(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, t: _Tiling
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
-            tiles = _Tiles(hidden, weight, bias, targets, t)
+            kept = _reserve(hidden, weight, t)
+            tiles = _Tiles(hidden, weight, bias, targets, t, kept)
             count = tiles.count
             lse = hidden.new_full((count,), float("-inf"), dtype=t.wide)
             picked = hidden.new_zeros((count,), dtype=t.wide)
@@ -309,18 +336,18 @@ class _TiledHead(torch.autograd.Function):
                     local_lse[i, part] = here
             if pull is not None:
                 pull = (weight[targets].to(t.wide) - pull).mul_(t.factor).to(hidden.dtype)
-        ctx.save_for_backward(hidden, weight, bias, targets, lse, local_lse, mean, pull)
+        ctx.save_for_backward(hidden, weight, bias, targets, lse, local_lse, mean, pull, kept)
         ctx.tiling = t
         return picked - lse, (lse - mean if t.want_entropy else mean)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden, weight, bias, targets, lse, local_lse, mean, pull = ctx.saved_tensors
+        hidden, weight, bias, targets, lse, local_lse, mean, pull, kept = ctx.saved_tensors
         t: _Tiling = ctx.tiling
         if pull is not None:
             return (pull * grad[:, None].to(pull.dtype), None, None, None, None)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        tiles = _Tiles(hidden, weight, bias, targets, t)
+        tiles = _Tiles(hidden, weight, bias, targets, t, kept, ready=kept is not None)
         d_hidden = hidden.new_zeros(hidden.shape, dtype=t.wide) if need_hidden else None
         d_weight = torch.empty_like(weight) if need_weight else None
         d_bias = weight.new_zeros(tiles.vocabulary, dtype=t.wide) if need_bias and bias is not None else None

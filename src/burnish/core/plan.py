@@ -41,6 +41,7 @@ class AttentionPlan:
         calls: Layers that used this plan (the self-check counts them).
         block_masks: The flex backend's masks, by window and device; cached across layers.
         walk: Take the row segment by segment even where its groups are short (the self-check looks at both ways).
+        blocks: The row as blocks of queries (`core.bmm_attention`), by heads and window; cached across layers.
         grouped: The row as batches of short groups (`core.group_attention`), by numbers of heads; cached across layers.
     """
 
@@ -52,6 +53,7 @@ class AttentionPlan:
     calls: int = 0
     block_masks: dict[tuple, Any] = field(default_factory=dict, repr=False)
     walk: bool = False
+    blocks: dict[tuple[int, int | None], Any] = field(default_factory=dict, repr=False)
     grouped: dict[tuple[int, int], GroupedRow | None] = field(default_factory=dict, repr=False)
     _masks: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
 

@@ -43,6 +43,11 @@ def split_blocks(backbone: nn.Module) -> None:
             del module.__dict__["forward"]
 
 
+def is_fused(backbone: nn.Module) -> bool:
+    """Whether the blocks of this backbone run fused."""
+    return any(m.__dict__.get("_burnish_last") for m in backbone.modules())
+
+
 def _fits(layer: Any) -> bool:
     attention, mlp = layer.self_attn, layer.mlp
     config = attention.config
@@ -97,7 +102,7 @@ def _run(layer: Any, hidden: Tensor, *, plan: AttentionPlan, positions: Tensor |
     x = hidden[0]
     x = _attend(layer, x, keep, plan, positions, rotation)
     norm, mlp = layer.post_attention_layernorm, layer.mlp
-    plain = _is_stock(mlp) and _is_stock(norm) and _are_plain(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    plain = is_stock(mlp) and is_stock(norm) and _are_plain(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     if plain and mlp.gate_proj.bias is None:
         spec = _spec(layer, norm, plan, x, mlp.gate_proj.weight)
         x = MlpHalf.apply(x, norm.weight, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, spec)
@@ -114,7 +119,7 @@ def _attend(
     a, norm = layer.self_attn, layer.input_layernorm
     dropout = layer.training and a.attention_dropout > 0
     cos, sin = rotation
-    plain = _is_stock(a) and _is_stock(norm) and _are_plain(a.q_proj, a.k_proj, a.v_proj, a.o_proj)
+    plain = is_stock(a) and is_stock(norm) and _are_plain(a.q_proj, a.k_proj, a.v_proj, a.o_proj)
     if dropout or cos.shape[-1] != a.head_dim or not plain:
         given = {PLAN_KWARG: plan, "position_ids": positions, "position_embeddings": rotation}
         x = x + a(hidden_states=norm(x[None]), attention_mask=None, **given)[0][0]
@@ -148,15 +153,16 @@ def _spec(layer: Any, norm: Any, plan: AttentionPlan, x: Tensor, weight: Tensor)
         eps=norm.variance_epsilon,
         head_eps=a.q_norm.variance_epsilon if hasattr(a, "q_norm") else norm.variance_epsilon,
         low=low,
+        keeps=torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad),
     )
 
 
 def _are_plain(*linears: Any) -> bool:
     """Linear layers that may be read instead of called: no adapter, hook, quantisation or sharding."""
-    return all(type(m) is nn.Linear and type(m.weight) is nn.Parameter and _is_stock(m) for m in linears)
+    return all(type(m) is nn.Linear and type(m.weight) is nn.Parameter and is_stock(m) for m in linears)
 
 
-def _is_stock(module: Any) -> bool:
+def is_stock(module: Any) -> bool:
     """Nobody has replaced the module's forward or hooked into it."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return "forward" not in module.__dict__ and not any(hooks)

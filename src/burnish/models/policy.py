@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ from burnish.models.fuse import fuse_blocks, split_blocks
 from burnish.models.lm_head import build_head_input, get_backbone
 from burnish.models.padded import build_padded_rows, compute_padded_hidden
 from burnish.models.self_check import check_architecture
+from burnish.models.tied import TiedEmbedding, find_tied_embedding
 
 log = logging.getLogger("burnish")
 
@@ -92,6 +94,7 @@ class Policy(nn.Module):
         found = str(self.inner.config._attn_implementation or "eager")
         self._ordinary = "sdpa" if found in (SDPA_NAME, FLEX_NAME) else found  # another Policy may hold the model
         self._own_head = False
+        self._hidden_size = int(self.inner.get_input_embeddings().weight.shape[-1])
         self.backend = self._choose_backend(attention, cache_dir)
 
     # ---- the wrapped model ----------------------------------------------------------------------------------------
@@ -186,8 +189,12 @@ class Policy(nn.Module):
             source = HeadInput(logits, module=_identity)
             return self._read(source, batch, want, against, temperature, functionals)
         if self.head == "lm":
-            source, _ = self._hidden(batch, source=True)
-            return self._read(build_head_input(self.inner, source), batch, want, against, temperature, functionals)
+            tied = None if functionals or self.backend != "sdpa" else find_tied_embedding(self.inner)
+            source, _ = self._hidden(batch, source=True, tied=tied)
+            head = build_head_input(self.inner, source)
+            if tied is not None and tied.head is not None:
+                head = replace(head, weight=tied.head)
+            return self._read(head, batch, want, against, temperature, functionals)
         source, last = self._hidden(batch, source="values" in want, last="scores" in want)
         outputs = Outputs()
         if "scores" in want:
@@ -234,6 +241,8 @@ class Policy(nn.Module):
         """Rows to add, so that products have few different shapes: on a CPU, PyTorch prepares a bf16 kernel for each shape."""
         if self.compute_dtype in (None, torch.float32) or self.device.type != "cpu" or not rows:
             return 0
+        if self._hidden_size >= 384:  # a row costs more than the kernels of a new shape
+            return -rows % 16
         return -rows % (64 if rows >= 512 else 32)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -241,7 +250,9 @@ class Policy(nn.Module):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
-    def _hidden(self, batch: PackedBatch, *, source: bool = False, last: bool = False) -> tuple[Tensor, Tensor]:
+    def _hidden(
+        self, batch: PackedBatch, *, source: bool = False, last: bool = False, tied: TiedEmbedding | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Hidden states that predict the scored tokens (S, h) and those of the last tokens (C, h); (0, h) if not wanted."""
         wanted = [
             index if want else index[:0] for index, want in ((batch.source_index, source), (batch.last_index, last))
@@ -253,6 +264,8 @@ class Policy(nn.Module):
                 plan.keep = torch.cat(wanted)
                 if spare := self._spare(len(plan.keep)):
                     plan.keep = F.pad(plan.keep, (0, spare), value=plan.total - 1)
+                if tied is not None:
+                    given["inputs_embeds"] = tied.rows(given.pop("input_ids")[0])[None]
                 with self._autocast():
                     hidden = self.backbone(**given)[0][0]
                 read = hidden if plan.kept else hidden.index_select(0, plan.keep)
