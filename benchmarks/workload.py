@@ -74,7 +74,7 @@ class Plan:
 
     method: str
     batch_size: int = 8
-    warmup_steps: int = 1
+    warmup_steps: int = 2
     rows: str = "any"
     learning_rate: float = 1e-5
     beta: float = 0.1
