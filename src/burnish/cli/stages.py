@@ -12,6 +12,7 @@ from burnish.cli.resume import load_checkpoint_settings
 from burnish.cli.run import build_options, execute, run_options
 from burnish.config.base import Settings
 from burnish.config.keys import RECIPE_KEYS, settings_class
+from burnish.config.reference import format_yaml
 from burnish.config.registry import ALIASES, KINDS
 from burnish.config.train import LoraSettings
 
@@ -29,7 +30,7 @@ def build_verb(word: str) -> click.Command:
     summary = KINDS[kind].summary
     described = f"{summary[0].upper()}{summary[1:]}"
     if fixed:
-        described += " with " + ", ".join(f"{key} {value}" for key, value in fixed.items())
+        described += " with " + ", ".join(f"{key} {format_yaml(value)}" for key, value in fixed.items())
     text = (
         f"{described}: one stage without a recipe file.\n\nEvery setting is a flag (--learning_rate or "
         "--learning-rate); --x, --no-x and --x true/false for switches."

@@ -32,7 +32,7 @@ from burnish.config.recipe import Recipe
 from burnish.config.run_name import build_run_name
 from burnish.config.secrets import check_word
 from burnish.config.train import TrainSettings
-from burnish.config.tree import Layer, Node, Place, merge_nodes
+from burnish.config.tree import Layer, Node, Place, build_node, merge_nodes
 from burnish.config.values import SettingsReader, build_settings, unknown_key
 from burnish.errors import ConfigError
 
@@ -331,7 +331,7 @@ class Assembly:
             if node.plain() != value:
                 self._problem(
                     f"{draft.path}.{key}",
-                    f"is {format_value(node.plain())}, but kind: {draft.written_kind} means {key}: {value}",
+                    f"is {format_value(node.plain())}, but kind: {draft.written_kind} means {key}: {format_value(value)}",
                     f"remove {key}, or write kind: {draft.kind}",
                     node.place,
                 )
@@ -348,7 +348,7 @@ class Assembly:
         kind = draft.own("kind")
         place = Place(Layer.FILE, f"{kind.place if kind else self.origin} (kind: {draft.written_kind})")
         for key, value in draft.fixed.items():
-            merged[key] = Node(value, place, raw=str(value))
+            merged[key] = build_node(value, place) if isinstance(value, list) else Node(value, place, raw=str(value))
 
     def _unknown_in_stage(self, draft: Draft, cls: type[Settings], key: str, node: Node) -> Problem:
         elsewhere = ""

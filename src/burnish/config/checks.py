@@ -12,16 +12,16 @@ from typing import Any
 from burnish.config.base import Settings
 from burnish.config.data import DataSettings
 from burnish.config.problems import Problem
-from burnish.config.registry import LOSS_TYPES
+from burnish.config.losses import find_entry, find_readers, find_unread, get_loss_names
+from burnish.config.registry import ALIASES, KINDS, LOSS_TYPES
 from burnish.config.spelling import describe_suggestions, suggest
-from burnish.config.stages import DpoSettings, EvaluateSettings, RewardSettings, SftSettings
+from burnish.config.stages import CpoSettings, DpoSettings, EvaluateSettings, RewardSettings, SftSettings
 from burnish.config.train import TrainSettings
 
 Found = Iterator[tuple[str, str, str]]  # setting, what is wrong, what to do
 Check = Callable[[Any], Found]
 
 CHECKS: list[tuple[type[Settings], Check]] = []
-SMOOTHED_LOSSES = frozenset({"sigmoid"})
 EVALUATION_TASKS = ("loss", "preferences", "win_rate")
 
 
@@ -196,25 +196,70 @@ def _check_train_on(s: TrainSettings) -> Found:
 
 
 @_check(DpoSettings)
-def _check_losses(s: DpoSettings) -> Found:
-    types = [s.loss_type] if isinstance(s.loss_type, str) else list(s.loss_type)
+@_check(CpoSettings)
+def _check_losses(s: DpoSettings | CpoSettings) -> Found:
+    types, known = get_loss_names(s.loss_type), LOSS_TYPES[s.kind]
     if not types:
-        yield "loss_type", "is an empty list", f"name at least one of {', '.join(LOSS_TYPES)}"
+        yield "loss_type", "is an empty list", f"name at least one of {', '.join(known)}"
+        return
     for word in types:
-        if word not in LOSS_TYPES and not _is_object_path(word):
-            near = describe_suggestions(suggest(word, LOSS_TYPES))
-            allowed = f"the types are {', '.join(LOSS_TYPES)}, or module:function"
-            yield "loss_type", f"there is no loss {word!r}", f"{near} ({allowed})" if near else allowed
+        if word not in known and not _is_object_path(word):
+            yield "loss_type", f"{s.kind} has no loss {word!r}", _suggest_loss(word, s.kind)
     if len(set(types)) < len(types):
         yield "loss_type", f"names a loss twice: {', '.join(types)}", "name each once, and weigh it by loss_weights"
     if s.loss_weights is not None:
         yield from _check_weights(s.loss_weights, types, isinstance(s.loss_type, list))
-    known = [word for word in types if word in LOSS_TYPES]
-    if s.label_smoothing and types and len(known) == len(types) and not SMOOTHED_LOSSES & set(types):
+    entries = [find_entry(s.kind, word) for word in types]
+    if all(entry.unit == "token" for entry in entries):
+        yield "loss_type", f"is {types[0]} alone, which compares nothing", "write kind: sft, or add a loss on pairs"
+    if any(word not in known and not _is_object_path(word) for word in types):
+        return
+    for name, default in find_unread(s, s.kind, types).items():
         yield (
-            "label_smoothing",
-            f"is {s.label_smoothing:g}, but loss_type {', '.join(types)} does not use it",
-            f"set label_smoothing: 0, or loss_type: {', '.join(sorted(SMOOTHED_LOSSES))}",
+            name,
+            f"is {_show(getattr(s, name))}, but loss_type {', '.join(types)} does not use it",
+            f"remove it (default {_show(default)}), or set loss_type: {', '.join(find_readers(s.kind, name))}",
+        )
+    for word, entry in zip(types, entries, strict=True):
+        for name in entry.positive:
+            if not getattr(s, name):
+                yield name, f"is 0, but loss_type {word} needs a value above 0", f"set {name} > 0, or loss_type: sigmoid"
+
+
+def _suggest_loss(word: str, kind: str) -> str:
+    """What to write in place of a loss type that a kind does not have."""
+    if word in KINDS and KINDS[word].trains:
+        return f"write kind: {word}"
+    alias = ALIASES.get(word)
+    if alias is not None and alias.kind == kind:
+        return f"write kind: {word}, or loss_type: {_show(alias.fixed['loss_type'])}"
+    near = describe_suggestions(suggest(word, LOSS_TYPES[kind]))
+    elsewhere = [k for k, found in LOSS_TYPES.items() if word in found]
+    hint = near or (f"kind {', '.join(elsewhere)} has it" if elsewhere else "")
+    allowed = f"the types are {', '.join(LOSS_TYPES[kind])}, or module:function"
+    return f"{hint} ({allowed})" if hint else allowed
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f"[{', '.join(value)}]" if isinstance(value, list) else str(value)
+
+
+@_check(DpoSettings)
+def _check_pair_weights(s: DpoSettings) -> Found:
+    if s.f_divergence_type != "alpha_divergence" and _is_changed(s, "f_alpha_divergence_coef"):
+        yield (
+            "f_alpha_divergence_coef",
+            f"is {s.f_alpha_divergence_coef:g}, but f_divergence_type is {s.f_divergence_type}",
+            "set f_divergence_type: alpha_divergence, or remove it",
+        )
+    sorting = [word for word in get_loss_names(s.loss_type) if not find_entry("dpo", word).aligned]
+    if s.use_weighting and sorting:
+        yield (
+            "use_weighting",
+            f"is on, but loss_type {', '.join(sorting)} compares answers of different pairs, which have no weight",
+            "remove it, or choose another loss_type",
         )
 
 

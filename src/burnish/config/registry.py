@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +26,36 @@ class Alias:
     fixed: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class LossEntry:
+    """A loss type of a kind; which settings it reads are its function's keyword-only parameters.
+
+    Attributes:
+        function: "module:name" of `f(pairs, *, settings…) -> PairLoss`.
+        coupled: It needs the whole optimizer step at once: it sorts, or moves a statistic before it uses it.
+        state: "module:name" of its running state (`initial()`, `advance(pairs, state, …)`), or None.
+        aligned: Its number g belongs to pair g; False where it sorts, so that weights of single pairs have no meaning.
+        unit: What its sum is divided by: pairs, or scored tokens of the chosen completions.
+        defaults: Settings whose default is another with this loss, from its paper.
+        positive: Settings that must not be 0 with it.
+    """
+
+    function: str
+    coupled: bool = False
+    state: str | None = None
+    aligned: bool = True
+    unit: Literal["pair", "token"] = "pair"
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    positive: tuple[str, ...] = ()
+
+
 KINDS: dict[str, Kind] = {
     "sft": Kind("burnish.config.stages:SftSettings", "burnish.methods.sft:Sft", "supervised fine-tuning"),
     "reward": Kind("burnish.config.stages:RewardSettings", "burnish.methods.reward:Reward", "reward model from pairs"),
     "dpo": Kind("burnish.config.stages:DpoSettings", "burnish.methods.dpo:Dpo", "direct preference optimisation"),
+    "cpo": Kind("burnish.config.stages:CpoSettings", "burnish.methods.cpo:Cpo", "contrastive preference optimisation"),
+    "simpo": Kind("burnish.config.stages:SimpoSettings", "burnish.methods.simpo:Simpo", "simple preference optimisation"),
+    "orpo": Kind("burnish.config.stages:OrpoSettings", "burnish.methods.orpo:Orpo", "odds-ratio preference optimisation"),
     "evaluate": Kind(
         "burnish.config.stages:EvaluateSettings",
         "burnish.evals.evaluate:run_evaluation",
@@ -40,12 +67,56 @@ KINDS: dict[str, Kind] = {
 ALIASES: dict[str, Alias] = {
     "ipo": Alias("dpo", {"loss_type": "ipo"}),
     "hinge": Alias("dpo", {"loss_type": "hinge"}),
+    "robust": Alias("dpo", {"loss_type": "robust"}),
+    "exo": Alias("dpo", {"loss_type": "exo_pair"}),
+    "nca": Alias("dpo", {"loss_type": "nca_pair"}),
+    "bco": Alias("dpo", {"loss_type": "bco_pair"}),
+    "sppo": Alias("dpo", {"loss_type": "sppo_hard"}),
+    "aot": Alias("dpo", {"loss_type": "aot"}),
+    "apo-zero": Alias("dpo", {"loss_type": "apo_zero"}),
+    "apo-down": Alias("dpo", {"loss_type": "apo_down"}),
+    "discopop": Alias("dpo", {"loss_type": "discopop"}),
+    "rpo": Alias("dpo", {"loss_type": ["sigmoid", "sft"]}),
 }
 
-LOSS_TYPES: dict[str, str] = {
-    "sigmoid": "burnish.losses.dpo:compute_sigmoid_loss",
-    "hinge": "burnish.losses.dpo:compute_hinge_loss",
-    "ipo": "burnish.losses.dpo:compute_ipo_loss",
+LOSS_TYPES: dict[str, dict[str, LossEntry]] = {
+    "dpo": {
+        "sigmoid": LossEntry("burnish.losses.dpo:compute_sigmoid_loss"),
+        "robust": LossEntry(
+            "burnish.losses.dpo:compute_robust_loss",
+            defaults={"beta": 0.01, "label_smoothing": 0.1},
+            positive=("label_smoothing",),
+        ),
+        "hinge": LossEntry("burnish.losses.dpo:compute_hinge_loss"),
+        "ipo": LossEntry("burnish.losses.dpo:compute_ipo_loss"),
+        "sigmoid_norm": LossEntry("burnish.losses.dpo:compute_sigmoid_norm_loss", defaults={"beta": 5.0}),
+        "exo_pair": LossEntry(
+            "burnish.losses.dpo:compute_exo_pair_loss",
+            defaults={"label_smoothing": 1e-3},
+            positive=("label_smoothing",),
+        ),
+        "discopop": LossEntry("burnish.losses.dpo:compute_discopop_loss", defaults={"beta": 0.05}),
+        "nca_pair": LossEntry("burnish.losses.anchored:compute_nca_pair_loss", defaults={"beta": 0.01}),
+        "bco_pair": LossEntry(
+            "burnish.losses.anchored:compute_bco_pair_loss",
+            coupled=True,
+            state="burnish.losses.anchored:RewardShift",
+            defaults={"beta": 0.01},
+        ),
+        "sppo_hard": LossEntry("burnish.losses.anchored:compute_sppo_hard_loss", defaults={"beta": 1e-3}),
+        "apo_zero": LossEntry("burnish.losses.anchored:compute_apo_zero_loss"),
+        "apo_down": LossEntry("burnish.losses.anchored:compute_apo_down_loss"),
+        "aot": LossEntry("burnish.losses.aot:compute_aot_loss", coupled=True, aligned=False),
+        "aot_unpaired": LossEntry("burnish.losses.aot:compute_aot_unpaired_loss", coupled=True, aligned=False),
+        "sft": LossEntry("burnish.losses.sft:compute_chosen_nll", unit="token"),
+    },
+    "cpo": {
+        "sigmoid": LossEntry("burnish.losses.cpo:compute_cpo_sigmoid_loss"),
+        "hinge": LossEntry("burnish.losses.cpo:compute_cpo_hinge_loss"),
+        "ipo": LossEntry("burnish.losses.cpo:compute_cpo_ipo_loss"),
+    },
+    "simpo": {"simpo": LossEntry("burnish.losses.cpo:compute_simpo_loss")},
+    "orpo": {"orpo": LossEntry("burnish.losses.orpo:compute_odds_ratio_loss")},
 }
 
 

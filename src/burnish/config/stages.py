@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import model_validator
 
 from burnish.config.base import Settings, setting
+from burnish.config.losses import fill_defaults
 from burnish.config.train import TrainSettings
 
 
@@ -28,9 +31,6 @@ class RewardSettings(TrainSettings):
     head_init_std: float = setting(0.02, "Standard deviation of the new head's weights.", gt=0)
 
 
-DpoLoss = Literal["sigmoid", "hinge", "ipo"]
-
-
 class DpoSettings(TrainSettings):
     """Direct preference optimisation (arXiv 2305.18290) and its relatives by `loss_type`."""
 
@@ -38,17 +38,78 @@ class DpoSettings(TrainSettings):
     learning_rate: float = setting(1e-6, "Peak learning rate.", gt=0)
     disable_dropout: bool = setting(True, "Switch all dropout off.")
     loss_type: str | list[str] = setting(
-        "sigmoid", "sigmoid, hinge, ipo, or module:function; a list is mixed by loss_weights."
+        "sigmoid", "A loss of docs/methods/dpo.md (ipo, hinge …) or module:function; a list is mixed by loss_weights."
     )
     loss_weights: list[float] | None = setting(None, "Weight of each loss type of a list; default 1 each.")
-    beta: float = setting(0.1, "Strength of the pull towards the reference.", gt=0)
-    label_smoothing: float = setting(0.0, "sigmoid: share of labels taken as flipped (cDPO).", ge=0, lt=0.5)
+    beta: float = setting(
+        0.1,
+        "Strength of the pull towards the reference; some loss types have a default of their own, of a list the first's.",
+        gt=0,
+    )
+    label_smoothing: float = setting(
+        0.0, "Share of labels taken as flipped (sigmoid: cDPO); default 0.1 with robust, 1e-3 with exo_pair.", ge=0, lt=0.5
+    )
+    discopop_tau: float = setting(0.05, "discopop: width of the blend, on the scale of beta times the margin.", gt=0, lt=1)
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = setting(
+        "reverse_kl", "Divergence from the reference behind the implicit reward (arXiv 2309.16240)."
+    )
+    f_alpha_divergence_coef: float = setting(0.5, "alpha_divergence: its order; 1 is reverse_kl.", ge=0)
+    ld_alpha: float | None = setting(
+        None, "Weight of tokens beyond the shorter answer's length (LD-DPO, arXiv 2409.06411); null = 1.", ge=0, le=1
+    )
+    use_weighting: bool = setting(
+        False, "Weigh each pair by how likely the policy is to write it (WPO, arXiv 2406.11827)."
+    )
     reference: str = setting(
         "same", "Reference model: same (the policy as this stage received it), or a folder or hub id."
     )
     reference_mode: Literal["auto", "cached", "copy", "adapter"] = setting(
         "auto", "How the reference is kept: log-probs cached on disk, a frozen copy, or the base under a fresh adapter."
     )
+
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        return fill_defaults("dpo", values)
+
+
+class CpoSettings(TrainSettings):
+    """Contrastive preference optimisation (arXiv 2401.08417): pairs without a reference model, plus the chosen answer's NLL."""
+
+    kind: Literal["cpo"] = setting("cpo", "Contrastive preference optimisation.")
+    learning_rate: float = setting(1e-6, "Peak learning rate.", gt=0)
+    disable_dropout: bool = setting(True, "Switch all dropout off.")
+    loss_type: str | list[str] = setting(
+        "sigmoid", "sigmoid, hinge, ipo, or module:function; a list is mixed by loss_weights."
+    )
+    loss_weights: list[float] | None = setting(None, "Weight of each loss type of a list; default 1 each.")
+    beta: float = setting(0.1, "Scale of the margin of log-probs.", gt=0)
+    label_smoothing: float = setting(0.0, "sigmoid: share of labels taken as flipped.", ge=0, lt=0.5)
+    cpo_alpha: float = setting(1.0, "Weight of the chosen answers' mean negative log-likelihood a token.", ge=0)
+
+
+class SimpoSettings(TrainSettings):
+    """Simple preference optimisation (arXiv 2405.14734): mean log-probs with a target margin, without a reference model."""
+
+    kind: Literal["simpo"] = setting("simpo", "Simple preference optimisation.")
+    learning_rate: float = setting(1e-6, "Peak learning rate.", gt=0)
+    disable_dropout: bool = setting(True, "Switch all dropout off.")
+    beta: float = setting(2.0, "Scale of the mean log-prob a token.", gt=0)
+    simpo_gamma: float = setting(1.0, "Margin that a pair should reach, on the scale of beta times the log-probs.", ge=0)
+    label_smoothing: float = setting(0.0, "Share of labels taken as flipped.", ge=0, lt=0.5)
+    cpo_alpha: float = setting(
+        0.0, "Weight of the chosen answers' mean negative log-likelihood a token (CPO-SimPO); 0 = the paper's loss.", ge=0
+    )
+
+
+class OrpoSettings(TrainSettings):
+    """Odds-ratio preference optimisation (arXiv 2403.07691): the chosen answer's NLL plus a log odds ratio, without a reference."""
+
+    kind: Literal["orpo"] = setting("orpo", "Odds-ratio preference optimisation.")
+    learning_rate: float = setting(8e-6, "Peak learning rate.", gt=0)
+    disable_dropout: bool = setting(True, "Switch all dropout off.")
+    beta: float = setting(0.1, "Weight of the odds-ratio term: the paper's lambda.", gt=0)
 
 
 class EvaluateSettings(Settings):

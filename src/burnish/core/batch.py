@@ -67,6 +67,7 @@ class Table:
         columns: name → (C,) float32. token_columns: name → (S,) float32. group_columns: name → (G,) float32.
         slot_rows: slot → (n,) int64, its completions (rows of C); made with the batch, so that reading a slot never asks the
             device where it is.
+        slot_scored: slot → scored tokens of its completions, on the host: the count of a term over one side's tokens.
     """
 
     token_completion: Tensor
@@ -81,6 +82,7 @@ class Table:
     token_columns: dict[str, Tensor] = field(default_factory=dict)
     group_columns: dict[str, Tensor] = field(default_factory=dict)
     slot_rows: dict[int, Tensor] = field(default_factory=dict)
+    slot_scored: dict[int, int] = field(default_factory=dict)
 
     def sum_tokens(self, per_token: Tensor) -> Tensor:
         """(S,) → (C,): sum over the scored tokens of each completion; 0 where a completion has none."""
@@ -182,7 +184,7 @@ def _move(value: Any, device: torch.device | str) -> Any:
     """Tensors, and dicts of tensors, on `device`; anything else as it is."""
     if isinstance(value, Tensor):
         return move(value, device)
-    return {k: move(v, device) for k, v in value.items()} if isinstance(value, dict) else value
+    return {k: _move(v, device) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _stack_columns(rows: Sequence[Mapping[str, float]], owners: Sequence[str], what: str) -> dict[str, Tensor]:
@@ -258,6 +260,7 @@ def build_packed_batch(
         token_columns=_concat_token_columns(token_rows, owners),
         group_columns=_stack_columns([g.columns for g in groups], [g.id for g in groups], "group"),
         slot_rows=find_slot_rows(slot_of),
+        slot_scored=sum_slots(slot_of, scored),
     )
     return PackedBatch(
         input_ids=_long(ids), position_ids=_long(positions), source_index=_long(source), target_ids=_long(target),
@@ -269,6 +272,14 @@ def find_slot_rows(slots: Sequence[int]) -> dict[int, Tensor]:
     """slot → (n,) int64, the places where it stands in `slots`."""
     array = np.asarray(slots, dtype=np.int64)
     return {int(s): torch.from_numpy(np.flatnonzero(array == s)) for s in np.unique(array)}
+
+
+def sum_slots(slots: Sequence[int], values: Sequence[int]) -> dict[int, int]:
+    """slot → sum of the values that stand in its places."""
+    total: dict[int, int] = {}
+    for slot, value in zip(slots, values, strict=True):
+        total[slot] = total.get(slot, 0) + value
+    return total
 
 
 def _long(parts: Sequence[np.ndarray]) -> Tensor:

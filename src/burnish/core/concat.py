@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from burnish.core.batch import Outputs, Table, find_slot_rows
+from burnish.core.batch import Outputs, Table, find_slot_rows, sum_slots
 
 _PER_TOKEN = ("logprobs", "entropy", "values")
 
@@ -55,6 +55,7 @@ def concat_steps(tables: Sequence[Table], outputs: Sequence[dict[str, Tensor]]) 
         group_columns={
             n: torch.stack([tables[m].group_columns[n][g] for m, g in first]) for n in tables[0].group_columns
         },
+        slot_scored=sum_slots(slot.tolist(), torch.cat([t.completion_scored for t in tables]).tolist()),
         slot_rows={s: r.to(slot.device) for s, r in find_slot_rows(slot[rows].tolist()).items()},
     )
     joined = {

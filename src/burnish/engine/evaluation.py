@@ -11,7 +11,7 @@ import torch
 from burnish.core.concat import concat_steps
 from burnish.core.group import Group
 from burnish.engine.plan import build_plan
-from burnish.engine.step import Guard, StepContext, Sums, _attach_reference, _build, compute_counts
+from burnish.engine.step import Guard, StepContext, Sums, _attach_reference, _build, call_policy, compute_counts
 from burnish.errors import NumericStop
 from burnish.faults import fault_point
 from burnish.track.whereabouts import enter_phase
@@ -30,11 +30,14 @@ def run_evaluation(
 ) -> dict[str, float]:
     """Figures over held-out groups, named "eval_<figure>"; with several sources also "eval_<figure>/<source>".
 
+    The method's state is read, not moved: its losses get it with `frozen: True`. A coupled loss sees all rows at once.
+
     Raises:
         NumericStop: A held-out row gives a non-finite number; the rows are named, never dropped.
     """
     policy: Any = ctx.policy
     was_training = policy.training
+    state = {**state, "frozen": True} if ctx.method.stateful else state
     policy.train(False)
     try:
         figures = {f"eval_{n}": v for n, v in _evaluate(ctx, groups, state, budget, cap).items()}
@@ -54,7 +57,7 @@ def _evaluate(
     ctx: StepContext, groups: Sequence[Group], state: dict[str, Any], budget: int, cap: int | None
 ) -> dict[str, float]:
     counts = compute_counts(ctx.method, groups)
-    plan = build_plan(groups, budget=budget, cap=cap, world=ctx.runtime.world)
+    plan = build_plan(groups, budget=budget, cap=cap, world=ctx.runtime.world, coupled=ctx.method.coupled)
     sums = Sums()
     bad: list[str] = []
     pending: dict[int, list] = defaultdict(list)
@@ -64,8 +67,8 @@ def _evaluate(
             _attach_reference(ctx, batch)
             enter_phase("evaluate", batch.input_ids.numel(), batch.last_index.numel())
             fault_point("evaluation.forward")
-            outputs = ctx.policy(batch, ctx.method.want)
-            if micro.coupled:  # parts of a group that exceeds the budget
+            outputs = call_policy(ctx, batch)
+            if micro.coupled:  # a coupled loss sees all rows at once; or parts of a group that exceeds the budget
                 pending[0].append((batch.table, outputs.named()))
                 continue
             result = ctx.method.compute_loss(outputs, batch.table, state)
@@ -73,8 +76,7 @@ def _evaluate(
             guard.watch(torch.stack([t.sum for t in result.terms]).sum(), result, [(batch.table, outputs.named())])
             sums.add(result)
             bad += guard.name_rows(sums.fetch(guard.flags))
-        _add_parts(ctx, pending[0], state, sums)
-    sums.fetch([])
+        bad += _add_parts(ctx, pending[0], state, sums)
     bad = [row for part in ctx.runtime.gather(bad) for row in part]
     if bad:
         raise NumericStop(
@@ -82,12 +84,17 @@ def _evaluate(
             remedy="look at these rows with `burnish data show`; lower the learning rate or use precision fp32",
         )  # fmt: skip
     sums.reduce(ctx.runtime)
-    return sums.figures(counts)
+    return sums.figures(dict(sums.announced) if ctx.method.coupled else counts)
 
 
-def _add_parts(ctx: StepContext, rows: list, state: dict[str, Any], sums: Sums) -> None:
+def _add_parts(ctx: StepContext, rows: list, state: dict[str, Any], sums: Sums) -> list[str]:
+    """Add the rows that wait for each other, on one rank for all; returns the ids of those that are not finite."""
     everything = [row for part in ctx.runtime.gather(rows) for row in part if len(row[0].group_ids)]
     if not everything or not ctx.runtime.is_main:
-        return
+        return []
     outputs, table = concat_steps([t for t, _ in everything], [o for _, o in everything])
-    sums.add(ctx.method.compute_loss(outputs, table, state))
+    result = ctx.method.compute_loss(outputs, table, state)
+    guard = Guard()
+    guard.watch(torch.stack([t.sum for t in result.terms]).sum(), result, [(table, outputs.named())])
+    sums.add(result)
+    return guard.name_rows(sums.fetch(guard.flags))

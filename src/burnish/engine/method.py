@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from burnish.core.batch import Outputs, Table
 from burnish.core.group import Group
+from burnish.core.head import Functional
 from burnish.losses.terms import LossResult
 
 
@@ -17,6 +18,7 @@ class Method(Protocol):
         name: The kind of stage.
         head: "lm" for a language model, "score" for a scalar per completion.
         want: Which fields of Outputs the policy must compute: "logprobs", "entropy", "scores", "values".
+        functionals: Further numbers a token from the distribution over the vocabulary; read as `outputs.functionals`.
         needs_reference: The table carries `token_columns["ref_logprobs"]`, (S,), from the reference model.
         coupled: The loss is no sum over groups (batch quantiles, sorts); the engine then runs a step in two passes and
             takes the counts that the one call on the whole step reports.
@@ -27,6 +29,7 @@ class Method(Protocol):
     name: str
     head: str
     want: frozenset[str]
+    functionals: tuple[Functional, ...]
     needs_reference: bool
     coupled: bool
     stateful: bool
@@ -48,6 +51,7 @@ class Method(Protocol):
         """The state after a step.
 
         Called once per step if `stateful`, with the whole step's rows in data order (detached), on every rank;
-        committed only if the step's numbers were finite. Evaluation never calls it.
+        committed only if the step's numbers were finite. Evaluation never calls it; it hands `compute_loss` the state
+        with `frozen: True`: running statistics are then read, not moved.
         """
         ...

@@ -14,6 +14,7 @@ from torch.nn.utils import get_total_norm
 from burnish.core.batch import Outputs, PackedBatch, Table, build_packed_batch
 from burnish.core.concat import concat_steps
 from burnish.core.group import Group
+from burnish.core.head import Functional
 from burnish.engine.fetch import fetch_numbers
 from burnish.engine.method import Method
 from burnish.engine.plan import MicroBatch, StepPlan, build_part
@@ -28,7 +29,9 @@ from burnish.track.whereabouts import enter_phase
 class PolicyLike(Protocol):
     """What the engine needs of a policy: one call from a batch to flat outputs."""
 
-    def __call__(self, batch: PackedBatch, want: frozenset[str]) -> Outputs: ...
+    def __call__(
+        self, batch: PackedBatch, want: frozenset[str], *, functionals: Sequence[Functional] = ()
+    ) -> Outputs: ...
 
 
 class ReferenceLike(Protocol):
@@ -178,9 +181,16 @@ def _forward(ctx: StepContext, batch: PackedBatch, step: int, index: int) -> Out
         torch.manual_seed(compute_seed(ctx.seed, "dropout", step, ctx.runtime.rank, index))
     enter_phase("forward", batch.input_ids.numel(), batch.last_index.numel())
     fault_point("step.forward")
-    outputs = ctx.policy(batch, ctx.method.want)
+    outputs = call_policy(ctx, batch)
     _spoil(outputs)
     return outputs
+
+
+def call_policy(ctx: StepContext, batch: PackedBatch) -> Outputs:
+    """What the method wants of the policy."""
+    if not ctx.method.functionals:
+        return ctx.policy(batch, ctx.method.want)
+    return ctx.policy(batch, ctx.method.want, functionals=ctx.method.functionals)
 
 
 def _spoil(outputs: Outputs) -> None:

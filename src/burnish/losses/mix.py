@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from burnish.config.registry import LOSS_TYPES, load_object
+from burnish.config.losses import find_entry, find_unread, get_loss_names
+from burnish.config.registry import LOSS_TYPES, LossEntry, load_object
 from burnish.errors import ConfigError
 from burnish.losses.pairs import PairLoss, Pairs
 
@@ -23,20 +24,26 @@ class LossType:
         function: `f(pairs, **settings) -> PairLoss`.
         settings: The settings it reads, by name.
         weight: Its factor in the total loss.
+        entry: What the registry says of it.
     """
 
     name: str
     function: Callable[..., PairLoss]
     settings: dict[str, Any]
     weight: float
+    entry: LossEntry
 
-    def compute(self, pairs: Pairs) -> PairLoss:
+    def compute(self, pairs: Pairs, state: Mapping[str, Any] | None = None, **changed: Any) -> PairLoss:
         """The loss of some pairs.
+
+        Args:
+            state: Its running state, if it has one.
+            changed: Other values of settings that it reads (a `beta` of this step, or of each pair); others are ignored.
 
         Raises:
             ConfigError: The function did not return a PairLoss of the pairs' shape.
         """
-        out = self.function(pairs, **self.settings)
+        out = self.function(pairs, **self._arguments(state, changed))
         shape = pairs.chosen.shape
         if not isinstance(out, PairLoss) or any(
             getattr(out, f).shape != shape for f in ("loss", "chosen_reward", "rejected_reward")
@@ -48,16 +55,30 @@ class LossType:
             )
         return out
 
+    def initial_state(self) -> dict[str, Any]:
+        """Its running state before the first step."""
+        return load_object(self.entry.state).initial() if self.entry.state else {}
 
-def load_loss_type(name: str) -> Callable[..., PairLoss]:
-    """The function of a registered loss type or of `module:function`.
+    def next_state(self, pairs: Pairs, state: Mapping[str, Any], **changed: Any) -> dict[str, Any]:
+        """Its running state after a step with these pairs; arguments as in `compute`."""
+        if not self.entry.state:
+            return {}
+        return load_object(self.entry.state).advance(pairs, **self._arguments(state, changed))
+
+    def _arguments(self, state: Mapping[str, Any] | None, changed: Mapping[str, Any]) -> dict[str, Any]:
+        values = self.settings | {name: value for name, value in changed.items() if name in self.settings}
+        return values | {"state": state or self.initial_state()} if self.entry.state else values
+
+
+def load_loss_type(kind: str, name: str) -> Callable[..., PairLoss]:
+    """The function of a registered loss type of a kind or of `module:function`.
 
     Raises:
         ConfigError: There is no such loss type, module or function.
     """
-    path = LOSS_TYPES.get(name, name)
+    path = find_entry(kind, name).function
     if ":" not in path:
-        known = ", ".join(sorted(LOSS_TYPES))
+        known = ", ".join(sorted(LOSS_TYPES.get(kind, {})))
         raise ConfigError(
             f"there is no loss type {name!r}", where="loss_type", remedy=f"use one of {known}, or module:function"
         )
@@ -91,19 +112,22 @@ def _import(path: str) -> Any:
         sys.path.remove(here)
 
 
-def build_mix(loss_type: str | Sequence[str], weights: Sequence[float] | None, settings: Any) -> tuple[LossType, ...]:
+def build_mix(
+    kind: str, loss_type: str | Sequence[str], weights: Sequence[float] | None, settings: Any
+) -> tuple[LossType, ...]:
     """The loss types of a stage with their weights and settings.
 
     Args:
+        kind: The kind of stage, whose loss types these are.
         loss_type: A name, or several that are added up.
         weights: One for each name; None = 1 each.
-        settings: An object with an attribute for each setting that a loss type may read (beta, label_smoothing …).
+        settings: The stage's settings, with a field for each that a loss type may read (beta, label_smoothing …).
 
     Raises:
-        ConfigError: An unknown or doubled name, a wrong number of weights, a required setting that does not exist, or
-            label smoothing beside loss types that all ignore it.
+        ConfigError: An unknown or doubled name, a wrong number of weights, a required setting that does not exist, or a
+            changed setting of the family that none of these loss types reads.
     """
-    names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+    names = get_loss_names(loss_type)
     if not names:
         raise ConfigError("loss_type is an empty list", where="loss_type", remedy="name at least one loss type")
     short = [name.rpartition(":")[2] for name in names]
@@ -120,21 +144,34 @@ def build_mix(loss_type: str | Sequence[str], weights: Sequence[float] | None, s
             where="loss_weights",
             remedy="give one weight each",
         )
-    found = tuple(_build(name, weight, settings) for name, weight in zip(names, factors, strict=True))
-    if getattr(settings, "label_smoothing", 0.0) and not any("label_smoothing" in t.settings for t in found):
+    found = tuple(build_loss_type(kind, n, w, settings) for n, w in zip(names, factors, strict=True))
+    paths = {loss.entry.function: loss for loss in found}
+    unread = find_unread(settings, kind, names, lambda p: _read_settings(paths[p].function if p in paths else _import(p)))
+    for name, default in unread.items():
         raise ConfigError(
-            f"label_smoothing is {settings.label_smoothing}, but {', '.join(names)} does not use it",
-            where="label_smoothing",
-            remedy="set label_smoothing to 0, or use loss_type sigmoid",
+            f"{name} is {getattr(settings, name)}, but {', '.join(names)} does not use it",
+            where=name,
+            remedy=f"remove it (default {default}), or use a loss type that reads it",
         )
     return found
 
 
-def _build(name: str, weight: float, settings: Any) -> LossType:
-    function = load_loss_type(name)
+def _read_settings(function: Callable[..., Any]) -> frozenset[str]:
+    """The keyword-only parameters of a function."""
+    found = inspect.signature(function).parameters.values()
+    return frozenset(p.name for p in found if p.kind is p.KEYWORD_ONLY)
+
+
+def build_loss_type(kind: str, name: str, weight: float, settings: Any) -> LossType:
+    """One loss type with the settings that it reads.
+
+    Raises:
+        ConfigError: It does not exist, or a setting that it requires does not.
+    """
+    entry, function = find_entry(kind, name), load_loss_type(kind, name)
     values, missing = {}, []
     for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is not parameter.KEYWORD_ONLY:
+        if parameter.kind is not parameter.KEYWORD_ONLY or (entry.state and parameter.name == "state"):
             continue
         if hasattr(settings, parameter.name):
             values[parameter.name] = getattr(settings, parameter.name)
@@ -146,4 +183,4 @@ def _build(name: str, weight: float, settings: Any) -> LossType:
             where="loss_type",
             remedy="give these keyword parameters defaults, or name them like settings of the stage (beta …)",
         )
-    return LossType(name.rpartition(":")[2], function, values, weight)
+    return LossType(name.rpartition(":")[2], function, values, weight, entry)

@@ -17,14 +17,18 @@ from burnish.core.batch import Table
 class Pairs:
     """Some preference pairs. All fields are (G,) and at least fp32; the log-probs carry the policy's gradient.
 
+    Without a reference model log π_ref is 0: the ratios are the sums themselves.
+
     Attributes:
         chosen: Σ log π(y_t) over the scored tokens of the chosen completion, nats.
         rejected: The same of the rejected completion.
-        chosen_ratio: Σ (log π(y_t) − log π_ref(y_t)) of the chosen completion, nats. Summed from per-token differences:
-            two long sums that nearly cancel would lose the digits that matter.
+        chosen_ratio: Σ w_t (log π(y_t) − log π_ref(y_t)) of the chosen completion, nats; w_t is 1, or `ld_alpha` beyond
+            the shorter answer's length. Summed from per-token differences: two long sums that nearly cancel would lose
+            the digits that matter.
         rejected_ratio: The same of the rejected completion.
         chosen_tokens: Scored tokens of the chosen completion (end of sequence included, prompt excluded).
         rejected_tokens: The same of the rejected completion.
+        reference_gap: Σ w_t log π_ref of the chosen completion minus that of the rejected one; no gradient.
     """
 
     chosen: Tensor
@@ -33,6 +37,7 @@ class Pairs:
     rejected_ratio: Tensor
     chosen_tokens: Tensor
     rejected_tokens: Tensor
+    reference_gap: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,8 @@ class PairLoss:
     """What a loss on pairs returns; all fields are (G,).
 
     Attributes:
-        loss: Loss of each pair, with gradient. The engine sums it and divides once, by the pairs of the whole step.
+        loss: Loss of each pair, with gradient. The engine sums it and divides once, by the pairs (or, where the registry
+            says so, by the chosen completions' scored tokens) of the whole step.
         chosen_reward: The implicit reward of the chosen completion on the scale on which *this* loss compares.
         rejected_reward: The same of the rejected completion.
     """
@@ -55,22 +61,36 @@ class PairLoss:
         return self.chosen_reward - self.rejected_reward
 
 
-def compute_pairs(logprobs: Tensor, ref_logprobs: Tensor, table: Table) -> Pairs:
+def compute_pairs(
+    logprobs: Tensor, ref_logprobs: Tensor | None, table: Table, *, ld_alpha: float | None = None
+) -> Pairs:
     """Sums over the tokens of each completion, chosen and rejected side by side.
 
     Args:
         logprobs: (S,) log-probs of the scored tokens under the policy, nats.
-        ref_logprobs: (S,) the same under the reference; no gradient flows there.
+        ref_logprobs: (S,) the same under the reference; no gradient flows there. None = no reference model.
         table: Its groups must have exactly two completions each: slot 0 chosen, slot 1 rejected.
+        ld_alpha: Weight of the tokens beyond the length of the pair's shorter completion, in policy and reference alike;
+            None = 1. Source: LD-DPO, Liu et al. 2024 (arXiv 2409.06411), eq. 10. Lengths count all tokens of a completion.
     """
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
     logprobs = logprobs.to(dtype)
-    summed = table.sum_tokens(logprobs)
-    ratio = table.sum_tokens(logprobs - ref_logprobs.detach().to(dtype))
+    reference = torch.zeros_like(logprobs) if ref_logprobs is None else ref_logprobs.detach().to(dtype)
+    ratio = logprobs - reference
+    if ld_alpha is not None and ld_alpha != 1:
+        weights = _compute_length_weights(table, ld_alpha).to(dtype)
+        ratio, reference = weights * ratio, weights * reference.detach()
     tokens = table.completion_scored.to(dtype)
-    return Pairs(
-        *(table.slot(values, slot) for values in (summed, ratio, tokens) for slot in (0, 1)),
-    )
+    fields = [table.slot(v, slot) for v in (table.sum_tokens(logprobs), table.sum_tokens(ratio), tokens) for slot in (0, 1)]
+    reference_sum = table.sum_tokens(reference.detach())
+    return Pairs(*fields, table.slot(reference_sum, 0) - table.slot(reference_sum, 1))
+
+
+def _compute_length_weights(table: Table, ld_alpha: float) -> Tensor:
+    """(S,): 1 up to the length of the pair's shorter completion, ld_alpha beyond it."""
+    shorter = torch.minimum(table.slot(table.completion_tokens, 0), table.slot(table.completion_tokens, 1))
+    limit = shorter.index_select(0, table.completion_group.index_select(0, table.token_completion))
+    return torch.where(table.token_position < limit, 1.0, ld_alpha)
 
 
 def compute_wins(margin: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Direct preference optimisation and the other losses on pairs against a reference."""
+"""Direct preference optimisation and the other losses on pairs; those without a reference derive from it."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ from typing import Any
 
 from torch import Tensor
 
-from burnish.config.stages import DpoSettings
+from burnish.config.stages import CpoSettings, DpoSettings, OrpoSettings, SimpoSettings
 from burnish.core.batch import Outputs, Table
 from burnish.core.group import Group
-from burnish.losses.mix import build_mix
+from burnish.losses.mix import LossType, build_mix
 from burnish.losses.pairs import PairLoss, Pairs, compute_pairs, compute_wins
 from burnish.losses.terms import LossResult, Metric, Term
+from burnish.losses.wpo import LOG_SQUARE_SUM, compute_pair_weights
 from burnish.methods.pairwise import count_pairs
 from burnish.methods.stateless import Stateless
 
+PairSettings = DpoSettings | CpoSettings | SimpoSettings | OrpoSettings
+
 
 class Dpo(Stateless):
-    """Preference optimisation against a reference, by `loss_type`; see `burnish.losses.dpo` for the formulas.
+    """Preference optimisation against a reference, by `loss_type`; the table in docs/methods/dpo.md has the formulas.
 
-    Unit: pair. Each loss type of a mix is a term of its own, with its weight. Rewards and margins in the metrics are
-    those that the loss itself compares (IPO: per-token means), not always β times the log-ratio as in TRL; a tie, which
-    is a margin of exactly 0, counts one half in the accuracy and is logged apart.
+    Unit: pair (loss type `sft`: scored tokens of the chosen answers). Each loss type of a mix is a term of its own, with
+    its weight. Rewards and margins in the metrics are those that the loss itself compares (IPO: per-token means), not
+    always β times the log-ratio as in TRL; a tie, which is a margin of exactly 0, counts one half in the accuracy and is
+    logged apart. A mix with a loss that needs the whole step (AOT, BCO) is coupled as a whole.
     """
 
     name = "dpo"
@@ -30,38 +34,79 @@ class Dpo(Stateless):
     want = frozenset({"logprobs"})
     needs_reference = True
 
-    def __init__(self, settings: DpoSettings) -> None:
+    def __init__(self, settings: PairSettings) -> None:
         self.settings = settings
-        self.mix = build_mix(settings.loss_type, settings.loss_weights, settings)
+        self.mix = self.build_mix()
+        self.coupled = any(t.entry.coupled for t in self.mix)
+        self.stateful = any(t.entry.state for t in self.mix)
+        self.ld_alpha: float | None = getattr(settings, "ld_alpha", None)
+        self.functionals = (LOG_SQUARE_SUM,) if getattr(settings, "use_weighting", False) else ()
         self._single = len(self.mix) == 1
 
+    def build_mix(self) -> tuple[LossType, ...]:
+        """The loss types of this stage."""
+        loss_type = getattr(self.settings, "loss_type", self.name)
+        return build_mix(self.name, loss_type, getattr(self.settings, "loss_weights", None), self.settings)
+
+    def initial_state(self) -> dict[str, Any]:
+        """The running states of loss types that have one, by name."""
+        return {"losses": {t.name: t.initial_state() for t in self.mix if t.entry.state}} if self.stateful else {}
+
+    def next_state(self, outputs: Outputs, table: Table, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The same after a step with these rows."""
+        pairs = self._compute_pairs(outputs, table)
+        states = state["losses"]
+        return {"losses": {t.name: t.next_state(pairs, states[t.name]) for t in self.mix if t.entry.state}}
+
     def counts(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Pairs, for each loss type of the mix."""
-        pairs = count_pairs(groups)
-        return {self._term_name(t.name): pairs for t in self.mix}
+        """Pairs, for each loss type of the mix; scored tokens of the chosen completions where that is its unit."""
+        units = {"pair": count_pairs(groups), "token": float(sum(g.completions[0].scored for g in groups))}
+        return {self._term_name(t.name): units[t.entry.unit] for t in self.mix}
 
     def compute_loss(self, outputs: Outputs, table: Table, state: Mapping[str, Any]) -> LossResult:
         """One term for each loss type.
 
         Args:
-            outputs: `logprobs`, (S,).
-            table: `token_columns["ref_logprobs"]`, (S,).
-            state: Not read.
+            outputs: `logprobs`, (S,); with `use_weighting` also the functional `log_square_sum`, (S,).
+            table: `token_columns["ref_logprobs"]`, (S,), if the method has a reference.
+            state: The running states of loss types, by name; `frozen` in evaluation.
         """
-        if outputs.logprobs is None:
-            raise ValueError("dpo needs Outputs.logprobs")
-        pairs = compute_pairs(outputs.logprobs, _get_reference(outputs.logprobs, table), table)
-        n = float(pairs.chosen.shape[0])
+        pairs = self._compute_pairs(outputs, table)
+        weights = self._compute_weights(outputs, table)
+        n, tokens = float(pairs.chosen.shape[0]), float(table.slot_scored.get(0, 0))
         terms: list[Term] = []
         metrics: list[Metric] = []
-        for number, loss_type in enumerate(self.mix):
-            result = loss_type.compute(pairs)
-            terms.append(Term(self._term_name(loss_type.name), result.loss.sum(), n, "pair", loss_type.weight))
-            metrics += _measure_rewards(result, n, suffix="" if number == 0 else f"/{loss_type.name}")
+        for loss_type in self.mix:
+            result = loss_type.compute(pairs, self._read_state(state, loss_type))
+            name, by_pair = self._term_name(loss_type.name), loss_type.entry.unit == "pair"
+            loss = result.loss if weights is None or not by_pair else result.loss * weights
+            terms.append(Term(name, loss.sum(), n if by_pair else tokens, loss_type.entry.unit, loss_type.weight))
+            if by_pair:
+                metrics += _measure_rewards(result, n, suffix=f"/{loss_type.name}" if metrics else "")
+        if weights is not None:
+            metrics.append(Metric("wpo_weights", weights.sum(), n))
         return LossResult(tuple(terms), (*metrics, *_measure_logprobs(pairs, n)))
 
+    def _compute_pairs(self, outputs: Outputs, table: Table) -> Pairs:
+        if outputs.logprobs is None:
+            raise ValueError(f"{self.name} needs Outputs.logprobs")
+        reference = _get_reference(outputs.logprobs, table) if self.needs_reference else None
+        return compute_pairs(outputs.logprobs, reference, table, ld_alpha=self.ld_alpha)
+
+    def _compute_weights(self, outputs: Outputs, table: Table) -> Tensor | None:
+        """(G,) weights of the pairs (WPO), or None."""
+        if not self.functionals:
+            return None
+        assert outputs.logprobs is not None
+        return compute_pair_weights(outputs.logprobs, outputs.functionals[LOG_SQUARE_SUM.name], table)
+
+    def _read_state(self, state: Mapping[str, Any], loss_type: LossType) -> Mapping[str, Any] | None:
+        if not loss_type.entry.state:
+            return None
+        return {**state["losses"][loss_type.name], "frozen": state.get("frozen", False)}
+
     def _term_name(self, loss_type: str) -> str:
-        return "dpo" if self._single else f"dpo/{loss_type}"
+        return self.name if self._single else f"{self.name}/{loss_type}"
 
 
 def _get_reference(logprobs: Tensor, table: Table) -> Tensor:

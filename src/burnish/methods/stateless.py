@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from burnish.core.batch import Outputs, Table
+from burnish.core.head import Functional
 
 
 class Stateless:
     """Defaults of a method whose loss is a sum over groups and that has no state."""
 
+    functionals: tuple[Functional, ...] = ()
     needs_reference = False
     coupled = False
     stateful = False

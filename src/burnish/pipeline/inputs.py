@@ -7,15 +7,15 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from burnish import __version__
 from burnish.artifacts.folder import load_manifest
+from burnish.config.losses import find_source, get_loss_names
 from burnish.config.stages import DpoSettings, EvaluateSettings, SftSettings
 from burnish.config.train import TrainSettings
-from burnish.data.prepare import PreparedData, prepare_data
+from burnish.data.prepare import PreparedData, prepare_data, want_of
 from burnish.data.prompts import load_prompts
 from burnish.data.template import load_template
 from burnish.data.tokenizer import TextTokenizer
@@ -80,10 +80,9 @@ def fingerprint_inputs(
     }
     if reference is not None:
         found["reference"] = fingerprint(reference)
-    losses = getattr(settings, "loss_type", [])
-    for name in [losses] if isinstance(losses, str) else losses:
-        module, colon, _ = str(name).partition(":")
-        source = _find_source(module) if colon else None
+    for name in get_loss_names(getattr(settings, "loss_type", [])):
+        module, colon, _ = name.partition(":")
+        source = find_source(module) if colon else None
         if source is not None:
             found[name] = hashlib.sha256(source.read_bytes()).hexdigest()
     return found
@@ -101,7 +100,7 @@ def choose_held_out(
         return SftSettings(data=settings.data, **shared), DpoSettings(data=settings.data, **shared)
     trained: list[TrainSettings] = [r.settings for r in results.values() if r.kind != "evaluate"]
     text_stage = next((s for s in trained if s.kind == "sft"), None)
-    return text_stage, next((s for s in reversed(trained) if s.kind in ("dpo", "reward")), None)
+    return text_stage, next((s for s in reversed(trained) if want_of(s.kind) == "pair"), None)
 
 
 def fingerprint_evaluation(
@@ -132,17 +131,6 @@ def fingerprint_evaluation(
         rows = load_prompts(task, tokenizer, seed=settings.seed, chat_template=settings.chat_template)
         found[task] = _hash([[r.id, r.prompt_ids, r.answer, r.reference] for r in rows])
     return found
-
-
-def _find_source(module: str) -> Path | None:
-    """The file of a user's module: installed, or in the current folder."""
-    try:
-        spec = find_spec(module)
-    except (ImportError, ValueError):
-        spec = None
-    origin = spec.origin if spec is not None else None
-    place = Path(origin) if origin else Path.cwd() / f"{module.replace('.', '/')}.py"
-    return place if place.is_file() else None
 
 
 def _hash(value: Any) -> str:

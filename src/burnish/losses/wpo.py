@@ -1,0 +1,35 @@
+"""Weighted preference optimisation: off-policy pairs weigh by how likely the policy itself is to write them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from burnish.core.batch import Table
+from burnish.core.head import Functional
+
+
+def compute_log_square_sum(logits: Tensor, targets: Tensor, against: Tensor | None) -> Tensor:
+    """(B, V) → (B,): log Σ_v p(v)², the log of the probability that two draws agree; no gradient."""
+    with torch.no_grad():
+        return torch.logsumexp(2 * torch.log_softmax(logits, dim=-1), dim=-1)
+
+
+LOG_SQUARE_SUM = Functional("log_square_sum", compute_log_square_sum)
+
+
+def compute_pair_weights(logprobs: Tensor, log_square_sum: Tensor, table: Table) -> Tensor:
+    """(G,): the product over both completions of exp(mean_t (log π(y_t) − log Σ_v π(v)²)), without gradient.
+
+    Source: WPO, Zhou et al. 2024 (arXiv 2406.11827), eq. 2 with the alignment of section 3.2: a completion that the
+    policy samples itself weighs 1 in the mean, whatever its entropy.
+
+    Args:
+        logprobs: (S,) log-probs of the scored tokens under the policy, nats.
+        log_square_sum: (S,) log Σ_v π(v)² at the same positions.
+        table: Its groups are pairs.
+    """
+    dtype = torch.promote_types(logprobs.dtype, torch.float32)
+    aligned = table.sum_tokens((logprobs - log_square_sum).detach().to(dtype))
+    mean = aligned / table.completion_scored.to(dtype).clamp(min=1)
+    return torch.exp(table.slot(mean, 0) + table.slot(mean, 1))
