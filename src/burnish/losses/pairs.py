@@ -78,19 +78,19 @@ def compute_pairs(
     reference = torch.zeros_like(logprobs) if ref_logprobs is None else ref_logprobs.detach().to(dtype)
     ratio = logprobs - reference
     if ld_alpha is not None and ld_alpha != 1:
-        weights = _compute_length_weights(table, ld_alpha).to(dtype)
-        ratio, reference = weights * ratio, weights * reference.detach()
+        beyond = _is_beyond_the_shorter(table)
+        ratio, reference = (torch.where(beyond, ld_alpha * x, x) for x in (ratio, reference))
     tokens = table.completion_scored.to(dtype)
     fields = [table.slot(v, slot) for v in (table.sum_tokens(logprobs), table.sum_tokens(ratio), tokens) for slot in (0, 1)]
-    reference_sum = table.sum_tokens(reference.detach())
+    reference_sum = table.sum_tokens(reference)
     return Pairs(*fields, table.slot(reference_sum, 0) - table.slot(reference_sum, 1))
 
 
-def _compute_length_weights(table: Table, ld_alpha: float) -> Tensor:
-    """(S,): 1 up to the length of the pair's shorter completion, ld_alpha beyond it."""
+def _is_beyond_the_shorter(table: Table) -> Tensor:
+    """(S,) bool: the token lies beyond the length of its pair's shorter completion."""
     shorter = torch.minimum(table.slot(table.completion_tokens, 0), table.slot(table.completion_tokens, 1))
     limit = shorter.index_select(0, table.completion_group.index_select(0, table.token_completion))
-    return torch.where(table.token_position < limit, 1.0, ld_alpha)
+    return table.token_position >= limit
 
 
 def compute_wins(margin: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,112 @@
+"""Random pairs and every registered loss type, for tests that run over the whole registry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from burnish.config.losses import read_parameters
+from burnish.config.registry import KINDS, LOSS_TYPES, load_object
+from burnish.losses.mix import LossType
+from burnish.losses.pairs import PairLoss, Pairs
+
+LEAVES = ("chosen", "rejected", "chosen_ratio", "rejected_ratio")
+FROZEN = {"rewards": 10, "mean": 0.2, "frozen": True}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss type of a kind with some settings."""
+
+    kind: str
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return " ".join([self.kind, self.name, *(f"{k}={v}" for k, v in self.settings.items())])
+
+    @property
+    def entry(self) -> Any:
+        return LOSS_TYPES[self.kind][self.name]
+
+    def reads(self, name: str) -> bool:
+        return name in (read_parameters(self.entry.function) or ())
+
+    def build(self, **settings: Any) -> LossType:
+        """The loss type with β = 0.3 (where it reads one) and these settings."""
+        method = build_method(self, **({"beta": 0.3} | settings))
+        return next(t for t in method.mix if t.name == self.name)
+
+    def compute(self, pairs: Pairs, **changed: Any) -> PairLoss:
+        """Its loss of some pairs; BCO's shift stands still, so that it is a function of the pairs."""
+        return self.build().compute(pairs, FROZEN if self.entry.state else None, **changed)
+
+
+def build_method(case: Case, **settings: Any) -> Any:
+    """The method of a case; settings that its loss does not read are left out."""
+    cls = load_object(KINDS[case.kind].settings)
+    chosen = {"loss_type": case.name} if "loss_type" in cls.model_fields else {}
+    read = {k: v for k, v in settings.items() if case.reads(k)}
+    return load_object(KINDS[case.kind].runner)(cls(**(chosen | read | case.settings)))
+
+
+REGISTERED = [Case(kind, name) for kind, types in LOSS_TYPES.items() for name in types]
+VARIANTS = [
+    Case("dpo", "sigmoid", {"label_smoothing": 0.2}),
+    Case("dpo", "sigmoid_norm", {"label_smoothing": 0.2}),
+    Case("dpo", "sigmoid", {"f_divergence_type": "forward_kl"}),
+    Case("dpo", "ipo", {"f_divergence_type": "js_divergence"}),
+    Case("dpo", "exo_pair", {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7}),
+    Case("dpo", "aot", {"label_smoothing": 0.2}),
+    Case("cpo", "sigmoid", {"label_smoothing": 0.2}),
+    Case("simpo", "simpo", {"label_smoothing": 0.2}),
+]
+CASES = [*REGISTERED, *VARIANTS]
+
+
+def over(cases: list[Case]) -> Any:
+    """A parametrised test over cases."""
+    return pytest.mark.parametrize("case", cases, ids=str)
+
+
+def draw_pairs(n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Pairs:
+    """n pairs with leaves; sums of log-probs are negative, ratios are not."""
+    rng = np.random.default_rng(seed)
+    sums = [torch.from_numpy(-0.5 - np.abs(rng.normal(0, 8, n))).to(dtype).requires_grad_() for _ in range(2)]
+    ratios = [torch.from_numpy(rng.normal(0, 4, n)).to(dtype).requires_grad_() for _ in range(2)]
+    lengths = [torch.from_numpy(rng.integers(1, 30, n)).to(dtype) for _ in range(2)]
+    return Pairs(*sums, *ratios, *lengths, torch.from_numpy(rng.normal(0, 5, n)).to(dtype))
+
+
+def build_start(chosen: torch.Tensor, rejected: torch.Tensor, lengths: tuple[float, float] = (7, 3)) -> Pairs:
+    """Pairs of a policy that equals its reference, whose gradient still reaches the sums."""
+    ones = torch.ones_like(chosen.detach())
+    gap = (chosen - rejected).detach()
+    ratios = (chosen - chosen.detach(), rejected - rejected.detach())
+    return Pairs(chosen, rejected, *ratios, lengths[0] * ones, lengths[1] * ones, gap)
+
+
+def take(pairs: Pairs, rows: Any) -> Pairs:
+    return Pairs(*(getattr(pairs, f.name)[rows] for f in fields(Pairs)))
+
+
+def swap(pairs: Pairs) -> Pairs:
+    """Chosen and rejected exchanged."""
+    p = pairs
+    return Pairs(
+        p.rejected, p.chosen, p.rejected_ratio, p.chosen_ratio, p.rejected_tokens, p.chosen_tokens, -p.reference_gap
+    )
+
+
+def detach(pairs: Pairs) -> Pairs:
+    return replace(pairs, **{f.name: getattr(pairs, f.name).detach() for f in fields(Pairs)})
+
+
+def as_numpy(pairs: Pairs) -> Mapping[str, np.ndarray]:
+    """Fields as fp64 arrays."""
+    return {f.name: getattr(pairs, f.name).detach().double().numpy() for f in fields(Pairs)}
