@@ -19,13 +19,15 @@ READ_BY_CONFIG = frozenset({"gradient_accumulation_steps", "models", "run_name"}
 
 
 def names_read(source: str) -> set[str]:
-    """Attributes that are read, and words given to getattr or used as keys."""
+    """Attributes that are read, words given to getattr or used as keys, and keyword-only parameters: what a loss reads."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             found.add(node.attr)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
             found.add(node.value)
+        elif isinstance(node, ast.arguments):
+            found |= {argument.arg for argument in node.kwonlyargs}
     return found
 
 

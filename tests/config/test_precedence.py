@@ -88,7 +88,7 @@ def test_overrides_may_change_kind_and_name():
         ("stages.sft=3", "names no setting of a stage"),
         ("stages=3", "names no setting of a stage"),
         ("dpo.bta=3", "did you mean beta?"),
-        ("stages.sft.beta=3", "beta is a setting of dpo, not of sft"),
+        ("stages.sft.beta=3", "beta is a setting of dpo"),
         ("win_rate=3", "there is no setting or stage 'win_rate'"),
         ("init_from=sft", "belongs to a stage"),
         ("judge=x", "belongs to a stage"),

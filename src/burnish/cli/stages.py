@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import click
+from pydantic.fields import FieldInfo
 
 from burnish.cli.flags import SettingsCommand, describe_flag_value
 from burnish.cli.resume import load_checkpoint_settings
 from burnish.cli.run import build_options, execute, run_options
 from burnish.config.base import Settings
 from burnish.config.keys import RECIPE_KEYS, settings_class
-from burnish.config.reference import format_yaml
+from burnish.config.reference import format_yaml, get_field
 from burnish.config.registry import ALIASES, KINDS
 from burnish.config.train import LoraSettings
 
@@ -49,7 +50,7 @@ def build_verb(word: str) -> click.Command:
     def command(words: tuple[str, ...], config_file: str | None, resume_from: str | None, **flags: Any) -> int:
         return _run_verb(word, kind, words, config_file, resume_from, flags)
 
-    command.sections = lambda: _describe_settings(cls, fixed)
+    command.sections = lambda: _describe_settings(cls, fixed, word)
     return command
 
 
@@ -82,7 +83,9 @@ def place_word(word: str) -> str:
     return word if KEY_ALIASES.get(head, head) in _TOP or head == "stages" else f"stages.0.{word}"
 
 
-def _describe_settings(cls: type[Settings], fixed: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+def _describe_settings(
+    cls: type[Settings], fixed: Mapping[str, Any], word: str
+) -> list[tuple[str, list[tuple[str, str]]]]:
     """Sections of the help: the kind's own settings, then those that it shares."""
     titles = {"TrainSettings": "Training settings", "DataSettings": "Data settings"}
     sections: list[tuple[str, list[tuple[str, str]]]] = []
@@ -94,7 +97,7 @@ def _describe_settings(cls: type[Settings], fixed: Mapping[str, Any]) -> list[tu
                 continue
             seen.add(name)
             if name not in _HIDDEN and name not in fixed:
-                rows += _describe_flags(cls, name)
+                rows += _describe_flags(cls, name, word)
         if rows:
             sections.append(
                 (titles.get(owner.__name__, f"Settings of {cls.__name__.removesuffix('Settings').lower()}"), rows)
@@ -102,18 +105,17 @@ def _describe_settings(cls: type[Settings], fixed: Mapping[str, Any]) -> list[tu
     return list(reversed(sections))
 
 
-def _describe_flags(cls: type[Settings], name: str) -> list[tuple[str, str]]:
+def _describe_flags(cls: type[Settings], name: str, word: str) -> list[tuple[str, str]]:
     if name == "lora":
         return [("--lora", cls.model_fields[name].description or ""), *_nested_flags("lora", LoraSettings)]
-    return [_describe_flag(cls, name, name)]
+    return [_describe_flag(get_field(cls, name, word), name)]
 
 
 def _nested_flags(prefix: str, cls: type[Settings]) -> list[tuple[str, str]]:
-    return [_describe_flag(cls, name, f"{prefix}.{name}") for name in cls.model_fields]
+    return [_describe_flag(field, f"{prefix}.{name}") for name, field in cls.model_fields.items()]
 
 
-def _describe_flag(cls: type[Settings], name: str, flag: str) -> tuple[str, str]:
-    field = cls.model_fields[name]
+def _describe_flag(field: FieldInfo, flag: str) -> tuple[str, str]:
     head = f"--{flag}, --no-{flag}" if field.annotation is bool else f"--{flag} {describe_flag_value(field.annotation)}"
     default = "" if field.is_required() or field.default in (None, [], {}) else f" [{field.default}]"
     return head, f"{field.description}{default}"

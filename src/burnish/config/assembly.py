@@ -331,7 +331,7 @@ class Assembly:
             if node.plain() != value:
                 self._problem(
                     f"{draft.path}.{key}",
-                    f"is {format_value(node.plain())}, but kind: {draft.written_kind} means {key}: {format_value(value)}",
+                    f"is {format_value(node.plain())}, but kind: {draft.written_kind} means {key}: {_show(value)}",
                     f"remove {key}, or write kind: {draft.kind}",
                     node.place,
                 )
@@ -385,6 +385,10 @@ class Assembly:
 
 def _top_keys() -> list[str]:
     return [*RECIPE_KEYS, *sorted(all_setting_names() - set(RECIPE_KEYS) - STAGE_ONLY)]
+
+
+def _show(value: Any) -> str:
+    return f"[{', '.join(value)}]" if isinstance(value, list) else str(value)
 
 
 def _fold(name: str) -> str:

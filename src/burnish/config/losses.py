@@ -41,14 +41,21 @@ def find_source(module: str) -> Path | None:
 def read_parameters(path: str) -> frozenset[str] | None:
     """Keyword-only parameters of the function "module:name", from its source; None if that tells nothing."""
     module, _, name = path.partition(":")
-    if "." in module and not module.startswith("burnish."):
+    if module.startswith("burnish."):
+        return _read_own(module, name)
+    if "." in module:
         return None  # looking for it would run the packages that it lies in
-    source = find_source(module)
-    return None if source is None else _parse(source, name, source.stat().st_mtime_ns)
+    return _find_parameters(find_source(module), name)
 
 
 @cache
-def _parse(source: Path, name: str, version: int) -> frozenset[str] | None:
+def _read_own(module: str, name: str) -> frozenset[str] | None:
+    return _find_parameters(find_source(module), name)
+
+
+def _find_parameters(source: Path | None, name: str) -> frozenset[str] | None:
+    if source is None:
+        return None
     try:
         body = ast.parse(source.read_bytes()).body
     except (OSError, SyntaxError, ValueError):

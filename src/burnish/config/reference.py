@@ -12,6 +12,7 @@ from burnish.config.base import Settings
 from burnish.config.batch import compute_batch
 from burnish.config.keys import inherits, settings_class
 from burnish.config.load import LoadedRecipe
+from burnish.config.losses import get_loss_defaults
 from burnish.config.recipe import Recipe
 from burnish.config.registry import ALIASES, KINDS
 from burnish.config.train import LoraSettings, TrainSettings
@@ -78,7 +79,7 @@ def render_example(kind: str) -> str:
         for name in names:
             if name in ("kind", "model") or name in _fixed(kind) or (name == "data" and canonical != "evaluate"):
                 continue
-            lines += _example_lines(name, cls.model_fields[name], 4)
+            lines += _example_lines(name, get_field(cls, name, kind), 4)
     return "\n".join(lines) + "\n"
 
 
@@ -168,6 +169,15 @@ def group_fields(cls: type[Settings]) -> list[tuple[type[Settings], list[str]]]:
     for i, (owner, names) in enumerate(owners[:-1]):
         owners[i] = (owner, [name for name in names if name not in redefined])
     return list(reversed(owners))
+
+
+def get_field(cls: type[Settings], name: str, kind: str) -> FieldInfo:
+    """A setting of a kind or of an alias, whose loss type may bring a default of its own."""
+    field = cls.model_fields[name]
+    if kind not in ALIASES:
+        return field
+    defaults = get_loss_defaults(ALIASES[kind].kind, ALIASES[kind].fixed.get("loss_type"))
+    return FieldInfo.merge_field_infos(field, default=defaults[name]) if name in defaults else field
 
 
 def _title(owner: type[Settings]) -> str:
