@@ -84,6 +84,26 @@ def test_aliases_of_kinds():
     assert "kind: ipo means" in problems_of({**PAIRS, "stages": [{"kind": "ipo"}]}, "ipo.loss_type=hinge")
 
 
+def test_a_loss_type_brings_the_defaults_of_its_paper():
+    """By name or by alias alike; what is given stays, and of a list the first one's hold."""
+    assert one("dpo", loss_type="sppo_hard").beta == one("sppo").beta == 1e-3
+    assert (one("robust").beta, one("robust").label_smoothing) == (0.01, 0.1)
+    assert one("exo").label_smoothing == 1e-3 and one("dpo").label_smoothing == 0.0
+    assert one("sppo", beta=0.1).beta == 0.1 and one("sppo", "beta=0.1").beta == 0.1
+    assert one("dpo", loss_type=["sigmoid", "sppo_hard"]).beta == 0.1
+    resolved = load({**PAIRS, "stages": [{"kind": "sppo"}]}).recipe.resolved()
+    assert resolved["stages"][0]["beta"] == 1e-3, "a resolved recipe says it"
+
+
+@pytest.mark.parametrize(
+    ("word", "remedy"),
+    [("orpo", "write kind: orpo"), ("simpo", "write kind: simpo"), ("exo", "loss_type: exo_pair"),
+     ("aot_pair", "aot"), ("kto_pair", "the types are sigmoid")],
+)  # fmt: skip
+def test_a_loss_that_is_elsewhere_is_said_to_be(word: str, remedy: str):
+    assert remedy in problems_of({**PAIRS, "stages": [{"kind": "dpo", "loss_type": word}]})
+
+
 @pytest.mark.parametrize(
     ("written", "name", "value"),
     [

@@ -108,6 +108,8 @@ FOREIGN_KEYS: dict[str, str] = {
     "padding_free": "leave it out: rows are always laid end to end without padding",
     "group_by_length": "leave it out: each step is cut by tokens, from rows sorted by length",
     "remove_unused_columns": "leave it out: unused columns do no harm",
+    "rpo_alpha": "write loss_type: [sigmoid, sft] and loss_weights: [1, ALPHA], or kind: rpo",
+    "reference_free": "write kind: cpo, simpo or orpo: losses without a reference",
     "completion_only_loss": "write train_on: auto (completions only) or train_on: all",
     "assistant_only_loss": "write train_on: assistant",
     "dataset_text_field": "write columns: {text: your_column}",
