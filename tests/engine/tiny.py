@@ -13,6 +13,14 @@ from burnish.core.group import Completion, Group
 from burnish.losses.terms import LossResult, Metric, Term
 
 VOCAB = 61
+MIXES: dict[str, dict[str, Any]] = {
+    "rpo": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+    "bco + sft": {"loss_type": ["bco_pair", "sft"]},
+    "wpo": {"use_weighting": True},
+    "wpo, bco": {"loss_type": "bco_pair", "use_weighting": True},
+    "ld": {"ld_alpha": 0.3},
+    "f-divergence": {"f_divergence_type": "js_divergence"},
+}
 
 
 def build_groups(n: int, *, seed: int = 0, k: int = 2, reference: bool = False, spread: int = 12) -> list[Group]:
@@ -63,6 +71,7 @@ class SortedGap:
     name = "sorted_gap"
     head = "lm"
     want = frozenset({"logprobs"})
+    functionals = ()
     needs_reference = False
     coupled = True
     stateful = True
@@ -102,4 +111,12 @@ def build_method(name: str):
         return Reward(RewardSettings(center_rewards_coefficient=0.01)), "score", 2, False
     if name == "coupled":
         return SortedGap(), "lm", 2, False
+    if name in MIXES:
+        return Dpo(DpoSettings(**MIXES[name])), "lm", 2, True
+    if " " in name:
+        from tests.losses.drawn import Case
+        from tests.losses.drawn import build_method as build_case
+
+        method = build_case(Case(*name.split()))
+        return method, "lm", 2, method.needs_reference
     return Dpo(DpoSettings(loss_type=name)), "lm", 2, True

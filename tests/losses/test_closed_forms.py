@@ -76,7 +76,9 @@ CLOSED_FORMS: dict[str, Callable[[Row, float], Any]] = {
     "dpo exo_pair": exo,
     "dpo discopop": discopop,
     "dpo nca_pair": lambda p, b: (
-        softplus(-b * p["chosen_ratio"]) + 0.5 * softplus(b * p["chosen_ratio"]) + 0.5 * softplus(b * p["rejected_ratio"])
+        softplus(-b * p["chosen_ratio"])
+        + 0.5 * softplus(b * p["chosen_ratio"])
+        + 0.5 * softplus(b * p["rejected_ratio"])
     ),
     "dpo bco_pair": bco,
     "dpo sppo_hard": lambda p, b: (p["chosen_ratio"] - 0.5 / b) ** 2 + (p["rejected_ratio"] + 0.5 / b) ** 2,
@@ -110,7 +112,9 @@ def test_numpy_agrees(case: Case, beta: float) -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.05, 0.2, 0.4])
-@pytest.mark.parametrize("kind_and_name", ["dpo sigmoid", "dpo sigmoid_norm", "dpo aot", "dpo aot_unpaired", "cpo sigmoid", "simpo simpo"])
+@pytest.mark.parametrize(
+    "kind_and_name", ["dpo sigmoid", "dpo sigmoid_norm", "dpo aot", "dpo aot_unpaired", "cpo sigmoid", "simpo simpo"]
+)
 def test_label_smoothing(kind_and_name: str, smoothing: float) -> None:
     """(1−ε)ℓ(x) + εℓ(−x), where −x is the argument of the logistic function negated."""
     kind, name = kind_and_name.split()

@@ -145,7 +145,8 @@ def test_t33_evaluation_is_the_same_for_every_batch_size(name: str) -> None:
     ctx = StepContext(policy=policy, method=method, runtime=Runtime(torch.device("cpu")), parameters=[], seed=0)
     groups = build_groups(k_of(method))
     found = [
-        run_evaluation(ctx, groups, method.initial_state(), budget=budget, cap=cap) for budget, cap in ((8, 1), (40, 2), (10**6, None))
+        run_evaluation(ctx, groups, method.initial_state(), budget=budget, cap=cap)
+        for budget, cap in ((8, 1), (40, 2), (10**6, None))
     ]
     assert {"eval_loss"} <= set(found[0]) == set(found[1]) == set(found[2])
     for other in found[1:]:

@@ -11,8 +11,8 @@ from typing import Any
 
 from burnish.config.base import Settings
 from burnish.config.data import DataSettings
-from burnish.config.problems import Problem
 from burnish.config.losses import find_entry, find_readers, find_unread, get_loss_names
+from burnish.config.problems import Problem
 from burnish.config.registry import ALIASES, KINDS, LOSS_TYPES
 from burnish.config.spelling import describe_suggestions, suggest
 from burnish.config.stages import CpoSettings, DpoSettings, EvaluateSettings, RewardSettings, SftSettings
@@ -223,7 +223,11 @@ def _check_losses(s: DpoSettings | CpoSettings) -> Found:
     for word, entry in zip(types, entries, strict=True):
         for name in entry.positive:
             if not getattr(s, name):
-                yield name, f"is 0, but loss_type {word} needs a value above 0", f"set {name} > 0, or loss_type: sigmoid"
+                yield (
+                    name,
+                    f"is 0, but loss_type {word} needs a value above 0",
+                    f"set {name} > 0, or loss_type: sigmoid",
+                )
 
 
 def _suggest_loss(word: str, kind: str) -> str:

@@ -54,8 +54,12 @@ KINDS: dict[str, Kind] = {
     "reward": Kind("burnish.config.stages:RewardSettings", "burnish.methods.reward:Reward", "reward model from pairs"),
     "dpo": Kind("burnish.config.stages:DpoSettings", "burnish.methods.dpo:Dpo", "direct preference optimisation"),
     "cpo": Kind("burnish.config.stages:CpoSettings", "burnish.methods.cpo:Cpo", "contrastive preference optimisation"),
-    "simpo": Kind("burnish.config.stages:SimpoSettings", "burnish.methods.simpo:Simpo", "simple preference optimisation"),
-    "orpo": Kind("burnish.config.stages:OrpoSettings", "burnish.methods.orpo:Orpo", "odds-ratio preference optimisation"),
+    "simpo": Kind(
+        "burnish.config.stages:SimpoSettings", "burnish.methods.simpo:Simpo", "simple preference optimisation"
+    ),
+    "orpo": Kind(
+        "burnish.config.stages:OrpoSettings", "burnish.methods.orpo:Orpo", "odds-ratio preference optimisation"
+    ),
     "evaluate": Kind(
         "burnish.config.stages:EvaluateSettings",
         "burnish.evals.evaluate:run_evaluation",

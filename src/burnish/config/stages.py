@@ -47,9 +47,14 @@ class DpoSettings(TrainSettings):
         gt=0,
     )
     label_smoothing: float = setting(
-        0.0, "Share of labels taken as flipped (sigmoid: cDPO); default 0.1 with robust, 1e-3 with exo_pair.", ge=0, lt=0.5
+        0.0,
+        "Share of labels taken as flipped (sigmoid: cDPO); default 0.1 with robust, 1e-3 with exo_pair.",
+        ge=0,
+        lt=0.5,
     )
-    discopop_tau: float = setting(0.05, "discopop: width of the blend, on the scale of beta times the margin.", gt=0, lt=1)
+    discopop_tau: float = setting(
+        0.05, "discopop: width of the blend, on the scale of beta times the margin.", gt=0, lt=1
+    )
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = setting(
         "reverse_kl", "Divergence from the reference behind the implicit reward (arXiv 2309.16240)."
     )
@@ -66,7 +71,6 @@ class DpoSettings(TrainSettings):
     reference_mode: Literal["auto", "cached", "copy", "adapter"] = setting(
         "auto", "How the reference is kept: log-probs cached on disk, a frozen copy, or the base under a fresh adapter."
     )
-
 
     @model_validator(mode="before")
     @classmethod
@@ -96,15 +100,19 @@ class SimpoSettings(TrainSettings):
     learning_rate: float = setting(1e-6, "Peak learning rate.", gt=0)
     disable_dropout: bool = setting(True, "Switch all dropout off.")
     beta: float = setting(2.0, "Scale of the mean log-prob a token.", gt=0)
-    simpo_gamma: float = setting(1.0, "Margin that a pair should reach, on the scale of beta times the log-probs.", ge=0)
+    simpo_gamma: float = setting(
+        1.0, "Margin that a pair should reach, on the scale of beta times the log-probs.", ge=0
+    )
     label_smoothing: float = setting(0.0, "Share of labels taken as flipped.", ge=0, lt=0.5)
     cpo_alpha: float = setting(
-        0.0, "Weight of the chosen answers' mean negative log-likelihood a token (CPO-SimPO); 0 = the paper's loss.", ge=0
+        0.0,
+        "Weight of the chosen answers' mean negative log-likelihood a token (CPO-SimPO); 0 = the paper's loss.",
+        ge=0,
     )
 
 
 class OrpoSettings(TrainSettings):
-    """Odds-ratio preference optimisation (arXiv 2403.07691): the chosen answer's NLL plus a log odds ratio, without a reference."""
+    """Odds-ratio preference optimisation (arXiv 2403.07691): NLL of the chosen answer plus a log odds ratio."""
 
     kind: Literal["orpo"] = setting("orpo", "Odds-ratio preference optimisation.")
     learning_rate: float = setting(8e-6, "Peak learning rate.", gt=0)

@@ -79,7 +79,9 @@ def compute_robust_loss(
     chosen, rejected = beta * a, beta * z
     margin = chosen - rejected
     flipped = label_smoothing * logsigmoid(-margin)
-    return PairLoss((flipped - (1 - label_smoothing) * logsigmoid(margin)) / (1 - 2 * label_smoothing), chosen, rejected)
+    return PairLoss(
+        (flipped - (1 - label_smoothing) * logsigmoid(margin)) / (1 - 2 * label_smoothing), chosen, rejected
+    )
 
 
 def compute_hinge_loss(

@@ -146,7 +146,9 @@ def build_mix(
         )
     found = tuple(build_loss_type(kind, n, w, settings) for n, w in zip(names, factors, strict=True))
     paths = {loss.entry.function: loss for loss in found}
-    unread = find_unread(settings, kind, names, lambda p: _read_settings(paths[p].function if p in paths else _import(p)))
+    unread = find_unread(
+        settings, kind, names, lambda p: _read_settings(paths[p].function if p in paths else _import(p))
+    )
     for name, default in unread.items():
         raise ConfigError(
             f"{name} is {getattr(settings, name)}, but {', '.join(names)} does not use it",

@@ -81,7 +81,9 @@ def compute_pairs(
         beyond = _is_beyond_the_shorter(table)
         ratio, reference = (torch.where(beyond, ld_alpha * x, x) for x in (ratio, reference))
     tokens = table.completion_scored.to(dtype)
-    fields = [table.slot(v, slot) for v in (table.sum_tokens(logprobs), table.sum_tokens(ratio), tokens) for slot in (0, 1)]
+    fields = [
+        table.slot(v, slot) for v in (table.sum_tokens(logprobs), table.sum_tokens(ratio), tokens) for slot in (0, 1)
+    ]
     reference_sum = table.sum_tokens(reference)
     return Pairs(*fields, table.slot(reference_sum, 0) - table.slot(reference_sum, 1))
 
