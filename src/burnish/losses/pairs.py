@@ -81,11 +81,16 @@ def compute_pairs(
         beyond = _is_beyond_the_shorter(table)
         ratio, reference = (torch.where(beyond, ld_alpha * x, x) for x in (ratio, reference))
     tokens = table.completion_scored.to(dtype)
-    fields = [
-        table.slot(v, slot) for v in (table.sum_tokens(logprobs), table.sum_tokens(ratio), tokens) for slot in (0, 1)
-    ]
-    reference_sum = table.sum_tokens(reference)
-    return Pairs(*fields, table.slot(reference_sum, 0) - table.slot(reference_sum, 1))
+    chosen, rejected = _split(table, table.sum_tokens(logprobs))
+    chosen_ratio, rejected_ratio = _split(table, table.sum_tokens(ratio))
+    chosen_reference, rejected_reference = _split(table, table.sum_tokens(reference))
+    gap = chosen_reference - rejected_reference
+    return Pairs(chosen, rejected, chosen_ratio, rejected_ratio, *_split(table, tokens), gap)
+
+
+def _split(table: Table, values: Tensor) -> tuple[Tensor, Tensor]:
+    """(C,) → (G,) of the chosen and (G,) of the rejected completions."""
+    return table.slot(values, 0), table.slot(values, 1)
 
 
 def _is_beyond_the_shorter(table: Table) -> Tensor:
