@@ -20,7 +20,7 @@ from burnish.losses.pairs import PairLoss, Pairs
 def compute_nca_pair_loss(pairs: Pairs, *, beta: float | Tensor) -> PairLoss:
     """−log σ(βa) − ½ log σ(−βa) − ½ log σ(−βz): noise-contrastive alignment; the chosen answer's likelihood cannot sink.
 
-    Source: NCA, Chen et al. 2024 (arXiv 2402.05369), eq. 11 for two answers with rewards +∞ and −∞; β = 0.01 there.
+    Source: NCA, Chen et al. 2024 (arXiv 2402.05369), for pairs as in its section 4.1; β = 0.01 there.
 
     Args:
         pairs: (G,) tensors.
@@ -99,7 +99,7 @@ class RewardShift:
 def compute_bco_pair_loss(pairs: Pairs, *, beta: float | Tensor, state: Mapping[str, Any]) -> PairLoss:
     """−log σ(βa − δ) − log σ(−(βz − δ)) with the running shift δ, this step's rewards included.
 
-    Source: BCO, Jung et al. 2024 (arXiv 2404.04656), eq. 10 and 11; β = 0.01 there. δ is the mean of all rewards since
+    Source: BCO, Jung et al. 2024 (arXiv 2404.04656), section 4; β = 0.01 there. δ is the mean of all rewards since
     the stage began, as in the authors' code. TRL 1.16's `bco_pair` is this with δ = 0.
 
     Args:

@@ -16,7 +16,7 @@ from burnish.losses.pairs import PairLoss, Pairs
 def compute_cpo_sigmoid_loss(pairs: Pairs, *, beta: float | Tensor, label_smoothing: float = 0.0) -> PairLoss:
     """−(1−ε) log σ(β(c − r)) − ε log σ(−β(c − r)): DPO with a uniform reference.
 
-    Source: CPO, Xu et al. 2024 (arXiv 2401.08417), eq. 4; ε as in cDPO. The paper's second term, the chosen answer's
+    Source: CPO, Xu et al. 2024 (arXiv 2401.08417), eq. 3; ε as in cDPO. The paper's second term, the chosen answer's
     NLL, is a term of its own (`cpo_alpha`).
 
     Args:
@@ -31,7 +31,7 @@ def compute_cpo_sigmoid_loss(pairs: Pairs, *, beta: float | Tensor, label_smooth
 def compute_cpo_hinge_loss(pairs: Pairs, *, beta: float | Tensor) -> PairLoss:
     """max(0, 1 − β(c − r)): SLiC's calibration loss on sums of log-probs.
 
-    Source: SLiC-HF, Zhao et al. 2023 (arXiv 2305.10425), eq. 1, scaled so that its margin is 1/β nats.
+    Source: SLiC-HF, Zhao et al. 2023 (arXiv 2305.10425), scaled so that its margin is 1/β nats.
 
     Args:
         pairs: (G,) tensors.

@@ -19,7 +19,7 @@ def compute_divergence_scores(
     reverse_kl: x; forward_kl: 1 − e^−x; js_divergence: log 2 + log σ(x); alpha_divergence of order α:
     (e^((α−1)x) − 1)/(α − 1), at α = 1 x itself.
 
-    Source: f-DPO, Wang et al. 2023 (arXiv 2309.16240), table 1 and theorem 1; constants cancel between the two answers,
+    Source: f-DPO, Wang et al. 2023 (arXiv 2309.16240), table 1; constants cancel between the two answers,
     which is why only losses of a difference can be read so. α as in TRL: 0 is the forward KL; the paper's α is 1 minus this.
     Exponents are cut at 80 (fp64: 700), where e^x still is a number; beyond that the gradient is 0.
 

@@ -67,7 +67,7 @@ def compute_robust_loss(
 ) -> PairLoss:
     """(−(1−ε) log σ(βΔ) + ε log σ(−βΔ)) / (1 − 2ε): robust DPO, unbiased when a share ε of the labels is flipped.
 
-    Source: Chowdhury et al. 2024 (arXiv 2403.00409), eq. 12; ε = 0.1 and β = 0.01 are those of its experiments. Its
+    Source: Chowdhury et al. 2024 (arXiv 2403.00409), section 3.1; ε = 0.1 and β = 0.01 are those of its experiments. Its
     expectation over flips is the loss of the clean labels; it has no lower bound. At ε = 0 it is `sigmoid`.
 
     Args:
@@ -136,7 +136,7 @@ def compute_sigmoid_norm_loss(
 ) -> PairLoss:
     """−(1−ε) log σ(x) − ε log σ(−x) with x = β(a/n_c − z/n_r): length-normalised DPO.
 
-    Source: Tülu 3, Lambert et al. 2024 (arXiv 2411.15124), eq. 6, there with β = 5. ε as in `sigmoid`; TRL has none here.
+    Source: Tülu 3, Lambert et al. 2024 (arXiv 2411.15124), there with β = 5. ε as in `sigmoid`; TRL has none here.
 
     Args:
         pairs: (G,) tensors.

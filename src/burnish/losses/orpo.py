@@ -12,7 +12,7 @@ from burnish.losses.pairs import PairLoss, Pairs
 def compute_odds_ratio_loss(pairs: Pairs, *, beta: float | Tensor) -> PairLoss:
     """−β log σ(log odds(y_c) − log odds(y_r)), odds(y) = p/(1 − p) with p = e^(mean log-prob a token of y).
 
-    Source: ORPO, Hong et al. 2024 (arXiv 2403.07691), eq. 4, 6 and 7; β is its λ, 0.1 by default. The other part of
+    Source: ORPO, Hong et al. 2024 (arXiv 2403.07691), eq. 4 and 7; β is its λ, 0.1 by default. The other part of
     ORPO, the chosen answer's NLL, is a term of its own. The rewards are the log odds.
 
     Args:

@@ -71,7 +71,7 @@ def compute_pairs(
         ref_logprobs: (S,) the same under the reference; no gradient flows there. None = no reference model.
         table: Its groups must have exactly two completions each: slot 0 chosen, slot 1 rejected.
         ld_alpha: Weight of the tokens beyond the length of the pair's shorter completion, in policy and reference alike;
-            None = 1. Source: LD-DPO, Liu et al. 2024 (arXiv 2409.06411), eq. 10. Lengths count all tokens of a completion.
+            None = 1. Source: LD-DPO, Liu et al. 2024 (arXiv 2409.06411). Lengths count all tokens of a completion.
     """
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
     logprobs = logprobs.to(dtype)

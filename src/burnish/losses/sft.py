@@ -24,7 +24,7 @@ def compute_nll(logprobs: Tensor) -> Tensor:
 def compute_chosen_nll(pairs: Pairs) -> PairLoss:
     """−Σ_t log π(y_t) of the chosen completion: the supervised part of RPO, CPO and ORPO.
 
-    Source: iterative RPO, Pang et al. 2024 (arXiv 2404.19733), eq. 1. The engine divides the sum by the chosen
+    Source: iterative RPO, Pang et al. 2024 (arXiv 2404.19733). The engine divides the sum by the chosen
     completions' scored tokens of the whole step, as TRL's `sft` does, not by each answer's own length as the paper does.
     It compares nothing: the rewards are the sums of log-probs.
 

@@ -21,8 +21,8 @@ LOG_SQUARE_SUM = Functional("log_square_sum", compute_log_square_sum)
 def compute_pair_weights(logprobs: Tensor, log_square_sum: Tensor, table: Table) -> Tensor:
     """(G,): the product over both completions of exp(mean_t (log π(y_t) − log Σ_v π(v)²)), without gradient.
 
-    Source: WPO, Zhou et al. 2024 (arXiv 2406.11827), eq. 2 with the alignment of section 3.2: a completion that the
-    policy samples itself weighs 1 in the mean, whatever its entropy.
+    Source: WPO, Zhou et al. 2024 (arXiv 2406.11827), eq. 2, with its alignment of weights: π/Σπ² has the mean 1 under the
+    policy's own sampling, whatever the entropy.
 
     Args:
         logprobs: (S,) log-probs of the scored tokens under the policy, nats.
