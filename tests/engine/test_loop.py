@@ -55,7 +55,7 @@ def finish(job: TrainJob) -> tuple[str, bytes]:
     return digest(job), (job.stage_dir / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["sft", "sigmoid", "coupled"])
+@pytest.mark.parametrize("name", ["sft", "sigmoid", "coupled", "dpo bco_pair"])
 @pytest.mark.parametrize("step", [1, 4, 7, 10])
 def test_s1_11_a_resumed_stage_ends_with_the_same_bits(tmp_path, name, step, arm_fault):
     """S1-11, S4-05: stopped after any step and resumed = never stopped: parameters and metrics byte for byte."""
