@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -76,3 +78,19 @@ def test_weighted_loss_and_gradient_are_each_pair_s_own_times_its_weight() -> No
     torch.testing.assert_close(one, two, rtol=1e-13, atol=0)
     (logged,) = [m for m in result.metrics if m.name == "wpo_weights"]
     assert logged.sum.item() == pytest.approx(weights.sum().item())
+
+
+def test_no_more_than_a_block_of_the_vocabulary_s_rows_is_held() -> None:
+    """The weights need whole distributions, but a block of positions at a time, in forward and in backward."""
+    seen: list[int] = []
+
+    def watch(logits: torch.Tensor, targets: torch.Tensor, against: torch.Tensor | None) -> torch.Tensor:
+        seen.append(logits.shape[0])
+        return compute_log_square_sum(logits, targets, against)
+
+    batch = build_packed_batch([group for _ in range(8) for group in build_pairs()])
+    policy = Policy(build_model("lm", 0), head="lm")
+    out = policy(batch, LOGPROBS, functionals=(replace(LOG_SQUARE_SUM, fn=watch),))
+    assert out.logprobs is not None
+    out.logprobs.sum().backward()
+    assert len(batch.target_ids) > 256 >= max(seen) and sum(seen) >= len(batch.target_ids)

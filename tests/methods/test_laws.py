@@ -163,3 +163,64 @@ def test_t28_losses_are_at_least_fp32_whatever_the_policy_computes_in() -> None:
     result = METHODS["dpo"].compute_loss(outputs, batch.table, {})
     assert result.terms[0].sum.dtype == torch.float32
     assert all(m.sum.dtype == torch.float32 for m in result.metrics)
+
+
+def build_degenerate() -> tuple[list[Group], np.ndarray]:
+    """Pairs of 1 and 1, 1 and 700, 700 and 1, 700 and 700 tokens, and a pair of equal answers; their log-probs."""
+    rng = np.random.default_rng(6)
+    groups, logprobs = [], []
+    for i, lengths in enumerate([(1, 1), (1, 700), (700, 1), (700, 700), (9, 9)]):
+        completions = []
+        for slot, n in enumerate(lengths):
+            ids = rng.integers(3, 90, n).astype(np.int32)
+            reference = rng.normal(-2, 1, n).clip(max=-0.01)
+            policy = (reference + rng.normal(0, 0.02, n)).clip(max=-0.01)
+            if i == 4 and slot == 1:
+                completions.append(completions[0])
+                logprobs.append(logprobs[-1])
+                continue
+            completions.append(Completion(ids, np.ones(n, bool), token_columns={"ref_logprobs": reference}))
+            logprobs.append(policy)
+        groups.append(Group(f"row:{i}", np.array([5, 6], np.int32), tuple(completions), columns={"margin": 0.0}))
+    return groups, np.concatenate(logprobs)
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.head == "lm" and n != "sft"])
+def test_degenerate_pairs_are_finite_and_keep_their_digits_in_fp32(name: str) -> None:
+    """One token, many hundred tokens, equal answers, policy = reference: finite, and fp32 agrees with fp64."""
+    method = METHODS[name]
+    groups, policy = build_degenerate()
+    found: dict[torch.dtype, list[float]] = {}
+    for dtype in (torch.float64, torch.float32):
+        table = build_packed_batch(groups).table
+        reference = table.token_columns["ref_logprobs"].to(dtype)
+        table.token_columns["ref_logprobs"] = reference
+        for logprobs in (torch.from_numpy(policy).to(dtype), reference.clone()):
+            leaf = logprobs.requires_grad_()
+            result = method.compute_loss(Outputs(logprobs=leaf), table, method.initial_state())
+            total = torch.stack([t.weight * t.sum / t.count for t in result.terms]).sum()
+            total.backward()
+            assert leaf.grad is not None and bool(torch.isfinite(leaf.grad).all())
+            found.setdefault(dtype, []).extend([total.item(), float(leaf.grad.norm())])
+    assert found[torch.float32] == pytest.approx(found[torch.float64], rel=1e-5)
+    equal = method.compute_loss(Outputs(logprobs=torch.from_numpy(policy[-18:])), build_packed_batch(groups[4:]).table,
+                                method.initial_state())  # fmt: skip
+    margins = [m for m in equal.metrics if m.name == "rewards/margins"]
+    assert [m.sum.item() for m in margins] == [0.0] * (name != "dpo sft")
+
+
+def test_evaluation_reads_a_running_shift_and_does_not_move_it() -> None:
+    """BCO with δ = 0.7 from training: the held-out rows neither enter it nor see each other."""
+    method = METHODS["dpo bco_pair"]
+    policy: Any = Policy(build_model("lm", 0), head="lm")
+    ctx = StepContext(policy=policy, method=method, runtime=Runtime(torch.device("cpu")), parameters=[], seed=0)
+    groups = build_groups(2)
+    state = {"losses": {"bco_pair": {"rewards": 10, "mean": 0.7}}}
+    found = run_evaluation(ctx, groups, state, budget=10**6)
+    with torch.no_grad():
+        batch = build_packed_batch(groups)
+        pairs = method._compute_pairs(policy.eval()(batch, method.want), batch.table)
+    a, z = (0.01 * x.double().numpy() for x in (pairs.chosen_ratio, pairs.rejected_ratio))
+    want = np.logaddexp(0, 0.7 - a) + np.logaddexp(0, z - 0.7)
+    assert found["eval_loss"] == pytest.approx(want.mean(), rel=1e-6)
+    assert state == {"losses": {"bco_pair": {"rewards": 10, "mean": 0.7}}}
