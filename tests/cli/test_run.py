@@ -148,7 +148,8 @@ def test_every_verb(pipeline: Pipeline, word: str):
     assert (recipe.seed, recipe.output_dir, pipeline.loaded.run_name()) == (5, "out", f"{word}_m")
     assert (pipeline.stage.data, pipeline.stage.seed, pipeline.stage.name) == ("d", 5, word)
     if word in ALIASES:
-        assert pipeline.stage.kind == "dpo" and pipeline.stage.loss_type == word
+        assert pipeline.stage.kind == ALIASES[word].kind
+        assert {key: getattr(pipeline.stage, key) for key in ALIASES[word].fixed} == ALIASES[word].fixed
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
