@@ -11,6 +11,7 @@ from burnish.config.stages import DpoSettings, RewardSettings, SftSettings
 from burnish.core.batch import Outputs, Table
 from burnish.core.group import Completion, Group
 from burnish.losses.terms import LossResult, Metric, Term
+from burnish.methods.stateless import Stateless
 
 VOCAB = 61
 MIXES: dict[str, dict[str, Any]] = {
@@ -65,17 +66,14 @@ def trainable(policy) -> dict[str, torch.nn.Parameter]:
     return {n: p for n, p in policy.named_parameters() if p.requires_grad}
 
 
-class SortedGap:
+class SortedGap(Stateless):
     """A coupled toy loss: sorts the chosen and the rejected sums over the whole step before it compares them."""
 
     name = "sorted_gap"
     head = "lm"
     want = frozenset({"logprobs"})
-    functionals = ()
-    needs_reference = False
     coupled = True
     stateful = True
-    best_metric = ("eval_loss", False)
 
     def initial_state(self) -> dict[str, Any]:
         return {"seen": 0, "trace": 0.0}

@@ -87,7 +87,11 @@ def _describe_settings(
     cls: type[Settings], fixed: Mapping[str, Any], word: str
 ) -> list[tuple[str, list[tuple[str, str]]]]:
     """Sections of the help: the kind's own settings, then those that it shares."""
-    titles = {"TrainSettings": "Training settings", "DataSettings": "Data settings"}
+    titles = {
+        "TrainSettings": "Training settings",
+        "DataSettings": "Data settings",
+        "ReferenceSettings": "Reference model",
+    }
     sections: list[tuple[str, list[tuple[str, str]]]] = []
     seen: set[str] = set()
     for owner in reversed([base for base in cls.__mro__ if issubclass(base, Settings) and base is not Settings]):

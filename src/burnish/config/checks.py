@@ -15,7 +15,15 @@ from burnish.config.losses import find_entry, find_readers, find_unread, get_los
 from burnish.config.problems import Problem
 from burnish.config.registry import ALIASES, KINDS, LOSS_TYPES
 from burnish.config.spelling import describe_suggestions, suggest
-from burnish.config.stages import CpoSettings, DpoSettings, EvaluateSettings, RewardSettings, SftSettings
+from burnish.config.stages import (
+    CpoSettings,
+    DpoSettings,
+    EvaluateSettings,
+    KtoSettings,
+    ReferenceSettings,
+    RewardSettings,
+    SftSettings,
+)
 from burnish.config.train import TrainSettings
 
 Found = Iterator[tuple[str, str, str]]  # setting, what is wrong, what to do
@@ -284,8 +292,14 @@ def _check_weights(weights: list[float], types: list[str], is_list: bool) -> Fou
         yield "loss_weights", f"is {weights}", "weights may not be negative, nor all be zero"
 
 
-@_check(DpoSettings)
-def _check_reference(s: DpoSettings) -> Found:
+@_check(KtoSettings)
+def _check_label_weights(s: KtoSettings) -> Found:
+    if not s.desirable_weight and not s.undesirable_weight:
+        yield "desirable_weight", "is 0, and undesirable_weight too: nothing would be learnt", "set one of them above 0"
+
+
+@_check(ReferenceSettings)
+def _check_reference(s: ReferenceSettings) -> Found:
     if s.reference_mode == "adapter" and s.lora is None:
         yield (
             "reference_mode",

@@ -60,6 +60,7 @@ KINDS: dict[str, Kind] = {
     "orpo": Kind(
         "burnish.config.stages:OrpoSettings", "burnish.methods.orpo:Orpo", "odds-ratio preference optimisation"
     ),
+    "kto": Kind("burnish.config.stages:KtoSettings", "burnish.methods.kto:Kto", "preference optimisation from labels"),
     "evaluate": Kind(
         "burnish.config.stages:EvaluateSettings",
         "burnish.evals.evaluate:run_evaluation",

@@ -17,6 +17,7 @@ from burnish.config.registry import ALIASES, KINDS
 from burnish.config.train import LoraSettings, TrainSettings
 from burnish.config.values import describe_limits
 
+_SHARED = (TrainSettings, DataSettings)  # they have tables of their own
 _HEAD = """# Settings
 
 <!-- Made by `burnish config reference --output docs/settings.md`; change the settings classes, not this page. -->
@@ -55,7 +56,7 @@ def render_settings_page() -> str:
     parts += ["## Recipe", "", *_table(Recipe, list(Recipe.model_fields)), ""]
     for kind in KINDS:
         cls = settings_class(kind)
-        own = [name for owner, names in group_fields(cls) for name in names if owner is cls]
+        own = [name for owner, names in group_fields(cls) for name in names if owner not in _SHARED]
         aliases = [f"`{alias}`" for alias, target in ALIASES.items() if target.kind == kind]
         also = f" Also as kind {', '.join(aliases)}." if aliases else ""
         parts += [f"## Stage: {kind}", "", f"{(cls.__doc__ or '').strip()}{also}", "", *_table(cls, own), ""]

@@ -31,7 +31,18 @@ class RewardSettings(TrainSettings):
     head_init_std: float = setting(0.02, "Standard deviation of the new head's weights.", gt=0)
 
 
-class DpoSettings(TrainSettings):
+class ReferenceSettings(TrainSettings):
+    """What stages with a reference model share."""
+
+    reference: str = setting(
+        "same", "Reference model: same (the policy as this stage received it), or a folder or hub id."
+    )
+    reference_mode: Literal["auto", "cached", "copy", "adapter"] = setting(
+        "auto", "How the reference is kept: log-probs cached on disk, a frozen copy, or the base under a fresh adapter."
+    )
+
+
+class DpoSettings(ReferenceSettings):
     """Direct preference optimisation (arXiv 2305.18290) and its relatives by `loss_type`."""
 
     kind: Literal["dpo"] = setting("dpo", "Preference optimisation.")
@@ -65,17 +76,25 @@ class DpoSettings(TrainSettings):
     use_weighting: bool = setting(
         False, "Weigh each pair by how likely the policy is to write it (WPO, arXiv 2406.11827)."
     )
-    reference: str = setting(
-        "same", "Reference model: same (the policy as this stage received it), or a folder or hub id."
-    )
-    reference_mode: Literal["auto", "cached", "copy", "adapter"] = setting(
-        "auto", "How the reference is kept: log-probs cached on disk, a frozen copy, or the base under a fresh adapter."
-    )
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: Any) -> Any:
         return fill_defaults("dpo", values)
+
+
+class KtoSettings(ReferenceSettings):
+    """Kahneman–Tversky optimisation (arXiv 2402.01306): rows that are good or bad, without pairs."""
+
+    kind: Literal["kto"] = setting("kto", "Preference optimisation from rows with a label.")
+    learning_rate: float = setting(1e-6, "Peak learning rate.", gt=0)
+    disable_dropout: bool = setting(True, "Switch all dropout off.")
+    loss_type: Literal["kto", "apo_zero_unpaired"] = setting(
+        "kto", "kto, or apo_zero_unpaired: without the KL baseline (arXiv 2408.06266)."
+    )
+    beta: float = setting(0.1, "Strength of the pull towards the reference.", gt=0)
+    desirable_weight: float = setting(1.0, "Weight λ_D of rows whose label is true.", ge=0)
+    undesirable_weight: float = setting(1.0, "Weight λ_U of rows whose label is false.", ge=0)
 
 
 class CpoSettings(TrainSettings):

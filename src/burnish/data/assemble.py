@@ -181,7 +181,7 @@ def _check_leaks(loaded: Loaded, log: ProblemLog, *, explicit: bool, skip: bool)
 def _fill_columns(loaded: Loaded, kind: str) -> None:
     """Give every example the same columns."""
     examples = [*loaded.train, *loaded.held_out]
-    names = {name for example in examples for name in example.columns}
+    names = {name for example in examples for name in example.columns} - {"label"}  # rows without one are pairs
     if kind == "reward":
         names.add("margin")
     for name in sorted(names):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from burnish.data.messages import Message
 from burnish.data.problems import row_name
 
-Want = Literal["completion", "pair", "prompt"]
+Want = Literal["completion", "pair", "label", "prompt"]
 Form = Literal["text", "plain", "chat", "hh", "ids"]
 
 
@@ -56,7 +56,8 @@ class Reading:
     """How rows are to be read.
 
     Attributes:
-        want: What is needed of a row: a completion, a pair, or only a prompt.
+        want: What is needed of a row: a completion, a pair, a completion with a label (or a pair, which is one of each),
+            or only a prompt.
         chat: Dialogues become messages for a chat template; otherwise they stay raw text.
         format: A shape's name, or "auto".
         strip_think: Remove reasoning blocks from answers.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from burnish.data import shapes
@@ -36,12 +36,23 @@ def normalise(row: Row, reading: Reading) -> Example:
     data = {name: value for name, value in row.data.items() if value is not None}
     row = Row(row.file, row.line, data)
     shape = _recognise(data, reading)
+    reading = _reading_for(shape, reading)
     example = shape.read(row, reading)
     if "margin" in data and reading.want == "pair":
         example.columns["margin"] = _number(data["margin"], "margin")
     if reading.want != "prompt":
         _check_answers(example)
     return example
+
+
+def _gives(shape: Shape, want: Want) -> bool:
+    """Whether a shape gives what is wanted; a pair is also a good and a bad row."""
+    return want in shape.gives or (want == "label" and "pair" in shape.gives)
+
+
+def _reading_for(shape: Shape, reading: Reading) -> Reading:
+    """How a shape reads a row of which a label is wanted: as a pair where it has one."""
+    return replace(reading, want="pair") if reading.want == "label" and "pair" in shape.gives else reading
 
 
 def check_format(name: str, want: Want) -> None:
@@ -52,7 +63,7 @@ def check_format(name: str, want: Want) -> None:
     """
     if name in ("auto", "instruct"):
         return
-    fitting = [shape.name for shape in SHAPES.values() if want in shape.gives]
+    fitting = [shape.name for shape in SHAPES.values() if _gives(shape, want)]
     if name not in SHAPES:
         near = difflib.get_close_matches(name, SHAPES, 1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -71,7 +82,7 @@ def _recognise(data: Mapping[str, Any], reading: Reading) -> Shape:
             raise missing_columns(missing, data)
         return shape
     for shape in SHAPES.values():
-        if reading.want in shape.gives and all(name in data for name in shape.columns):
+        if _gives(shape, reading.want) and all(name in data for name in shape.columns):
             if shape.name == "hh" and not shapes.is_hh(data):
                 continue
             return shape
@@ -82,7 +93,7 @@ def _no_shape(data: Mapping[str, Any], want: Want) -> RowError:
     """The error for a row of no known shape: what lacks of the nearest one, or which there are."""
     nearest, best = None, (0.0, 0)
     for shape in SHAPES.values():
-        if want not in shape.gives or shape.name == "hh":
+        if not _gives(shape, want) or shape.name == "hh":
             continue
         near = sum(bool(difflib.get_close_matches(n, data, 1, 0.7)) for n in shape.columns if n not in data)
         present = sum(n in data for n in shape.columns)
@@ -91,10 +102,12 @@ def _no_shape(data: Mapping[str, Any], want: Want) -> RowError:
             nearest, best = shape, score
     if nearest is not None:
         return missing_columns([name for name in nearest.columns if name not in data], data)
-    accepted = " | ".join("+".join(s.columns) for s in SHAPES.values() if want in s.gives and s.name != "hh")
-    first = {"pair": "chosen: <your column>, rejected: <your column>", "prompt": "prompt: <your column>"}.get(
-        want, "prompt: <your column>, completion: <your column>"
-    )
+    accepted = " | ".join("+".join(s.columns) for s in SHAPES.values() if _gives(s, want) and s.name != "hh")
+    first = {
+        "pair": "chosen: <your column>, rejected: <your column>",
+        "label": "prompt: <your column>, completion: <your column>, label: <your column>",
+        "prompt": "prompt: <your column>",
+    }.get(want, "prompt: <your column>, completion: <your column>")
     return RowError(
         f"no known row shape; columns found: {', '.join(map(str, data)) or 'none'}; accepted: {accepted}",
         kind="missing column",
@@ -180,6 +193,13 @@ SHAPES: dict[str, Shape] = {
             frozenset({"completion"}),
             shapes.read_completion,
             "prompt and completion, texts or messages",
+        ),
+        Shape(
+            "labelled",
+            ("prompt", "completion", "label"),
+            frozenset({"label"}),
+            shapes.read_labelled,
+            "prompt and completion with a label: true = good, false = bad",
         ),
         Shape("question_answer", ("question", "answer"), _ONE, shapes.read_question, "question and answer (####)"),
         Shape("prompt", ("prompt",), frozenset({"prompt"}), shapes.read_prompt, "a prompt, text or messages"),

@@ -28,7 +28,7 @@ from burnish.disk import disk_error
 from burnish.errors import ConfigError, DataError
 
 MADE_EQUAL_LIMIT = 0.1
-WANTS: dict[str, Want] = {"sft": "completion"}
+WANTS: dict[str, Want] = {"sft": "completion", "kto": "label"}
 
 
 @dataclass
@@ -166,6 +166,7 @@ def build_encoding(settings: TrainSettings, tokenizer: TextTokenizer, context: i
         settings.train_on,
         settings.add_eos,
         settings.drop_identical,
+        labelled=want_of(settings.kind) == "label",
     )
 
 

@@ -134,6 +134,12 @@ def read_completion(row: Row, reading: Reading) -> Example:
     return example
 
 
+def read_labelled(row: Row, reading: Reading) -> Example:
+    example = _completion(row, reading)
+    example.columns["label"] = float(_label(row.data["label"]))
+    return example
+
+
 def _label(value: Any) -> bool:
     if isinstance(value, bool) or value in (0, 1):
         return bool(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class Encoding:
         train_on: Which tokens a single completion trains on.
         add_eos: Plain texts end in EOS.
         drop_identical: Pairs of equal answers are left out instead of refused.
+        labelled: A pair becomes a row with the label 1 and one with the label 0.
     """
 
     tokenizer: TextTokenizer
@@ -39,6 +40,7 @@ class Encoding:
     train_on: TrainOn = "auto"
     add_eos: bool = True
     drop_identical: bool = False
+    labelled: bool = False
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -70,6 +72,8 @@ def encode_examples(
             for example, turns in _drafts(chunk, encoding, log, report):
                 made = [_finish(example, turn, draft, encoding, log, report) for turn, draft in turns]
                 kept = [group for group in made if group is not None]
+                if encoding.labelled:
+                    kept = [row for group in kept for row in label_answers(group)]
                 report.kept += bool(kept)
                 for group in kept:
                     groups.append(_unique(group, names))
@@ -81,6 +85,16 @@ def encode_examples(
         report.sources[source] = report.sources.get(source, 0) + 1
     report.groups = len(groups)
     return groups
+
+
+def label_answers(group: Group) -> list[Group]:
+    """A pair as two rows with labels; a row that has a label of its own stays one."""
+    if len(group.completions) == 1:
+        return [replace(group, columns={"label": group.columns["label"]})]
+    return [
+        replace(group, id=f"{group.id}#{side}", completions=(completion,), columns={"label": label})
+        for side, label, completion in zip(("chosen", "rejected"), (1.0, 0.0), group.completions, strict=True)
+    ]
 
 
 def _unique(group: Group, names: set[str]) -> Group:

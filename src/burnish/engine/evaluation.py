@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
+from burnish.core.batch import Table
 from burnish.core.concat import concat_steps
 from burnish.core.group import Group
 from burnish.engine.plan import build_plan
 from burnish.engine.step import Guard, StepContext, Sums, _attach_reference, _build, call_policy, compute_counts
 from burnish.errors import NumericStop
 from burnish.faults import fault_point
+from burnish.losses.terms import LossResult
 from burnish.track.whereabouts import enter_phase
 
 
@@ -26,11 +29,17 @@ class Module(Protocol):
 
 
 def run_evaluation(
-    ctx: StepContext, groups: Sequence[Group], state: dict[str, Any], *, budget: int, cap: int | None = None
-) -> dict[str, float]:
+    ctx: StepContext, groups: Sequence[Group], state: dict[str, Any], *, budget: int, cap: int | None = None,
+    chunk: int | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Figures over held-out groups, named "eval_<figure>"; with several sources also "eval_<figure>/<source>".
 
-    The method's state is read, not moved: its losses get it with `frozen: True`. A coupled loss sees all rows at once.
+    The method's state is read, not moved: its losses get it with `frozen: True`.
+
+    Args:
+        groups: As `Method.arrange` gave them.
+        chunk: A coupled loss is computed on so many groups at a time, in data order, and the chunks' sums are added up:
+            the figures are those of training steps of this size, whatever the micro-batches. None = all at once.
 
     Raises:
         NumericStop: A held-out row gives a non-finite number; the rows are named, never dropped.
@@ -40,13 +49,13 @@ def run_evaluation(
     state = {**state, "frozen": True} if ctx.method.stateful else state
     policy.train(False)
     try:
-        figures = {f"eval_{n}": v for n, v in _evaluate(ctx, groups, state, budget, cap).items()}
+        figures = {f"eval_{n}": v for n, v in _evaluate(ctx, groups, state, budget, cap, chunk).items()}
         sources: dict[str, list[Group]] = defaultdict(list)
         for group in groups:
             sources[group.tags.get("source", "")].append(group)
         if 1 < len(sources) <= 12:
             for source, rows in sorted(sources.items()):
-                part = _evaluate(ctx, rows, state, budget, cap)
+                part = _evaluate(ctx, rows, state, budget, cap, chunk)
                 figures |= {f"eval_{n}/{source}": v for n, v in part.items()}
     finally:
         policy.train(was_training)
@@ -54,29 +63,14 @@ def run_evaluation(
 
 
 def _evaluate(
-    ctx: StepContext, groups: Sequence[Group], state: dict[str, Any], budget: int, cap: int | None
+    ctx: StepContext, groups: Sequence[Group], state: dict[str, Any], budget: int, cap: int | None, chunk: int | None
 ) -> dict[str, float]:
-    counts = compute_counts(ctx.method, groups)
-    plan = build_plan(groups, budget=budget, cap=cap, world=ctx.runtime.world, coupled=ctx.method.coupled)
+    size = (chunk or len(groups)) if ctx.method.coupled else len(groups)
     sums = Sums()
     bad: list[str] = []
-    pending: dict[int, list] = defaultdict(list)
     with torch.no_grad():
-        for micro in plan.of(ctx.runtime.rank):
-            batch = _build(micro, groups, ctx.runtime.device)
-            _attach_reference(ctx, batch)
-            enter_phase("evaluate", batch.input_ids.numel(), batch.last_index.numel())
-            fault_point("evaluation.forward")
-            outputs = call_policy(ctx, batch)
-            if micro.coupled:  # a coupled loss sees all rows at once; or parts of a group that exceeds the budget
-                pending[0].append((batch.table, outputs.named()))
-                continue
-            result = ctx.method.compute_loss(outputs, batch.table, state)
-            guard = Guard()
-            guard.watch(torch.stack([t.sum for t in result.terms]).sum(), result, [(batch.table, outputs.named())])
-            sums.add(result)
-            bad += guard.name_rows(sums.fetch(guard.flags))
-        bad += _add_parts(ctx, pending[0], state, sums)
+        for start in range(0, len(groups), max(size, 1)):
+            bad += _add_groups(ctx, groups[start : start + size], state, budget, cap, sums)
     bad = [row for part in ctx.runtime.gather(bad) for row in part]
     if bad:
         raise NumericStop(
@@ -84,17 +78,36 @@ def _evaluate(
             remedy="look at these rows with `burnish data show`; lower the learning rate or use precision fp32",
         )  # fmt: skip
     sums.reduce(ctx.runtime)
-    return sums.figures(dict(sums.announced) if ctx.method.coupled else counts)
+    return sums.figures(sums.announced if ctx.method.coupled else compute_counts(ctx.method, groups))
 
 
-def _add_parts(ctx: StepContext, rows: list, state: dict[str, Any], sums: Sums) -> list[str]:
-    """Add the rows that wait for each other, on one rank for all; returns the ids of those that are not finite."""
-    everything = [row for part in ctx.runtime.gather(rows) for row in part if len(row[0].group_ids)]
-    if not everything or not ctx.runtime.is_main:
-        return []
-    outputs, table = concat_steps([t for t, _ in everything], [o for _, o in everything])
-    result = ctx.method.compute_loss(outputs, table, state)
+def _add_groups(
+    ctx: StepContext, groups: Sequence[Group], state: dict[str, Any], budget: int, cap: int | None, sums: Sums
+) -> list[str]:
+    """Add the sums of some groups; returns the ids of those that gave a non-finite number on this rank."""
+    bad: list[str] = []
+    waiting: list[tuple[Table, dict[str, Tensor]]] = []
+    plan = build_plan(groups, budget=budget, cap=cap, world=ctx.runtime.world, coupled=ctx.method.coupled)
+    for micro in plan.of(ctx.runtime.rank):
+        batch = _build(micro, groups, ctx.runtime.device)
+        _attach_reference(ctx, batch)
+        enter_phase("evaluate", batch.input_ids.numel(), batch.last_index.numel())
+        fault_point("evaluation.forward")
+        outputs = call_policy(ctx, batch)
+        if micro.coupled:  # parts of a group that exceeds the budget, or of a loss that is no sum over groups
+            waiting.append((batch.table, outputs.named()))
+            continue
+        result = ctx.method.compute_loss(outputs, batch.table, state)
+        bad += _watch(result, [(batch.table, outputs.named())], sums)
+    everything = [row for part in ctx.runtime.gather(waiting) for row in part if len(row[0].group_ids)]
+    if everything and ctx.runtime.is_main:
+        outputs, table = concat_steps([t for t, _ in everything], [o for _, o in everything])
+        bad += _watch(ctx.method.compute_loss(outputs, table, state), everything, sums)
+    return bad
+
+
+def _watch(result: LossResult, rows: Sequence[tuple[Table, dict[str, Tensor]]], sums: Sums) -> list[str]:
     guard = Guard()
-    guard.watch(torch.stack([t.sum for t in result.terms]).sum(), result, [(table, outputs.named())])
+    guard.watch(torch.stack([t.sum for t in result.terms]).sum(), result, rows)
     sums.add(result)
     return guard.name_rows(sums.fetch(guard.flags))

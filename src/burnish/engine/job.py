@@ -32,6 +32,7 @@ class TrainJob:
         stage_dir: Where metrics and checkpoints go; None keeps nothing (benchmarks, tests).
         stamp: Goes into each checkpoint's manifest; on resume it must be equal.
         sinks: Called with each metrics row.
+        complete: Attaches stored columns to the arranged examples of an epoch; see `OfflineSource`.
         export_bytes: What the result will take on the disk; part of the figure printed at the start.
     """
 
@@ -54,6 +55,7 @@ class TrainJob:
     label: str = ""
     dropout: bool = True
     export_bytes: int = 0
+    complete: Callable[[Sequence[Group]], Sequence[Group]] = list
     on_step: Callable[[int, Mapping[str, float], float], None] | None = None
 
     @property
@@ -78,11 +80,15 @@ class TrainOutcome:
     ledger: str
 
 
-def build_source(settings: TrainSettings, train: Sequence[Group], world: int) -> OfflineSource:
+def build_source(
+    settings: TrainSettings, train: Sequence[Group], world: int, method: Method,
+    complete: Callable[[Sequence[Group]], Sequence[Group]] = list,
+) -> OfflineSource:  # fmt: skip
     """The order in which a stage reads its examples."""
     return OfflineSource(
         train, batch_size=compute_batch(settings, world).batch_size, epochs=settings.num_train_epochs,
         max_steps=settings.max_steps, seed=settings.seed, shuffle=settings.shuffle,
+        arrange=method.arrange, complete=complete,
     )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ class Trainer:
         s = job.settings
         self.job = job
         self.budget = choose_budget(s, job.runtime.device.type)
-        self.source = build_source(s, job.train, job.runtime.world)
+        self.source = build_source(s, job.train, job.runtime.world, job.method, job.complete)
         groups = build_parameter_groups(job.trainable, s, no_decay=job.no_decay, head=job.head)
         self.parameters = list(job.trainable.values())
         self.state = TrainState(
@@ -271,8 +271,9 @@ class Trainer:
         """Evaluate, remember the best; True if training should stop early."""
         c, s = self.state.counters, self.job.settings
         figures = run_evaluation(
-            self.ctx, self.job.held_out, self.state.method, budget=self.budget, cap=s.per_device_train_batch_size
-        )
+            self.ctx, self.job.held_out, self.state.method, budget=self.budget, cap=s.per_device_train_batch_size,
+            chunk=self.source.batch_size,
+        )  # fmt: skip
         self.job.policy.train(True)
         self.last_evaluation = {"step": c.step, **figures}
         self._write({"step": c.step, "kind": "eval", **figures})

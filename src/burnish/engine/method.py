@@ -23,6 +23,7 @@ class Method(Protocol):
         coupled: The loss is no sum over groups (batch quantiles, sorts); the engine then runs a step in two passes and
             takes the counts that the one call on the whole step reports.
         stateful: The method has a state that moves with each step (controllers, running moments).
+        arranges: `arrange` gives the examples something of one another.
         best_metric: (name, greater_is_better) by default for the best checkpoint.
     """
 
@@ -33,7 +34,23 @@ class Method(Protocol):
     needs_reference: bool
     coupled: bool
     stateful: bool
+    arranges: bool
     best_metric: tuple[str, bool]
+
+    def arrange(self, groups: Sequence[Group]) -> list[Group]:
+        """The examples of an epoch (or all held-out ones), in their order, with what each takes of others.
+
+        A pure function that keeps number, ids and order; a partner is a further completion of the group. Without use for
+        one another (`arranges` is False) the groups as they are.
+
+        Raises:
+            DataError: The examples cannot serve one another.
+        """
+        ...
+
+    def examine(self, groups: Sequence[Group]) -> list[str]:
+        """What is odd about the training examples, as sentences for the log; called once, before the first step."""
+        ...
 
     def initial_state(self) -> dict[str, Any]:
         """State before the first step: JSON values only."""

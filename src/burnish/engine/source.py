@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,9 @@ class StepData:
     ends_epoch: bool
 
 
+Change = Callable[[Sequence[Group]], Sequence[Group]]
+
+
 class OfflineSource:
     """A fixed data set, permuted anew in each epoch.
 
@@ -35,14 +38,17 @@ class OfflineSource:
         max_steps: Stop after so many steps; −1 = by epochs.
         seed: Seed of the permutations.
         shuffle: False keeps the file's order.
+        arrange: What an epoch's examples, in their order, become (`Method.arrange`); default: they stay as they are.
+        complete: Attaches stored columns to arranged examples (reference log-probs); default: there are none.
 
     Raises:
         DataError: There is nothing to train on.
     """
 
     def __init__(
-        self, groups: Sequence[Group], *, batch_size: int, epochs: float, max_steps: int, seed: int, shuffle: bool
-    ) -> None:
+        self, groups: Sequence[Group], *, batch_size: int, epochs: float, max_steps: int, seed: int, shuffle: bool,
+        arrange: Change = list, complete: Change = list,
+    ) -> None:  # fmt: skip
         if not groups:
             raise DataError(
                 "no training example is left", remedy="see the data report above; raise max_length or fix the data"
@@ -55,6 +61,8 @@ class OfflineSource:
         self.total_steps = max_steps if max_steps >= 0 else math.ceil(self.steps_per_epoch * epochs - 1e-9)
         if self.total_steps < 1:
             raise DataError("the stage would do no step", remedy="raise max_steps or num_train_epochs")
+        self.arrange, self.complete = arrange, complete
+        self._arranged: tuple[int, Sequence[Group]] | None = None
         self._order: tuple[int, np.ndarray] | None = None
 
     def order(self, epoch: int) -> np.ndarray:
@@ -65,11 +73,18 @@ class OfflineSource:
             self._order = (epoch, order)
         return self._order[1]
 
+    def arranged(self, epoch: int) -> Sequence[Group]:
+        """Those examples of an epoch that steps will read, in its order: all but at the end of a run."""
+        whole = self.arrange([self.groups[i] for i in self.order(epoch)])
+        return whole[: (self.total_steps - epoch * self.steps_per_epoch) * self.batch_size]
+
     def step(self, n: int) -> StepData:
         """The examples of step n (0-based)."""
         epoch, within = divmod(n, self.steps_per_epoch)
-        rows = self.order(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
-        return StepData([self.groups[i] for i in rows], epoch, within == self.steps_per_epoch - 1)
+        if self._arranged is None or self._arranged[0] != epoch:
+            self._arranged = (epoch, self.complete(self.arranged(epoch)))
+        rows = self._arranged[1][within * self.batch_size : (within + 1) * self.batch_size]
+        return StepData(list(rows), epoch, within == self.steps_per_epoch - 1)
 
 
 def extend_ledger(ledger: str, groups: Sequence[Group]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from burnish.core.batch import Outputs, PackedBatch, Table, build_packed_batch
-from burnish.core.concat import concat_steps
+from burnish.core.concat import concat_steps, is_per_token
 from burnish.core.group import Group
 from burnish.core.head import Functional
 from burnish.engine.fetch import fetch_numbers
@@ -65,7 +65,10 @@ class Sums:
             self.weights[term.name] = term.weight
         for metric in result.metrics:
             self._waiting.append((self.values, metric.name, metric.sum.detach()))
-            self.counts[metric.name] = self.counts.get(metric.name, 0.0) + float(metric.count)
+            if isinstance(metric.count, Tensor):
+                self._waiting.append((self.counts, metric.name, metric.count.detach()))
+            else:
+                self.counts[metric.name] = self.counts.get(metric.name, 0.0) + float(metric.count)
 
     def fetch(self, further: Sequence[Tensor]) -> list[float]:
         """Bring the sums to the host, in one transfer with `further` scalars; returns those."""
@@ -304,14 +307,16 @@ def _run_coupled(
     Returns the tables and detached outputs of this rank's coupled micro-batches.
     """
     single = len(coupled) == 1 and ctx.runtime.world == 1
-    tables, named, batches = [], [], []
+    tables, named, batches, drawn = [], [], [], []
     for index in coupled:
         if ctx.should_stop():
             raise Stopped
         batch = _build(mine[index], groups, ctx.runtime.device)
         _attach_reference(ctx, batch)
+        before = _draw_state(ctx)
         with torch.set_grad_enabled(single):
             outputs = _forward(ctx, batch, step, index).named()
+        drawn.append(not torch.equal(before, _draw_state(ctx)))
         tables.append(batch.table)
         named.append(outputs)
         batches.append(batch)
@@ -326,13 +331,41 @@ def _run_coupled(
     enter_phase("backward")
     if loss.requires_grad:  # else no row of the coupled part is on this rank
         (loss if ctx.scale is None else loss * ctx.scale).backward()
-    for index, batch, leaf, first in zip(coupled, batches, leaves, named, strict=True):
-        outputs = first if single else _forward(ctx, batch, step, index).named()
-        pairs = [(outputs[n], leaf[n].grad) for n in leaf if leaf[n].grad is not None and outputs[n].requires_grad]
+    for place, (index, batch, leaf) in enumerate(zip(coupled, batches, leaves, strict=True)):
+        grads = {n: v.grad for n, v in leaf.items() if v.grad is not None}
+        if not single and not drawn[place]:
+            batch, grads = _drop_silent(ctx, mine[index], groups, batch, grads)
+        outputs = named[place] if single else _forward(ctx, batch, step, index).named()
+        pairs = [(outputs[n], g) for n, g in grads.items() if outputs[n].requires_grad]
         if pairs:
             enter_phase("backward")
             torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
     return [(t, {n: v.detach() for n, v in o.items()}) for t, o in zip(tables, named, strict=True)]
+
+
+def _draw_state(ctx: StepContext) -> Tensor:
+    """The state of the device's random numbers: it moves when a forward draws (dropout)."""
+    return torch.cuda.get_rng_state(ctx.runtime.device) if ctx.runtime.device.type == "cuda" else torch.get_rng_state()
+
+
+def _drop_silent(
+    ctx: StepContext, micro: MicroBatch, groups: Sequence[Group], batch: PackedBatch, grads: Mapping[str, Tensor]
+) -> tuple[PackedBatch, dict[str, Tensor]]:
+    """The batch without completions that the loss only read (all their coefficients are exactly 0), and the other rows'
+    coefficients. Only for forwards without dropout, where a completion does not depend on its neighbours."""
+    table = batch.table
+    heard = torch.zeros_like(table.completion_group, dtype=torch.bool)
+    owners = {n: table.token_completion if is_per_token(n) else torch.arange(len(heard)) for n in grads}
+    for name, grad in grads.items():
+        heard[owners[name].to(heard.device)[grad != 0]] = True  # a NaN is not 0 either
+    if bool(heard.all()):
+        return batch, dict(grads)
+    slots: dict[int, list[int]] = {}
+    for row in torch.nonzero(heard)[:, 0].tolist():
+        slots.setdefault(int(table.completion_group[row]), []).append(int(table.completion_slot[row]))
+    parts = tuple(replace(p, slots=tuple(slots[g])) for g, p in enumerate(micro.parts) if g in slots)
+    kept = _build(replace(micro, parts=parts), groups, ctx.runtime.device)
+    return kept, {n: g[heard[owners[n].to(heard.device)]] for n, g in grads.items()}
 
 
 def _join_ranks(ctx: StepContext, rows: list[tuple[Table, dict[str, Tensor]]]) -> tuple[Outputs, Table]:

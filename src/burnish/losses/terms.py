@@ -34,11 +34,14 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A figure to log: the engine adds up sums and counts over the step (and ranks) and logs sum / count."""
+    """A figure to log: the engine adds up sums and counts over the step (and ranks) and logs sum / count.
+
+    A count that only the device knows is a () tensor; the host fetches it together with the sums.
+    """
 
     name: str
     sum: Tensor
-    count: float
+    count: float | Tensor
 
 
 @dataclass(frozen=True, slots=True)

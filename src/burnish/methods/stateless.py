@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from burnish.core.batch import Outputs, Table
+from burnish.core.group import Group
 from burnish.core.head import Functional
 
 
@@ -16,7 +17,16 @@ class Stateless:
     needs_reference = False
     coupled = False
     stateful = False
+    arranges = False
     best_metric = ("eval_loss", False)
+
+    def arrange(self, groups: Sequence[Group]) -> list[Group]:
+        """Each example stands alone."""
+        return list(groups)
+
+    def examine(self, groups: Sequence[Group]) -> list[str]:
+        """Nothing to say."""
+        return []
 
     def initial_state(self) -> dict[str, Any]:
         """No state."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from burnish.config.stages import DpoSettings
+from burnish.config.stages import ReferenceSettings
 from burnish.config.train import TrainSettings
 from burnish.core.batch import build_packed_batch
 from burnish.core.group import Group
 from burnish.engine.job import build_source, choose_budget
+from burnish.engine.method import Method
 from burnish.engine.runtime import Runtime
+from burnish.engine.source import OfflineSource
 from burnish.errors import BurnishError
 from burnish.models.fingerprint import fingerprint_model
 from burnish.models.load import BuiltModel, fetch_model_folder, resolve_model_path
@@ -40,18 +43,37 @@ GAP_LIMIT = {True: 1e-3, False: 5e-2}  # fp32, else: the largest |log π − log
 PROBE_GROUPS = 4
 
 
+Complete = Callable[[Sequence[Group]], Sequence[Group]]
+
+
+@dataclass(frozen=True)
+class Referenced:
+    """The groups of a stage and where their reference log-probs come from.
+
+    Attributes:
+        train, held_out: Groups, with reference log-probs where these do not change from epoch to epoch.
+        model: The reference model, where log-probs are not stored.
+        complete: Attaches stored log-probs to the arranged groups of an epoch.
+    """
+
+    train: list[Group]
+    held_out: list[Group]
+    model: Reference | None = None
+    complete: Complete = list
+
+
 def attach_reference(
-    settings: TrainSettings, inputs: StageInputs, built: BuiltModel, policy: Policy, train: Sequence[Group],
-    held_out: Sequence[Group], stage_dir: Path, runtime: Runtime,
-) -> tuple[list[Group], list[Group], Reference | None]:  # fmt: skip
+    settings: TrainSettings, method: Method, inputs: StageInputs, built: BuiltModel, policy: Policy,
+    train: Sequence[Group], held_out: Sequence[Group], stage_dir: Path, runtime: Runtime,
+) -> Referenced:  # fmt: skip
     """Give the groups their reference log-probs, or the stage a reference model.
 
     Called with the policy as the stage received it, before any checkpoint is restored.
 
-    Returns:
-        (training groups, held-out groups, reference model or None when the groups carry the log-probs).
+    Args:
+        held_out: As `Method.arrange` gave them.
     """
-    assert isinstance(settings, DpoSettings)
+    assert isinstance(settings, ReferenceSettings)
     other = None if settings.reference == "same" else resolve_model_path(settings.reference)
     mode = "cached" if settings.reference_mode == "auto" else settings.reference_mode
     if mode != "cached":
@@ -60,27 +82,43 @@ def attach_reference(
         )
         _check_start(policy, reference, train, same=other is None)
         log.info("reference: %s", "the base under the fresh adapter" if mode == "adapter" else "a frozen copy")
-        return list(train), list(held_out), reference
+        return Referenced(list(train), list(held_out), reference)
     if other is None:  # nothing is trained yet: the policy itself is the reference
         reference = Reference(policy, "copy")
         model = inputs.fingerprints["model"]
     else:
         reference = build_reference(policy, "copy", path=other, policy_folder=inputs.folder, settings=settings)
         model = fingerprint_model(fetch_model_folder(other))
-    used = find_used(settings, train, runtime.world)
-    fresh = _attach_cached([train[i] for i in used], reference, model, settings, inputs, policy, stage_dir, runtime)
+
+    def attach(groups: Sequence[Group]) -> list[Group]:
+        return _attach_cached(groups, reference, model, settings, inputs, policy, stage_dir, runtime)
+
+    source = build_source(settings, train, runtime.world, method)
+    kept = attach(held_out)
+    where = stage_dir / "reference"
+    if method.arranges:  # what a row takes of others changes with the order: a cache for each epoch, read as it begins
+        epochs = range(-(-source.total_steps // source.steps_per_epoch))
+        sizes = []
+        for epoch in epochs:
+            fresh = attach(source.arranged(epoch))
+            sizes.append(len(fresh))
+            if epoch == 0:
+                _check_columns(policy, fresh, same=other is None)
+        log.info("reference: log-probs of %d groups, cached in %s", sum(sizes) + len(kept), where)
+        return Referenced(list(train), kept, complete=attach)
+    used = find_used(source)
+    fresh = attach([train[i] for i in used])
     complete = list(train)
     for i, group in zip(used, fresh, strict=True):
         complete[i] = group
-    kept = _attach_cached(held_out, reference, model, settings, inputs, policy, stage_dir, runtime)
     _check_columns(policy, fresh, same=other is None)
-    log.info("reference: log-probs of %d groups, cached in %s", len(fresh) + len(kept), stage_dir / "reference")
-    return complete, kept, None
+    log.info("reference: log-probs of %d groups, cached in %s", len(fresh) + len(kept), where)
+    return Referenced(complete, kept)
 
 
-def find_used(settings: DpoSettings, train: Sequence[Group], world: int) -> list[int]:
+def find_used(source: OfflineSource) -> list[int]:
     """Positions of the examples that the stage's steps will read: all, unless max_steps ends within the first epoch."""
-    source = build_source(settings, train, world)
+    train = source.groups
     if source.total_steps >= source.steps_per_epoch:
         return list(range(len(train)))
     rows = source.order(0)[: source.total_steps * source.batch_size]
@@ -88,7 +126,7 @@ def find_used(settings: DpoSettings, train: Sequence[Group], world: int) -> list
 
 
 def _attach_cached(
-    groups: Sequence[Group], reference: Reference, model: str, settings: DpoSettings, inputs: StageInputs,
+    groups: Sequence[Group], reference: Reference, model: str, settings: ReferenceSettings, inputs: StageInputs,
     policy: Policy, stage_dir: Path, runtime: Runtime,
 ) -> list[Group]:  # fmt: skip
     if not groups:

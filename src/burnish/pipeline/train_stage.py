@@ -21,6 +21,7 @@ from burnish.data.prepare import PreparedData, prepare_data
 from burnish.data.tokenizer import TextTokenizer
 from burnish.engine.job import TrainJob, TrainOutcome, choose_budget
 from burnish.engine.loop import run_training
+from burnish.engine.method import Method
 from burnish.engine.runtime import Runtime
 from burnish.faults import fault_point
 from burnish.models.export import export_model
@@ -29,7 +30,7 @@ from burnish.models.load import BuiltModel, build_model, fetch_model_folder, res
 from burnish.models.policy import Policy
 from burnish.models.precision import PrecisionPlan, resolve_precision
 from burnish.pipeline.inputs import fingerprint_inputs
-from burnish.pipeline.reference import attach_reference
+from burnish.pipeline.reference import Referenced, attach_reference
 from burnish.pipeline.space import estimate_export
 from burnish.track.sinks import SinkContext, build_sinks
 from burnish.track.whereabouts import enter_phase, note_budget
@@ -80,7 +81,9 @@ def run_train_stage(
     resume_from: Path | None = None, label: str = "", run: RunFolder,
 ) -> dict[str, Any]:  # fmt: skip
     """Train and write `final/`; returns what goes into stage.json."""
-    method = load_object(KINDS[settings.kind].runner)(settings)
+    method: Method = load_object(KINDS[settings.kind].runner)(settings)
+    for note in method.examine(inputs.data.train):
+        log.warning("%s", note)
     precision = resolve_precision(settings.precision, runtime.device, _hidden_size(inputs.folder))
     log.info("precision: %s", precision.why)
     built = build_model(settings, inputs.path, head=method.head, seed=settings.seed, compute_dtype=precision.compute)
@@ -89,21 +92,20 @@ def run_train_stage(
         log.info("%s", note)
     policy = Policy(built.model, head=method.head, attention=settings.attention, compute_dtype=precision.compute)
     log.info("attention: %s%s", policy.backend, f" ({policy.why_padded})" if policy.why_padded else "")
-    train, held_out, reference = inputs.data.train, inputs.data.held_out, None
+    data = Referenced(inputs.data.train, method.arrange(inputs.data.held_out))
     note_budget(choose_budget(settings, runtime.device.type))
     if method.needs_reference:
         enter_phase("reference")
-        train, held_out, reference = attach_reference(
-            settings, inputs, built, policy, train, held_out, stage_dir, runtime
-        )
+        data = attach_reference(settings, method, inputs, built, policy, data.train, data.held_out, stage_dir, runtime)
     with ExitStack() as stack:
         sinks = _open_sinks(settings, stage_dir, runtime, run, label, stack)
         job = TrainJob(
-            policy=policy, method=method, settings=settings, train=train, held_out=held_out, runtime=runtime,
+            policy=policy, method=method, settings=settings, train=data.train, held_out=data.held_out, runtime=runtime,
             trainable={f"policy.{n}": p for n, p in built.trainable.items()},
             no_decay=frozenset(f"policy.{n}" for n in built.no_decay),
             head=frozenset(f"policy.{n}" for n in built.head_parameters),
-            reference=reference, stage_dir=stage_dir, resume=resume, resume_from=resume_from, fp16=precision.fp16,
+            reference=data.model, complete=data.complete, stage_dir=stage_dir, resume=resume, resume_from=resume_from,
+            fp16=precision.fp16,
             stamp={"key": key, "inputs": inputs.fingerprints, "kind": settings.kind, "run_id": run.run_id},
             sinks=sinks, label=label, export_bytes=estimate_export(inputs.folder, built.model, built.trainable, settings),
         )  # fmt: skip
