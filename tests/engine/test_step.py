@@ -18,10 +18,11 @@ from burnish.config.registry import LOSS_TYPES
 from burnish.engine.plan import build_plan
 from burnish.engine.runtime import Runtime
 from burnish.engine.step import StepContext, Stopped, compute_gradient
+from burnish.models.reference import Reference
 from tests.engine.tiny import MIXES, build_groups, build_method, build_policy, trainable
 
 # Methods that two processes are tried with too, and every loss type beside them; "dpo aot" is a kind and its loss type.
-METHODS = ["sft", "reward", "sigmoid", "coupled", "dpo aot", "dpo bco_pair", "orpo orpo", "rpo", "wpo"]
+METHODS = ["sft", "reward", "sigmoid", "coupled", "dpo aot", "dpo bco_pair", "orpo orpo", "rpo", "wpo", "kto"]
 LOSSES = [f"{kind} {name}" for kind, types in LOSS_TYPES.items() for name in types]
 EVERY = [*METHODS, *(name for name in [*LOSSES, *MIXES] if name not in METHODS)]
 CUTS = [(10_000, None), (10_000, 1), (10_000, 3), (60, None), (30, None), (12, None)]
@@ -34,9 +35,12 @@ def run_step(
     method, head, k, reference = build_method(name)
     policy = build_policy(head, **kw)
     policy.train(True)
-    groups = build_groups(n, k=k, reference=reference)
+    groups = method.arrange(build_groups(n + method.arranges, k=k, reference=reference))[:n]
     parameters = trainable(policy)
-    ctx = StepContext(policy, method, runtime or Runtime(torch.device("cpu")), list(parameters.values()), seed=0)
+    live = Reference(build_policy(head, seed=1), "copy") if method.needs_reference and not reference else None
+    ctx = StepContext(
+        policy, method, runtime or Runtime(torch.device("cpu")), list(parameters.values()), seed=0, reference=live
+    )
     plan = build_plan(groups, budget=budget, cap=cap, world=world, coupled=method.coupled)
     found = compute_gradient(ctx, groups, plan, method.initial_state(), step=0)
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from burnish.config.stages import DpoSettings, RewardSettings, SftSettings
+from burnish.config.stages import DpoSettings, KtoSettings, RewardSettings, SftSettings
 from burnish.core.batch import Outputs, Table
 from burnish.core.group import Completion, Group
 from burnish.losses.terms import LossResult, Metric, Term
@@ -39,7 +39,14 @@ def build_groups(n: int, *, seed: int = 0, k: int = 2, reference: bool = False, 
             columns = {"ref_logprobs": rng.normal(-3, 1, length)} if reference else {}
             completions.append(Completion(ids, mask, token_columns=columns))
         prompt = rng.integers(3, VOCAB, int(rng.integers(1, spread + 1))).astype(np.int32)
-        groups.append(Group(f"row:{i}", prompt, tuple(completions), columns={"margin": 0.0} if k == 2 else {}))
+        groups.append(
+            Group(
+                f"row:{i}",
+                prompt,
+                tuple(completions),
+                columns={"margin": 0.0} if k == 2 else {"label": float(i % 3 > 0)},
+            )
+        )
     return groups
 
 
@@ -100,6 +107,7 @@ class SortedGap(Stateless):
 def build_method(name: str):
     """(method, policy head, groups per pair, needs reference columns)"""
     from burnish.methods.dpo import Dpo
+    from burnish.methods.kto import Kto
     from burnish.methods.reward import Reward
     from burnish.methods.sft import Sft
 
@@ -117,4 +125,6 @@ def build_method(name: str):
 
         method = build_case(Case(*name.split()))
         return method, "lm", 2, method.needs_reference
+    if name == "kto":
+        return Kto(KtoSettings(beta=0.3)), "lm", 1, False
     return Dpo(DpoSettings(loss_type=name)), "lm", 2, True

@@ -36,8 +36,7 @@ def normalise(row: Row, reading: Reading) -> Example:
     data = {name: value for name, value in row.data.items() if value is not None}
     row = Row(row.file, row.line, data)
     shape = _recognise(data, reading)
-    reading = _reading_for(shape, reading)
-    example = shape.read(row, reading)
+    example = shape.read(row, _reading_for(shape, reading))
     if "margin" in data and reading.want == "pair":
         example.columns["margin"] = _number(data["margin"], "margin")
     if reading.want != "prompt":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from burnish.core.batch import Outputs, Table
 from burnish.core.group import Group
@@ -28,7 +28,7 @@ class Method(Protocol):
     """
 
     name: str
-    head: str
+    head: Literal["lm", "score"]
     want: frozenset[str]
     functionals: tuple[Functional, ...]
     needs_reference: bool

@@ -180,13 +180,17 @@ def _build(micro: MicroBatch, groups: Sequence[Group], device: torch.device) -> 
 
 def _forward(ctx: StepContext, batch: PackedBatch, step: int, index: int) -> Outputs:
     """The policy's outputs; dropout is reseeded by (seed, step, rank, micro-batch), so both passes see the same."""
-    if ctx.reseed:
-        torch.manual_seed(compute_seed(ctx.seed, "dropout", step, ctx.runtime.rank, index))
+    _reseed(ctx, step, index)
     enter_phase("forward", batch.input_ids.numel(), batch.last_index.numel())
     fault_point("step.forward")
     outputs = call_policy(ctx, batch)
     _spoil(outputs)
     return outputs
+
+
+def _reseed(ctx: StepContext, step: int, index: int) -> None:
+    if ctx.reseed:
+        torch.manual_seed(compute_seed(ctx.seed, "dropout", step, ctx.runtime.rank, index))
 
 
 def call_policy(ctx: StepContext, batch: PackedBatch) -> Outputs:
@@ -313,6 +317,7 @@ def _run_coupled(
             raise Stopped
         batch = _build(mine[index], groups, ctx.runtime.device)
         _attach_reference(ctx, batch)
+        _reseed(ctx, step, index)
         before = _draw_state(ctx)
         with torch.set_grad_enabled(single):
             outputs = _forward(ctx, batch, step, index).named()
