@@ -17,6 +17,7 @@ from burnish.config.registry import ALIASES, KINDS, LOSS_TYPES
 from burnish.config.spelling import describe_suggestions, suggest
 from burnish.config.stages import (
     CpoSettings,
+    DistillSettings,
     DpoSettings,
     EvaluateSettings,
     KtoSettings,
@@ -188,17 +189,18 @@ def _check_evaluation(s: TrainSettings) -> Found:
 
 
 @_check(SftSettings)
-def _check_sft(s: SftSettings) -> Found:
+@_check(DistillSettings)
+def _check_sft(s: TrainSettings) -> Found:
     if s.drop_identical:
-        yield "drop_identical", "is on, but SFT reads no pairs", "remove it"
+        yield "drop_identical", f"is on, but {s.kind} reads no pairs", "remove it"
 
 
 @_check(TrainSettings)
 def _check_train_on(s: TrainSettings) -> Found:
-    if s.train_on != "auto" and not isinstance(s, SftSettings):
+    if s.train_on != "auto" and not isinstance(s, (SftSettings, DistillSettings)):
         yield (
             "train_on",
-            f"is {s.train_on}, but only SFT chooses its tokens; {s.kind} scores whole answers",
+            f"is {s.train_on}, but only SFT and distillation choose its tokens; {s.kind} scores whole answers",
             "remove it",
         )
 
@@ -292,10 +294,29 @@ def _check_weights(weights: list[float], types: list[str], is_list: bool) -> Fou
         yield "loss_weights", f"is {weights}", "weights may not be negative, nor all be zero"
 
 
+@_check(DistillSettings)
+def _check_teacher(s: DistillSettings) -> Found:
+    if s.teacher is None:
+        yield "teacher", "is missing: there is nothing to learn from", "name an earlier stage, a folder or a hub id"
+    if s.loss_type != "jsd" and _is_changed(s, "jsd_beta"):
+        yield "jsd_beta", f"is {s.jsd_beta:g}, but loss_type is {s.loss_type}", "set loss_type: jsd, or remove it"
+
+
 @_check(KtoSettings)
 def _check_label_weights(s: KtoSettings) -> Found:
     if not s.desirable_weight and not s.undesirable_weight:
         yield "desirable_weight", "is 0, and undesirable_weight too: nothing would be learnt", "set one of them above 0"
+
+
+@_check(DpoSettings)
+def _check_live_reference(s: DpoSettings) -> Found:
+    live = [word for word in get_loss_names(s.loss_type) if find_entry(s.kind, word).live]
+    if live and s.reference_mode == "cached":
+        yield (
+            "reference_mode",
+            f"is cached, but loss_type {', '.join(live)} reads the reference's whole distribution, which is not stored",
+            "set reference_mode: auto, copy or adapter",
+        )
 
 
 @_check(ReferenceSettings)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from burnish.config.base import Settings
 from burnish.config.problems import Problem
 from burnish.config.spelling import describe_suggestions, suggest
-from burnish.config.stages import EvaluateSettings, RewardSettings
+from burnish.config.stages import DistillSettings, EvaluateSettings, RewardSettings
 from burnish.config.train import TrainSettings
 
 BASE = "base"
@@ -53,6 +53,17 @@ def _check_training(stage: TrainSettings, order: dict[str, int], by_name: dict[s
                     "remove one of the two",
                 )
             )
+    if isinstance(stage, DistillSettings) and stage.teacher in order:
+        problem = _check_earlier(f"{path}.teacher", str(stage.teacher), str(stage.name), order, by_name)
+        if problem is None and _is_reward(by_name[str(stage.teacher)]):
+            choices = [n for n in _earlier(str(stage.name), order, by_name) if not _is_reward(by_name[n])]
+            problem = Problem(
+                f"{path}.teacher",
+                f"is {stage.teacher!r}, a reward model: it gives scores, and no distribution over tokens",
+                _list_choices("learn from", choices),
+            )
+        if problem is not None:
+            problems.append(problem)
     if stage.data is None:
         problems.append(
             Problem(

@@ -38,6 +38,9 @@ class LossEntry:
         unit: What its sum is divided by: pairs, or scored tokens of the chosen completions.
         defaults: Settings whose default is another with this loss, from its paper.
         positive: Settings that must not be 0 with it.
+        functionals: "module:name" of `build(settings) -> tuple[Functional, …]`: what it reads of the distribution over the
+            vocabulary; the function finds the sums over an answer's tokens in `pairs.sums`.
+        live: It reads the reference's distribution, so the reference model runs in each step.
     """
 
     function: str
@@ -47,6 +50,8 @@ class LossEntry:
     unit: Literal["pair", "token"] = "pair"
     defaults: Mapping[str, Any] = field(default_factory=dict)
     positive: tuple[str, ...] = ()
+    functionals: str | None = None
+    live: bool = False
 
 
 KINDS: dict[str, Kind] = {
@@ -59,6 +64,9 @@ KINDS: dict[str, Kind] = {
     ),
     "orpo": Kind(
         "burnish.config.stages:OrpoSettings", "burnish.methods.orpo:Orpo", "odds-ratio preference optimisation"
+    ),
+    "distill": Kind(
+        "burnish.config.stages:DistillSettings", "burnish.methods.distill:Distill", "distillation from a teacher"
     ),
     "kto": Kind("burnish.config.stages:KtoSettings", "burnish.methods.kto:Kto", "preference optimisation from labels"),
     "evaluate": Kind(
@@ -81,6 +89,9 @@ ALIASES: dict[str, Alias] = {
     "apo-zero": Alias("dpo", {"loss_type": "apo_zero"}),
     "apo-down": Alias("dpo", {"loss_type": "apo_down"}),
     "discopop": Alias("dpo", {"loss_type": "discopop"}),
+    "tdpo": Alias("dpo", {"loss_type": "tdpo2"}),
+    "radpo": Alias("dpo", {"loss_type": "radpo2"}),
+    "epsilon-dpo": Alias("dpo", {"loss_type": "epsilon"}),
     "rpo": Alias("dpo", {"loss_type": ["sigmoid", "sft"]}),
 }
 
@@ -114,6 +125,25 @@ LOSS_TYPES: dict[str, dict[str, LossEntry]] = {
         "aot": LossEntry("burnish.losses.aot:compute_aot_loss", coupled=True, aligned=False),
         "aot_unpaired": LossEntry("burnish.losses.aot:compute_aot_unpaired_loss", coupled=True, aligned=False),
         "sft": LossEntry("burnish.losses.sft:compute_chosen_nll", unit="token"),
+        "tdpo1": LossEntry(
+            "burnish.losses.tdpo:compute_tdpo1_loss", functionals="burnish.losses.tdpo:build_tdpo", live=True
+        ),
+        "tdpo2": LossEntry(
+            "burnish.losses.tdpo:compute_tdpo2_loss", functionals="burnish.losses.tdpo:build_tdpo", live=True
+        ),
+        "radpo1": LossEntry(
+            "burnish.losses.tdpo:compute_radpo1_loss", functionals="burnish.losses.tdpo:build_radpo", live=True
+        ),
+        "radpo2": LossEntry(
+            "burnish.losses.tdpo:compute_radpo2_loss", functionals="burnish.losses.tdpo:build_radpo", live=True
+        ),
+        "epsilon": LossEntry(
+            "burnish.losses.epsilon:compute_epsilon_loss",
+            state="burnish.losses.epsilon:RunningBeta",
+            defaults={"beta": 0.01},
+            functionals="burnish.losses.epsilon:build_epsilon",
+            live=True,
+        ),
     },
     "cpo": {
         "sigmoid": LossEntry("burnish.losses.cpo:compute_cpo_sigmoid_loss"),

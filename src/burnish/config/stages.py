@@ -73,6 +73,15 @@ class DpoSettings(ReferenceSettings):
     ld_alpha: float | None = setting(
         None, "Weight of tokens beyond the shorter answer's length (LD-DPO, arXiv 2409.06411); null = 1.", ge=0, le=1
     )
+    tdpo_alpha: float = setting(
+        0.5, "tdpo2, radpo2: weight of the difference of sequential divergences (arXiv 2404.11999).", ge=0
+    )
+    radpo_confidence: float = setting(
+        0.95, "radpo1, radpo2: share of the vocabulary, from the riskiest token on, that counts; 1 is tdpo.", gt=0, le=1
+    )
+    epsilon: float = setting(
+        0.01, "epsilon: how far logits are moved away from the reference and towards it (arXiv 2502.13177).", ge=0, lt=1
+    )
     use_weighting: bool = setting(
         False, "Weigh each pair by how likely the policy is to write it (WPO, arXiv 2406.11827)."
     )
@@ -95,6 +104,21 @@ class KtoSettings(ReferenceSettings):
     beta: float = setting(0.1, "Strength of the pull towards the reference.", gt=0)
     desirable_weight: float = setting(1.0, "Weight λ_D of rows whose label is true.", ge=0)
     undesirable_weight: float = setting(1.0, "Weight λ_U of rows whose label is false.", ge=0)
+
+
+class DistillSettings(TrainSettings):
+    """Supervised distillation: the student matches a teacher's distribution at each scored token."""
+
+    kind: Literal["distill"] = setting("distill", "Distillation.")
+    learning_rate: float = setting(2e-5, "Peak learning rate.", gt=0)
+    disable_dropout: bool = setting(False, "Switch all dropout off.")
+    teacher: str | None = setting(None, "Teacher: an earlier stage, a bundled model, a folder or hub id; same vocabulary.")
+    loss_type: Literal["forward_kl", "reverse_kl", "jsd"] = setting(
+        "forward_kl", "Divergence: KL(teacher ‖ student), KL(student ‖ teacher), or generalised Jensen–Shannon."
+    )
+    jsd_beta: float = setting(0.5, "jsd: share of the teacher in the mixture (arXiv 2306.13649).", gt=0, lt=1)
+    alpha: float = setting(1.0, "Weight of the divergence; 1 - alpha is that of the data's cross-entropy.", gt=0, le=1)
+    temperature: float = setting(1.0, "Divides both models' logits in the divergence, which is scaled by its square.", gt=0)
 
 
 class CpoSettings(TrainSettings):

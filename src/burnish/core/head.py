@@ -100,7 +100,13 @@ def _compute_target_logprob(logits: Tensor, targets: Tensor, against: Tensor | N
     return logits.gather(1, targets[:, None])[:, 0] - torch.logsumexp(logits, dim=-1)
 
 
+def _compute_against_logprob(logits: Tensor, targets: Tensor, against: Tensor | None) -> Tensor:
+    assert against is not None
+    return _compute_target_logprob(against, targets, None)
+
+
 ENTROPY = Functional("entropy", compute_entropy)
+AGAINST_LOGPROBS = Functional("against_logprobs", _compute_against_logprob, needs_against=True)
 _LOGPROBS = Functional("logprobs", _compute_target_logprob)
 
 

@@ -28,7 +28,7 @@ from burnish.disk import disk_error
 from burnish.errors import ConfigError, DataError
 
 MADE_EQUAL_LIMIT = 0.1
-WANTS: dict[str, Want] = {"sft": "completion", "kto": "label"}
+WANTS: dict[str, Want] = {"sft": "completion", "distill": "completion", "kto": "label"}
 
 
 @dataclass

@@ -19,6 +19,7 @@ class Method(Protocol):
         head: "lm" for a language model, "score" for a scalar per completion.
         want: Which fields of Outputs the policy must compute: "logprobs", "entropy", "scores", "values".
         functionals: Further numbers a token from the distribution over the vocabulary; read as `outputs.functionals`.
+        needs_reference_head: Functionals read a second model's logits: the reference (or teacher) runs live, in each step.
         needs_reference: The table carries `token_columns["ref_logprobs"]`, (S,), from the reference model.
         coupled: The loss is no sum over groups (batch quantiles, sorts); the engine then runs a step in two passes and
             takes the counts that the one call on the whole step reports.
@@ -32,6 +33,7 @@ class Method(Protocol):
     want: frozenset[str]
     functionals: tuple[Functional, ...]
     needs_reference: bool
+    needs_reference_head: bool
     coupled: bool
     stateful: bool
     arranges: bool

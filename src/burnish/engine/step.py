@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 from burnish.core.batch import Outputs, PackedBatch, Table, build_packed_batch
 from burnish.core.concat import concat_steps, is_per_token
 from burnish.core.group import Group
-from burnish.core.head import Functional
+from burnish.core.head import AGAINST_LOGPROBS, Functional, HeadInput
 from burnish.engine.fetch import fetch_numbers
 from burnish.engine.method import Method
 from burnish.engine.plan import MicroBatch, StepPlan, build_part
@@ -30,14 +30,17 @@ class PolicyLike(Protocol):
     """What the engine needs of a policy: one call from a batch to flat outputs."""
 
     def __call__(
-        self, batch: PackedBatch, want: frozenset[str], *, functionals: Sequence[Functional] = ()
-    ) -> Outputs: ...
+        self, batch: PackedBatch, want: frozenset[str], *, functionals: Sequence[Functional] = (),
+        against: HeadInput | None = None,
+    ) -> Outputs: ...  # fmt: skip
 
 
 class ReferenceLike(Protocol):
-    """A reference model: (S,) log-probs of the scored tokens, without gradient."""
+    """A reference model, without gradient: (S,) log-probs of the scored tokens, or what its head reads."""
 
     def logprobs(self, batch: PackedBatch) -> Tensor: ...
+
+    def head_input(self, batch: PackedBatch) -> HeadInput: ...
 
 
 class Stopped(Exception):
@@ -194,10 +197,22 @@ def _reseed(ctx: StepContext, step: int, index: int) -> None:
 
 
 def call_policy(ctx: StepContext, batch: PackedBatch) -> Outputs:
-    """What the method wants of the policy."""
-    if not ctx.method.functionals:
-        return ctx.policy(batch, ctx.method.want)
-    return ctx.policy(batch, ctx.method.want, functionals=ctx.method.functionals)
+    """What the method wants of the policy; a live reference's log-probs go to the table, as stored ones do."""
+    method = ctx.method
+    if not method.functionals:
+        return ctx.policy(batch, method.want)
+    if not method.needs_reference_head:
+        return ctx.policy(batch, method.want, functionals=method.functionals)
+    if ctx.reference is None:
+        raise BurnishError(f"method {method.name} needs a live reference", remedy="give the engine a reference model")
+    further = (AGAINST_LOGPROBS,) if method.needs_reference else ()
+    against = ctx.reference.head_input(batch) if batch.layout.groups else None
+    outputs = ctx.policy(batch, method.want, functionals=(*method.functionals, *further), against=against)
+    if further:
+        found = outputs.functionals.pop(AGAINST_LOGPROBS.name)
+        if batch.layout.groups:
+            batch.table.token_columns["ref_logprobs"] = found.detach()
+    return outputs
 
 
 def _spoil(outputs: Outputs) -> None:
@@ -209,7 +224,8 @@ def _spoil(outputs: Outputs) -> None:
 
 
 def _attach_reference(ctx: StepContext, batch: PackedBatch) -> None:
-    if ctx.method.needs_reference and ctx.reference is not None and "ref_logprobs" not in batch.table.token_columns:
+    live = ctx.method.needs_reference_head  # then they come with the policy's outputs
+    if ctx.method.needs_reference and not live and ctx.reference is not None and "ref_logprobs" not in batch.table.token_columns:
         batch.table.token_columns["ref_logprobs"] = ctx.reference.logprobs(batch)
 
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from burnish.config.losses import find_entry, find_unread, get_loss_names
 from burnish.config.registry import LOSS_TYPES, LossEntry, load_object
+from burnish.core.head import Functional
 from burnish.errors import ConfigError
 from burnish.losses.pairs import PairLoss, Pairs
 
@@ -156,6 +157,15 @@ def build_mix(
             remedy=f"remove it (default {default}), or use a loss type that reads it",
         )
     return found
+
+
+def collect_functionals(mix: Sequence[LossType], settings: Any) -> tuple[Functional, ...]:
+    """What the loss types of a mix read of the distribution over the vocabulary, each once."""
+    found: dict[str, Functional] = {}
+    for entry in (loss.entry for loss in mix):
+        for functional in load_object(entry.functionals)(settings) if entry.functionals else ():
+            found.setdefault(functional.name, functional)
+    return tuple(found.values())
 
 
 def _read_settings(function: Callable[..., Any]) -> frozenset[str]:

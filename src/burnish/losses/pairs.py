@@ -5,7 +5,8 @@ Letters of shapes: S scored tokens, C completions, G groups (pairs).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Pairs:
         rejected_ratio: The same of the rejected completion.
         chosen_tokens: Scored tokens of the chosen completion (end of sequence included, prompt excluded).
         rejected_tokens: The same of the rejected completion.
+        sums: name → (chosen, rejected), Σ over the scored tokens of a functional that the loss type asks for.
         reference_gap: Σ w_t log π_ref of the chosen completion minus that of the rejected one; no gradient.
     """
 
@@ -38,6 +40,7 @@ class Pairs:
     chosen_tokens: Tensor
     rejected_tokens: Tensor
     reference_gap: Tensor
+    sums: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +52,13 @@ class PairLoss:
             says so, by the chosen completions' scored tokens) of the whole step.
         chosen_reward: The implicit reward of the chosen completion on the scale on which *this* loss compares.
         rejected_reward: The same of the rejected completion.
+        figures: name → (G,) what else is worth logging, as a mean over pairs.
     """
 
     loss: Tensor
     chosen_reward: Tensor
     rejected_reward: Tensor
+    figures: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def margin(self) -> Tensor:
@@ -62,14 +67,16 @@ class PairLoss:
 
 
 def compute_pairs(
-    logprobs: Tensor, ref_logprobs: Tensor | None, table: Table, *, ld_alpha: float | None = None
-) -> Pairs:
+    logprobs: Tensor, ref_logprobs: Tensor | None, table: Table, *, ld_alpha: float | None = None,
+    functionals: Mapping[str, Tensor] = {},
+) -> Pairs:  # fmt: skip
     """Sums over the tokens of each completion, chosen and rejected side by side.
 
     Args:
         logprobs: (S,) log-probs of the scored tokens under the policy, nats.
         ref_logprobs: (S,) the same under the reference; no gradient flows there. None = no reference model.
         table: Its groups must have exactly two completions each: slot 0 chosen, slot 1 rejected.
+        functionals: name → (S,) numbers a token, to be summed as they are.
         ld_alpha: Weight of the tokens beyond the length of the pair's shorter completion, in policy and reference alike;
             None = 1. Source: LD-DPO, Liu et al. 2024 (arXiv 2409.06411). Lengths count all tokens of a completion.
     """
@@ -85,7 +92,8 @@ def compute_pairs(
     chosen_ratio, rejected_ratio = _split(table, table.sum_tokens(ratio))
     chosen_reference, rejected_reference = _split(table, table.sum_tokens(reference))
     gap = chosen_reference - rejected_reference
-    return Pairs(chosen, rejected, chosen_ratio, rejected_ratio, *_split(table, tokens), gap)
+    sums = {name: _split(table, table.sum_tokens(values.to(dtype))) for name, values in functionals.items()}
+    return Pairs(chosen, rejected, chosen_ratio, rejected_ratio, *_split(table, tokens), gap, sums)
 
 
 def _split(table: Table, values: Tensor) -> tuple[Tensor, Tensor]:

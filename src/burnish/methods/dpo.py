@@ -10,7 +10,7 @@ from torch import Tensor
 from burnish.config.stages import CpoSettings, DpoSettings, OrpoSettings, SimpoSettings
 from burnish.core.batch import Outputs, Table
 from burnish.core.group import Group
-from burnish.losses.mix import LossType, build_mix
+from burnish.losses.mix import LossType, build_mix, collect_functionals
 from burnish.losses.pairs import PairLoss, Pairs, compute_pairs, compute_wins
 from burnish.losses.terms import LossResult, Metric, Term
 from burnish.losses.wpo import LOG_SQUARE_SUM, compute_pair_weights
@@ -40,7 +40,10 @@ class Dpo(Stateless):
         self.coupled = any(t.entry.coupled for t in self.mix)
         self.stateful = any(t.entry.state for t in self.mix)
         self.ld_alpha: float | None = getattr(settings, "ld_alpha", None)
-        self.functionals = (LOG_SQUARE_SUM,) if getattr(settings, "use_weighting", False) else ()
+        self._weighted = bool(getattr(settings, "use_weighting", False))
+        self._read = collect_functionals(self.mix, settings)
+        self.functionals = (*self._read, *((LOG_SQUARE_SUM,) if self._weighted else ()))
+        self.needs_reference_head = any(f.needs_against for f in self._read)
         self._single = len(self.mix) == 1
 
     def build_mix(self) -> tuple[LossType, ...]:
@@ -67,7 +70,8 @@ class Dpo(Stateless):
         """One term for each loss type.
 
         Args:
-            outputs: `logprobs`, (S,); with `use_weighting` also the functional `log_square_sum`, (S,).
+            outputs: `logprobs`, (S,); with `use_weighting` also the functional `log_square_sum`, (S,), and those of the loss
+                types.
             table: `token_columns["ref_logprobs"]`, (S,), if the method has a reference.
             state: The running states of loss types, by name; `frozen` in evaluation.
         """
@@ -91,11 +95,12 @@ class Dpo(Stateless):
         if outputs.logprobs is None:
             raise ValueError(f"{self.name} needs Outputs.logprobs")
         reference = _get_reference(outputs.logprobs, table) if self.needs_reference else None
-        return compute_pairs(outputs.logprobs, reference, table, ld_alpha=self.ld_alpha)
+        read = {f.name: outputs.functionals[f.name] for f in self._read}
+        return compute_pairs(outputs.logprobs, reference, table, ld_alpha=self.ld_alpha, functionals=read)
 
     def _compute_weights(self, outputs: Outputs, table: Table) -> Tensor | None:
         """(G,) weights of the pairs (WPO), or None."""
-        if not self.functionals:
+        if not self._weighted:
             return None
         assert outputs.logprobs is not None
         return compute_pair_weights(outputs.logprobs, outputs.functionals[LOG_SQUARE_SUM.name], table)
@@ -129,6 +134,7 @@ def _measure_rewards(result: PairLoss, n: float, suffix: str) -> list[Metric]:
         "rewards/accuracies": wins,
         "rewards/ties": ties,
     }
+    figures |= {name: values.detach().sum() for name, values in result.figures.items()}
     return [Metric(name + suffix, value, n) for name, value in figures.items()]
 
 

@@ -15,6 +15,7 @@ class Stateless:
 
     functionals: tuple[Functional, ...] = ()
     needs_reference = False
+    needs_reference_head = False
     coupled = False
     stateful = False
     arranges = False

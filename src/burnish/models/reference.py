@@ -28,6 +28,7 @@ from burnish.artifacts.folder import DamagedFolder, FolderWriter, NewerFormat, v
 from burnish.config.data import DataSettings
 from burnish.core.batch import PackedBatch, build_packed_batch
 from burnish.core.group import Group
+from burnish.core.head import HeadInput
 from burnish.disk import disk_error
 from burnish.errors import ConfigError
 from burnish.faults import fault_point
@@ -63,11 +64,32 @@ class Reference:
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch) -> Tensor:
         """(S,) log-probs of the scored tokens, nats, fp32 at least, without gradient."""
-        off = adapter_off(self.policy.model) if self.mode == "adapter" else nullcontext()
-        with evaluating(self.policy), off:
+        with self._as_reference():
             found = self.policy(batch, WANT).logprobs
         assert found is not None
         return found.detach()
+
+
+    @torch.no_grad()
+    def head_input(self, batch: PackedBatch) -> HeadInput:
+        """Hidden states at the scored positions and the head that reads them: the second model of functionals."""
+        with self._as_reference():
+            found = self.policy.head_input(batch)
+        module = found.module
+        if self.mode == "copy" or module is None:
+            return found
+
+        def read(hidden: Tensor) -> Tensor:  # the head is read later, block by block: its adapter must be off then too
+            with self._as_reference():
+                return module(hidden)
+
+        return replace(found, module=read)
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        off = adapter_off(self.policy.model) if self.mode == "adapter" else nullcontext()
+        with evaluating(self.policy), off:
+            yield
 
 
 @contextmanager
@@ -84,7 +106,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def build_reference(
     policy: Policy, mode: Mode, *, fresh_adapter: bool = False, path: str | None = None,
-    policy_folder: Path | None = None, settings: Any = None,
+    policy_folder: Path | None = None, settings: Any = None, what: str = "reference",
 ) -> Reference:  # fmt: skip
     """The reference of a stage; called before its first step.
 
@@ -95,6 +117,7 @@ def build_reference(
         path: Another model as reference (mode copy), as `resolve_model_path` gave it.
         policy_folder: Folder of the policy's tokenizer, compared with that of `path`.
         settings: The stage's settings; trust_remote_code is read.
+        what: How messages call the other model: "reference" or "teacher", which is also its setting.
 
     Raises:
         ConfigError: The adapter's base is not what the stage received; or the vocabularies differ.
@@ -110,7 +133,7 @@ def build_reference(
         trust = bool(getattr(settings, "trust_remote_code", False))
         model, source = load_model(path, head="lm", dtype=wide, trust_remote_code=trust, disable_dropout=True)
         if policy_folder is not None:
-            check_same_vocabulary(policy_folder, source.folder)
+            check_same_vocabulary(policy_folder, source.folder, what)
         model.to(policy.device)  # pyright: ignore[reportArgumentType]
         frozen = Policy(model, head="lm", attention=policy.backend, compute_dtype=policy.compute_dtype)
     frozen.requires_grad_(False)
@@ -149,8 +172,8 @@ def _shrink(policy: Policy) -> None:
             weight.data = weight.data.to(dtype)
 
 
-def check_same_vocabulary(policy: Path, other: Path) -> None:
-    """The reference must call every token of the policy by the same id.
+def check_same_vocabulary(policy: Path, other: Path, what: str = "reference") -> None:
+    """The other model must call every token of the policy by the same id.
 
     Raises:
         ConfigError: Naming the first token for which that is not so.
@@ -162,8 +185,8 @@ def check_same_vocabulary(policy: Path, other: Path) -> None:
     for token, i in sorted(ours.get_vocab().items(), key=lambda item: item[1]):
         if known.get(token) != i:
             raise ConfigError(
-                f"the reference has another vocabulary: token {token!r} is {i} here and {known.get(token)} there",
-                where="reference", found=str(other), remedy="use a reference model with the policy's own tokenizer",
+                f"the {what} has another vocabulary: token {token!r} is {i} here and {known.get(token)} there",
+                where=what, found=str(other), remedy=f"use a {what} model with the policy's own tokenizer",
             )  # fmt: skip
 
 

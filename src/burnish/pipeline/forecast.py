@@ -23,6 +23,7 @@ from burnish.pipeline.inputs import (
     fingerprint_inputs,
     fingerprint_result,
 )
+from burnish.pipeline.naming import find_other_model
 
 Row = dict[str, str]
 
@@ -46,15 +47,20 @@ class Forecast:
         Args:
             model: The model at the root of the stage's chain.
         """
-        before = [stage.init_from] if stage.init_from is not None else []
+        before = [n for n in (stage.init_from, getattr(stage, "teacher", None)) if n is not None and n in self.results]
 
         def find_inputs() -> dict[str, str]:
             start = self.results.get(stage.init_from) if stage.init_from is not None else None
-            other = find_local_model(getattr(stage, "reference", "same"))
+            finals = {name: result.folder for name, result in self.results.items() if result is not None}
+            other = find_local_model(find_other_model(stage, finals))
+
+            def fingerprint(folder: Path) -> str:
+                return fingerprint_result(folder) if folder in finals.values() else fingerprint_model(folder)
+
             if start is None:
-                return fingerprint_inputs(stage, model, tokenizer, data, fingerprint_model, other)
+                return fingerprint_inputs(stage, model, tokenizer, data, fingerprint, other)
             own = TextTokenizer.load(str(start.folder))
-            return fingerprint_inputs(stage, start.folder, own, data, fingerprint_result, other)
+            return fingerprint_inputs(stage, start.folder, own, data, fingerprint, other)
 
         return self._foresee(stage, folder, before, find_inputs)
 

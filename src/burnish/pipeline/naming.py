@@ -1,12 +1,14 @@
-"""Which models a command runs for, and where its run lies."""
+"""Which models a command runs for, which other models its stages read, and where its run lies."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from burnish.config.load import LoadedRecipe
 from burnish.config.options import RunOptions
 from burnish.config.recipe import Recipe
+from burnish.config.train import TrainSettings
 from burnish.errors import UsageError
 
 
@@ -25,6 +27,19 @@ def choose_models(recipe: Recipe, options: RunOptions) -> list[str | None]:
             remedy=f"give a number from 0 to {len(models) - 1}",
         )
     return [models[options.model_index]]
+
+
+def find_other_model(settings: TrainSettings, finals: Mapping[str, Path]) -> str | None:
+    """The teacher of a stage, or its reference where that is another model; None where there is neither.
+
+    Args:
+        finals: Name → result of the stages before it.
+    """
+    teacher = getattr(settings, "teacher", None)
+    if teacher is not None:
+        return str(finals.get(teacher, teacher))
+    reference = getattr(settings, "reference", "same")
+    return None if reference == "same" else reference
 
 
 def find_folder(loaded: LoadedRecipe, options: RunOptions) -> Path:

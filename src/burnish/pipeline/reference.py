@@ -6,11 +6,11 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from burnish.config.stages import ReferenceSettings
+from burnish.config.stages import DistillSettings, ReferenceSettings
 from burnish.config.train import TrainSettings
 from burnish.core.batch import build_packed_batch
 from burnish.core.group import Group
@@ -18,11 +18,12 @@ from burnish.engine.job import build_source, choose_budget
 from burnish.engine.method import Method
 from burnish.engine.runtime import Runtime
 from burnish.engine.source import OfflineSource
-from burnish.errors import BurnishError
+from burnish.errors import BurnishError, ConfigError
 from burnish.models.fingerprint import fingerprint_model
-from burnish.models.load import BuiltModel, fetch_model_folder, resolve_model_path
+from burnish.models.load import BuiltModel, fetch_model_folder
 from burnish.models.policy import Policy
 from burnish.models.reference import (
+    Mode,
     Reference,
     ReferenceCache,
     attach_table,
@@ -73,9 +74,16 @@ def attach_reference(
     Args:
         held_out: As `Method.arrange` gave them.
     """
+    other = inputs.other
+    if isinstance(settings, DistillSettings):
+        assert other is not None
+        teacher = build_reference(
+            policy, "copy", path=other, policy_folder=inputs.folder, settings=settings, what="teacher"
+        )
+        log.info("teacher: %s", other)
+        return Referenced(list(train), list(held_out), teacher)
     assert isinstance(settings, ReferenceSettings)
-    other = None if settings.reference == "same" else resolve_model_path(settings.reference)
-    mode = "cached" if settings.reference_mode == "auto" else settings.reference_mode
+    mode = _choose_mode(settings, method, built)
     if mode != "cached":
         reference = build_reference(
             policy, mode, fresh_adapter=built.fresh_adapter, path=other, policy_folder=inputs.folder, settings=settings
@@ -114,6 +122,22 @@ def attach_reference(
     _check_columns(policy, fresh, same=other is None)
     log.info("reference: log-probs of %d groups, cached in %s", len(fresh) + len(kept), where)
     return Referenced(complete, kept)
+
+
+def _choose_mode(settings: ReferenceSettings, method: Method, built: BuiltModel) -> Mode | Literal["cached"]:
+    """How the reference is kept; one whose distribution is read must run live."""
+    asked = settings.reference_mode
+    if not method.needs_reference_head:
+        return "cached" if asked == "auto" else asked
+    if asked == "cached":
+        raise ConfigError(
+            "reference_mode is cached, but the loss reads the reference's whole distribution, which is not stored",
+            where="reference_mode", remedy="set reference_mode: auto, copy or adapter",
+        )  # fmt: skip
+    if asked != "auto":
+        return asked
+    alone = settings.lora is not None and settings.lora.bias == "none" and built.fresh_adapter
+    return "adapter" if alone and settings.reference == "same" else "copy"
 
 
 def find_used(source: OfflineSource) -> list[int]:

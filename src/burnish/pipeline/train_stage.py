@@ -49,6 +49,7 @@ class StageInputs:
         folder: Its local folder.
         tokenizer: Its tokenizer.
         data: Training and held-out groups.
+        other: The model that serves as reference or teacher: a local folder or hub id; None where it is the policy, or none.
         fingerprints: name → fingerprint of every input, for the stage's key.
     """
 
@@ -57,23 +58,27 @@ class StageInputs:
     tokenizer: TextTokenizer
     data: PreparedData
     fingerprints: dict[str, str]
+    other: str | None = None
 
 
-def load_inputs(settings: TrainSettings, model: str, fingerprint: Callable[[Path], str]) -> StageInputs:
+def load_inputs(
+    settings: TrainSettings, model: str, fingerprint: Callable[[Path], str], other: str | None = None
+) -> StageInputs:
     """Resolve the model, tokenise the data; torch is not touched.
 
     Args:
         model: Bundled name, folder or hub id: the stage's own model or the result of the stage it starts from.
         fingerprint: Fingerprint of a model folder.
+        other: Bundled name, folder or hub id of the reference or teacher, where it is another model.
     """
     path = resolve_model_path(model, revision=settings.revision)
     folder = fetch_model_folder(path, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     tokenizer = TextTokenizer.load(str(folder))
     data = prepare_data(settings, tokenizer, context=read_context(folder))
-    reference = getattr(settings, "reference", "same")
-    other = None if reference == "same" else fetch_model_folder(resolve_model_path(reference))
-    found = fingerprint_inputs(settings, folder, tokenizer, data, fingerprint, other)
-    return StageInputs(path, folder, tokenizer, data, found)
+    second = None if other is None else resolve_model_path(other)
+    beside = None if second is None else fetch_model_folder(second)
+    found = fingerprint_inputs(settings, folder, tokenizer, data, fingerprint, beside)
+    return StageInputs(path, folder, tokenizer, data, found, second)
 
 
 def run_train_stage(
@@ -94,7 +99,7 @@ def run_train_stage(
     log.info("attention: %s%s", policy.backend, f" ({policy.why_padded})" if policy.why_padded else "")
     data = Referenced(inputs.data.train, method.arrange(inputs.data.held_out))
     note_budget(choose_budget(settings, runtime.device.type))
-    if method.needs_reference:
+    if method.needs_reference or method.needs_reference_head:
         enter_phase("reference")
         data = attach_reference(settings, method, inputs, built, policy, data.train, data.held_out, stage_dir, runtime)
     with ExitStack() as stack:
