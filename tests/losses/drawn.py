@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,10 @@ from burnish.losses.mix import LossType
 from burnish.losses.pairs import PairLoss, Pairs
 
 LEAVES = ("chosen", "rejected", "chosen_ratio", "rejected_ratio")
-FROZEN = {"rewards": 10, "mean": 0.2, "frozen": True}
+FROZEN = {"rewards": 10, "mean": 0.2, "factor": 1.0, "frozen": True}
+DIVERGENCES = ("sequential_kl", "risk_0.95")
+PERTURBED = ("logprobs_+0.01", "logprobs_-0.01")  # equal here: no pair's log-ratio is monotonous, so no β moves
+TENSORS = tuple(f.name for f in fields(Pairs) if f.name != "sums")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Case:
         return next(t for t in method.mix if t.name == self.name)
 
     def compute(self, pairs: Pairs, **changed: Any) -> PairLoss:
-        """Its loss of some pairs; BCO's shift stands still, so that it is a function of the pairs."""
+        """Its loss of some pairs; BCO's shift and epsilon's β stand still, so that it is a function of the pairs."""
         return self.build().compute(pairs, FROZEN if self.entry.state else None, **changed)
 
 
@@ -80,7 +83,23 @@ def draw_pairs(n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Pai
     sums = [torch.from_numpy(-0.5 - np.abs(rng.normal(0, 8, n))).to(dtype).requires_grad_() for _ in range(2)]
     ratios = [torch.from_numpy(rng.normal(0, 4, n)).to(dtype).requires_grad_() for _ in range(2)]
     lengths = [torch.from_numpy(rng.integers(1, 30, n)).to(dtype) for _ in range(2)]
-    return Pairs(*sums, *ratios, *lengths, torch.from_numpy(rng.normal(0, 5, n)).to(dtype))
+    gap = torch.from_numpy(rng.normal(0, 5, n)).to(dtype)
+    return Pairs(*sums, *ratios, *lengths, gap, draw_sums(n, rng, dtype))
+
+
+def draw_sums(n: int, rng: np.random.Generator, dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Sums of every functional that a registered loss reads."""
+    found = {}
+    for name in DIVERGENCES:
+        found[name] = tuple(torch.from_numpy(np.abs(rng.normal(0, 1, n))).to(dtype) for _ in range(2))
+    same = tuple(torch.from_numpy(rng.normal(-9, 2, n)).to(dtype) for _ in range(2))
+    return found | dict.fromkeys(PERTURBED, same)
+
+
+def build_sums(like: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The same for a policy that equals its reference: 0."""
+    zero = torch.zeros_like(like.detach())
+    return dict.fromkeys((*DIVERGENCES, *PERTURBED), (zero, zero))
 
 
 def build_start(chosen: torch.Tensor, rejected: torch.Tensor, lengths: tuple[float, float] = (7, 3)) -> Pairs:
@@ -88,25 +107,35 @@ def build_start(chosen: torch.Tensor, rejected: torch.Tensor, lengths: tuple[flo
     ones = torch.ones_like(chosen.detach())
     gap = (chosen - rejected).detach()
     ratios = (chosen - chosen.detach(), rejected - rejected.detach())
-    return Pairs(chosen, rejected, *ratios, lengths[0] * ones, lengths[1] * ones, gap)
+    return Pairs(chosen, rejected, *ratios, lengths[0] * ones, lengths[1] * ones, gap, build_sums(gap))
 
 
 def take(pairs: Pairs, rows: Any) -> Pairs:
-    return Pairs(*(getattr(pairs, f.name)[rows] for f in fields(Pairs)))
+    return change(lambda x: x[rows], pairs)
+
+
+def change(function: Callable[..., torch.Tensor], *pairs: Pairs) -> Pairs:
+    """Pairs whose every tensor is the function of those of some pairs."""
+    sums = {
+        name: tuple(function(*(p.sums[name][side] for p in pairs)) for side in (0, 1)) for name in pairs[0].sums
+    }  # fmt: skip
+    return Pairs(*(function(*(getattr(p, name) for p in pairs)) for name in TENSORS), sums)  # type: ignore[arg-type]
 
 
 def swap(pairs: Pairs) -> Pairs:
     """Chosen and rejected exchanged."""
     p = pairs
     return Pairs(
-        p.rejected, p.chosen, p.rejected_ratio, p.chosen_ratio, p.rejected_tokens, p.chosen_tokens, -p.reference_gap
-    )
+        p.rejected, p.chosen, p.rejected_ratio, p.chosen_ratio, p.rejected_tokens, p.chosen_tokens, -p.reference_gap,
+        {name: (rejected, chosen) for name, (chosen, rejected) in p.sums.items()},
+    )  # fmt: skip
 
 
 def detach(pairs: Pairs) -> Pairs:
-    return replace(pairs, **{f.name: getattr(pairs, f.name).detach() for f in fields(Pairs)})
+    return change(lambda x: x.detach(), pairs)
 
 
 def as_numpy(pairs: Pairs) -> Mapping[str, np.ndarray]:
-    """Fields as fp64 arrays."""
-    return {f.name: getattr(pairs, f.name).detach().double().numpy() for f in fields(Pairs)}
+    """Fields as fp64 arrays; of a functional, the rejected answer's sum less the chosen one's."""
+    found = {name: getattr(pairs, name).detach().double().numpy() for name in TENSORS}
+    return found | {name: (r - c).detach().double().numpy() for name, (c, r) in pairs.sums.items()}

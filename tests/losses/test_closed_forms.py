@@ -86,6 +86,11 @@ CLOSED_FORMS: dict[str, Callable[[Row, float], Any]] = {
     "dpo apo_down": lambda p, b: logistic(b * p["chosen_ratio"]) + 1 - logistic(b * delta(p)),
     "dpo aot": aot,
     "dpo aot_unpaired": lambda p, b: softplus(-b * (np.sort(p["chosen_ratio"]) - np.sort(p["rejected_ratio"]))),
+    "dpo tdpo1": lambda p, b: softplus(-b * (delta(p) - p["sequential_kl"])),
+    "dpo tdpo2": lambda p, b: softplus(-b * (delta(p) - 0.5 * p["sequential_kl"])),
+    "dpo radpo1": lambda p, b: softplus(-b * (delta(p) - p["risk_0.95"])),
+    "dpo radpo2": lambda p, b: softplus(-b * (delta(p) - 0.5 * p["risk_0.95"])),
+    "dpo epsilon": lambda p, b: softplus(-b * delta(p)),  # with steps: test_epsilon.py
     "dpo sft": lambda p, b: -p["chosen"],
     "cpo sigmoid": lambda p, b: softplus(-b * (p["chosen"] - p["rejected"])),
     "cpo hinge": lambda p, b: np.maximum(0, 1 - b * (p["chosen"] - p["rejected"])),

@@ -81,6 +81,7 @@ def test_data_of_one_prompt_are_refused(inputs: Path, tmp_path: Path, capfd: pyt
     assert main(command) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "point", ["update.after_optimizer:8", "burnish.pipeline.reference:compute_reference_table:2:after"]
 )
