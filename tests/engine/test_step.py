@@ -37,7 +37,8 @@ def run_step(
     policy.train(True)
     groups = method.arrange(build_groups(n + method.arranges, k=k, reference=reference))[:n]
     parameters = trainable(policy)
-    live = Reference(build_policy(head, seed=1), "copy") if method.needs_reference and not reference else None
+    stored = reference and not method.needs_reference_head
+    live = Reference(build_policy(head, seed=1), "copy") if method.needs_reference and not stored else None
     ctx = StepContext(
         policy, method, runtime or Runtime(torch.device("cpu")), list(parameters.values()), seed=0, reference=live
     )

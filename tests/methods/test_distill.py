@@ -1,4 +1,4 @@
-"""Distillation: terms, weights and metrics."""
+"""Distillation (S3-23): terms, weights and metrics."""
 
 from __future__ import annotations
 

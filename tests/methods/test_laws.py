@@ -18,12 +18,13 @@ from burnish.core.batch import Outputs, build_packed_batch
 from burnish.core.group import Completion, Group
 from burnish.engine.evaluation import run_evaluation
 from burnish.engine.runtime import Runtime
-from burnish.engine.step import StepContext
+from burnish.engine.step import StepContext, call_policy
 from burnish.methods.cpo import Cpo
 from burnish.methods.dpo import Dpo
 from burnish.methods.reward import Reward
 from burnish.methods.sft import Sft
 from burnish.models.policy import Policy
+from burnish.models.reference import Reference
 from tests.losses.drawn import REGISTERED, build_method
 from tests.losses.tiny import build_model
 
@@ -65,7 +66,8 @@ def draw_outputs(method: Any, batch: Any, seed: int) -> Outputs:
     rng = np.random.default_rng(seed)
     size = len(batch.target_ids) if "logprobs" in method.want else len(batch.last_index)
     tensor = torch.from_numpy(rng.normal(-3, 1, size)).requires_grad_()
-    return Outputs(logprobs=tensor) if "logprobs" in method.want else Outputs(scores=tensor)
+    further = {f.name: torch.from_numpy(rng.normal(-3, 1, size)) for f in method.functionals}
+    return Outputs(logprobs=tensor, functionals=further) if "logprobs" in method.want else Outputs(scores=tensor)
 
 
 def cut(outputs: Outputs, batch: Any, groups: Sequence[Group], start: int, stop: int) -> Outputs:
@@ -74,7 +76,9 @@ def cut(outputs: Outputs, batch: Any, groups: Sequence[Group], start: int, stop:
     if outputs.scores is not None:
         return Outputs(scores=outputs.scores[inside])
     assert outputs.logprobs is not None
-    return Outputs(logprobs=outputs.logprobs[inside[batch.table.token_completion]])
+    tokens = inside[batch.table.token_completion]
+    further = {name: values[tokens] for name, values in outputs.functionals.items()}
+    return Outputs(logprobs=outputs.logprobs[tokens], functionals=further)
 
 
 def k_of(method: Any) -> int:
@@ -89,13 +93,14 @@ def test_any_split_gives_the_same_sums_counts_and_gradient(name: str, cuts: list
     groups = build_groups(k_of(method), seed)
     batch = build_packed_batch(groups)
     outputs = draw_outputs(method, batch, seed)
-    (leaf,) = outputs.named().values()
-    whole = method.compute_loss(outputs, batch.table, {})
+    leaf = outputs.scores if outputs.logprobs is None else outputs.logprobs
+    state = method.initial_state()
+    whole = method.compute_loss(outputs, batch.table, state)
     edges = [0, *sorted(cuts), N]
     parts = []
     for a, b in pairwise(edges):
         table = build_packed_batch(groups[a:b]).table
-        parts.append(method.compute_loss(cut(outputs, batch, groups, a, b), table, {}))
+        parts.append(method.compute_loss(cut(outputs, batch, groups, a, b), table, state))
     for i, term in enumerate(whole.terms):
         total = torch.stack([p.terms[i].sum for p in parts]).sum()
         assert total.item() == pytest.approx(term.sum.item(), rel=1e-12)
@@ -113,7 +118,9 @@ def test_zero_groups_give_zero_with_a_graph(name: str) -> None:
     method = METHODS[name]
     policy = Policy(build_model("score" if method.head == "score" else "lm", 0), head=method.head)
     batch = build_packed_batch([])
-    result = method.compute_loss(policy(batch, method.want), batch.table, method.initial_state())
+    ctx = StepContext(policy=policy, method=method, runtime=Runtime(torch.device("cpu")), parameters=[], seed=0)
+    ctx.reference = Reference(policy, "copy") if method.needs_reference_head else None
+    result = method.compute_loss(call_policy(ctx, batch), batch.table, method.initial_state())
     for term in result.terms:
         assert (term.sum.item(), term.count) == (0.0, 0.0)
         term.sum.backward(retain_graph=True)
@@ -127,7 +134,7 @@ def test_methods_are_declared_as_the_engine_expects(name: str) -> None:
     assert method.head in ("lm", "score") and isinstance(method.want, frozenset)
     state = method.initial_state()
     assert json.loads(json.dumps(state)) == state
-    assert bool(state) == method.stateful and (method.coupled or not method.stateful)
+    assert bool(state) == method.stateful
     assert isinstance(method.best_metric[0], str) and isinstance(method.best_metric[1], bool)
 
 

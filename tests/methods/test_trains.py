@@ -18,7 +18,7 @@ from burnish.engine.step import StepContext, call_policy, compute_gradient
 from burnish.methods.dpo import Dpo
 from burnish.models.load import build_model
 from burnish.models.policy import Policy
-from burnish.models.reference import Reference, attach_table, compute_reference_table
+from burnish.models.reference import Reference, attach_table, build_reference, compute_reference_table
 from burnish.pipeline.train_stage import load_inputs
 from tests.config.recipes import one
 from tests.losses.drawn import REGISTERED, build_method
@@ -38,9 +38,10 @@ METHODS: dict[str, Any] = {
 
 @dataclass
 class Pocket:
-    """Pocket as it is bundled, with pairs that carry its own log-probs as the reference's."""
+    """Pocket as it is bundled, with pairs that carry its own log-probs as the reference's, and a copy for live references."""
 
     policy: Policy
+    reference: Reference
     parameters: list[torch.nn.Parameter]
     start: list[torch.Tensor]
     train: Sequence[Group]
@@ -57,7 +58,8 @@ def pocket() -> Pocket:
     groups = attach_table(groups, compute_reference_table(Reference(policy, "copy"), groups, budget=4096))
     parameters = list(built.trainable.values())
     assert len(groups) == STEPS * BATCH + FIXED
-    return Pocket(policy, parameters, [p.detach().clone() for p in parameters], groups[FIXED:], groups[:FIXED])
+    frozen = build_reference(policy, "copy")
+    return Pocket(policy, frozen, parameters, [p.detach().clone() for p in parameters], groups[FIXED:], groups[:FIXED])
 
 
 def measure(method: Any, pocket: Pocket, ctx: StepContext) -> torch.Tensor:
@@ -87,6 +89,7 @@ def test_the_loss_on_fixed_pairs_falls(name: str, pocket: Pocket) -> None:
         for parameter, value in zip(pocket.parameters, pocket.start, strict=True):
             parameter.copy_(value)
     ctx = StepContext(pocket.policy, method, Runtime(torch.device("cpu")), pocket.parameters, seed=0)
+    ctx.reference = pocket.reference if method.needs_reference_head else None
     before, state = measure(method, pocket, ctx), method.initial_state()
     optimizer = torch.optim.AdamW(pocket.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     for step in range(STEPS):

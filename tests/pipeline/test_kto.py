@@ -1,4 +1,4 @@
-"""KTO as a stage: labels and pairs, partners of every epoch in the reference's cache, kill and resume."""
+"""KTO as a stage (S3-22): labels and pairs, partners of every epoch in the reference's cache, kill and resume."""
 
 from __future__ import annotations
 
