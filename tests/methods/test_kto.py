@@ -120,7 +120,7 @@ def figures(result) -> dict[str, float]:
 HAND = [build_row("good", [1], [7], 1.0), build_row("bad", [2], [8], 0.0)]
 
 
-def test_a_step_by_hand() -> None:
+def test_s1_04_a_step_by_hand() -> None:
     """Rows: own, partner | own, partner; reference −1. Own ratios 1 and −2; partners 3 and −1: z = 1.
 
     β = ½: desirable 1 − σ(½(1 − 1)) = ½; undesirable 1 − σ(½(1 + 2)) = 0.182426.

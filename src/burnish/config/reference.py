@@ -72,12 +72,14 @@ def render_example(kind: str) -> str:
         f"  - kind: {kind}",
     ]
     if canonical != "evaluate":
-        source = "pocket/chat" if canonical == "sft" else "pocket/preferences"
+        source = "pocket/chat" if canonical in ("sft", "distill") else "pocket/preferences"
         lines.append(f"    data: {source}{' ' * 10}# {cls.model_fields['data'].description}")
+    if "teacher" in cls.model_fields:
+        lines.append(f"    teacher: pocket{' ' * 12}# {cls.model_fields['teacher'].description}")
     for owner, names in group_fields(cls):
         lines += ["", f"    # {_title(owner)}"]
         for name in names:
-            if name in ("kind", "model") or name in _fixed(kind) or (name == "data" and canonical != "evaluate"):
+            if name in ("kind", "model", "teacher") or name in _fixed(kind) or (name == "data" and canonical != "evaluate"):
                 continue
             lines += _example_lines(name, get_field(cls, name, kind), 4)
     return "\n".join(lines) + "\n"
