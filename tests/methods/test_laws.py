@@ -192,6 +192,12 @@ def build_degenerate() -> tuple[list[Group], np.ndarray]:
     return groups, np.concatenate(logprobs)
 
 
+def build_outputs(method: Any, logprobs: torch.Tensor) -> Outputs:
+    """These log-probs, with functionals that are equal where the log-probs are."""
+    further = -0.1 * logprobs.detach()
+    return Outputs(logprobs=logprobs, functionals={f.name: further for f in method.functionals})
+
+
 @pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.head == "lm" and n != "sft"])
 def test_degenerate_pairs_are_finite_and_keep_their_digits_in_fp32(name: str) -> None:
     """One token, many hundred tokens, equal answers, policy = reference: finite, and fp32 agrees with fp64."""
@@ -204,14 +210,14 @@ def test_degenerate_pairs_are_finite_and_keep_their_digits_in_fp32(name: str) ->
         table.token_columns["ref_logprobs"] = reference
         for logprobs in (torch.from_numpy(policy).to(dtype), reference.clone()):
             leaf = logprobs.requires_grad_()
-            result = method.compute_loss(Outputs(logprobs=leaf), table, method.initial_state())
+            result = method.compute_loss(build_outputs(method, leaf), table, method.initial_state())
             total = torch.stack([t.weight * t.sum / t.count for t in result.terms]).sum()
             total.backward()
             assert leaf.grad is not None and bool(torch.isfinite(leaf.grad).all())
             found.setdefault(dtype, []).extend([total.item(), float(leaf.grad.norm())])
     assert found[torch.float32] == pytest.approx(found[torch.float64], rel=1e-5)
-    equal = method.compute_loss(Outputs(logprobs=torch.from_numpy(policy[-18:])), build_packed_batch(groups[4:]).table,
-                                method.initial_state())  # fmt: skip
+    last = build_outputs(method, torch.from_numpy(policy[-18:]))
+    equal = method.compute_loss(last, build_packed_batch(groups[4:]).table, method.initial_state())
     margins = [m for m in equal.metrics if m.name == "rewards/margins"]
     assert [m.sum.item() for m in margins] == [0.0] * (name != "dpo sft")
 
