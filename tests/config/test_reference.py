@@ -11,16 +11,17 @@ import yaml
 
 from burnish.config.base import Settings
 from burnish.config.data import DataSource
-from burnish.config.keys import all_setting_names, kind_names, settings_class
+from burnish.config.keys import all_setting_names, kind_names, section_class, settings_class
 from burnish.config.recipe import Recipe
 from burnish.config.reference import build_schema, render_example, render_resolved
-from burnish.config.registry import ALIASES, KINDS
+from burnish.config.registry import ALIASES, KINDS, SECTIONS
 from burnish.config.settings_page import render_settings_page
-from burnish.config.train import LoraSettings
 from tests.config.recipes import PAIRS, load, write
 
 ROOT = Path(__file__).resolve().parents[2]
-CLASSES: list[type[Settings]] = [Recipe, LoraSettings, DataSource, *(settings_class(kind) for kind in KINDS)]
+SECTION_CLASSES = [section_class(name) for name in SECTIONS]
+SECTION_SETTINGS = {name for cls in SECTION_CLASSES for name in cls.model_fields}
+CLASSES: list[type[Settings]] = [Recipe, DataSource, *SECTION_CLASSES, *(settings_class(kind) for kind in KINDS)]
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -41,8 +42,8 @@ def test_examples_are_recipes_and_complete(kind: str, tmp_path: Path):
     written = set(re.findall(r"^ *(?:# |- )? *([a-z_0-9]+):", text, re.MULTILINE))
     fixed = ALIASES[kind].fixed.keys() if kind in ALIASES else set()
     assert settings_class(recipe.stages[0].kind).model_fields.keys() - fixed <= written
-    if kind != "evaluate":
-        assert LoraSettings.model_fields.keys() <= written
+    sections = [section_class(name) for name in SECTIONS if name in settings_class(recipe.stages[0].kind).model_fields]
+    assert {name for cls in sections for name in cls.model_fields} <= written
 
 
 @pytest.mark.parametrize("kind", kind_names())
@@ -51,7 +52,7 @@ def test_examples_hold_when_their_lines_are_uncommented(kind: str, tmp_path: Pat
     for line in render_example(kind).splitlines():
         match = re.match(r"^( +)# ( *[a-z_0-9]+: .*)$", line)
         lines.append(match.group(1) + match.group(2) if match else line)
-    text = re.sub(r"^    # lora:$", "    lora:", "\n".join(lines), flags=re.MULTILINE)
+    text = re.sub(rf"^    # ({'|'.join(SECTIONS)}):$", r"    \1:", "\n".join(lines), flags=re.MULTILINE)
     load(write(tmp_path, text))
 
 
@@ -88,7 +89,7 @@ def test_the_page_of_settings_is_up_to_date():
 
 def test_the_page_names_every_setting():
     page = render_settings_page()
-    for name in {*all_setting_names(), *Recipe.model_fields, *LoraSettings.model_fields, *DataSource.model_fields}:
+    for name in {*all_setting_names(), *Recipe.model_fields, *SECTION_SETTINGS, *DataSource.model_fields}:
         assert f"| `{name}` |" in page
     for row in page.splitlines():
         if row.startswith("|"):

@@ -7,9 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,10 +17,11 @@ from burnish.engine.plan import build_plan
 from burnish.engine.runtime import Runtime
 from burnish.engine.step import StepContext, Stopped, compute_gradient
 from burnish.models.reference import Reference
-from tests.engine.tiny import MIXES, build_groups, build_method, build_policy, trainable
+from tests.engine.tiny import CONTROLLED, MIXES, build_groups, build_method, build_policy, flatten, trainable
 
 # Methods that two processes are tried with too, and every loss type beside them; "dpo aot" is a kind and its loss type.
 METHODS = ["sft", "reward", "sigmoid", "coupled", "dpo aot", "dpo bco_pair", "orpo orpo", "rpo", "wpo", "kto"]
+METHODS += CONTROLLED
 LOSSES = [f"{kind} {name}" for kind, types in LOSS_TYPES.items() for name in types]
 EVERY = [*METHODS, *(name for name in [*LOSSES, *MIXES] if name not in METHODS)]
 CUTS = [(10_000, None), (10_000, 1), (10_000, 3), (60, None), (30, None), (12, None)]
@@ -48,14 +47,6 @@ def run_step(
     return found, torch.cat([g.reshape(-1) for g in grads])
 
 
-def flatten(state: Mapping[str, Any] | None) -> dict[str, float]:
-    """A method's state without its nesting."""
-    out: dict[str, float] = {}
-    for key, value in (state or {}).items():
-        out |= {f"{key}.{k}": v for k, v in flatten(value).items()} if isinstance(value, Mapping) else {key: value}
-    return out
-
-
 @pytest.mark.parametrize("name", EVERY)
 def test_r11_the_gradient_is_the_same_under_any_cut(name):
     """R-11, S4-16: one batch, capped batches, small budgets, groups cut by completion with their prompt repeated."""
@@ -67,6 +58,8 @@ def test_r11_the_gradient_is_the_same_under_any_cut(name):
         assert (gradient - expected).norm() / expected.norm() < 1e-10, (budget, cap)
         assert found.figures == pytest.approx(whole.figures, rel=1e-10, abs=1e-12)
         assert flatten(found.state) == pytest.approx(flatten(whole.state), rel=1e-10)
+        if whole.record:
+            assert found.record and flatten(found.record.row) == pytest.approx(flatten(whole.record.row), rel=1e-9)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -94,14 +87,29 @@ def _two_ranks(n: int) -> dict:
     return json.loads(outputs[0].splitlines()[-1])
 
 
+@pytest.fixture(scope="module")
+def on_two_ranks() -> list[dict]:
+    """Steps of seven uneven groups on two processes, compared with one."""
+    return _two_ranks(7)["rows"]
+
+
 @pytest.mark.dist
-def test_r23_two_processes_give_the_gradient_of_one():
+def test_r23_two_processes_give_the_gradient_of_one(on_two_ranks):
     """R-23: uneven sizes, and a rank with nothing (n = 1); for each method and the coupled toy loss."""
-    for line in _two_ranks(7)["rows"]:
+    for line in on_two_ranks:
         assert line["error"] < 1e-10, line
         assert line["figures"] < 1e-10, line
         assert line["equal_on_ranks"], line
     assert len(_two_ranks(1)["rows"]) == len(METHODS)
+
+
+@pytest.mark.dist
+def test_s0_10_one_beta_on_two_processes(on_two_ranks):
+    """S0-10, S0-23: state, β, filter and record are equal on both, every bit, and those of one process; n is the whole step's."""
+    lines = [line for line in on_two_ranks if line["method"] in CONTROLLED]
+    assert len(lines) == 3 * len(CONTROLLED)
+    for line in lines:
+        assert line["equal_on_ranks"] and line["state"] < 1e-9, line
 
 
 def test_r05_non_finite_rows_are_named(monkeypatch):

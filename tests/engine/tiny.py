@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from burnish.config.dynamic_beta import DynamicBetaSettings
 from burnish.config.stages import DpoSettings, KtoSettings, RewardSettings, SftSettings
 from burnish.core.batch import Outputs, Table
 from burnish.core.group import Completion, Group
@@ -104,6 +105,25 @@ class SortedGap(Stateless):
         return {"seen": state["seen"] + len(table.group_ids), "trace": state["trace"] + float((weights * chosen).sum())}
 
 
+CONTROLLED: dict[str, dict[str, Any]] = {
+    "risk": {"type": "risk", "warmup": 0, "estimator": "robbins_monro", "alpha": 0.3},
+    "risk ema": {"type": "risk", "warmup": 1, "estimator": "ema", "alpha": 0.3},
+    "risk window": {"type": "risk", "warmup": 1, "estimator": "window", "window": 6, "alpha": 0.3},
+    "risk pairs": {"type": "risk", "warmup": 1, "alpha": 0.3, "window": 6, "unit": {"pairs": 2}},
+    "beta_dpo": {"type": "beta_dpo", "alpha": 0.05},
+    "beta_dpo instance": {"type": "beta_dpo", "alpha": 0.05, "level": "instance", "unit": {"pairs": 3}},
+    "cosine": {"type": "cosine", "beta_end": 0.5, "steps": 6},
+}
+
+
+def flatten(tree: Any, path: str = "") -> dict[str, Any]:
+    """The numbers of a state by their paths; what is no number is part of the path."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+    if items is None:
+        return {path: tree} if isinstance(tree, (int, float)) else {f"{path}={tree}": 0}
+    return {k: v for key, value in items for k, v in flatten(value, f"{path}/{key}").items()}
+
+
 def build_method(name: str):
     """(method, policy head, groups per pair, needs reference columns)"""
     from burnish.methods.dpo import Dpo
@@ -117,6 +137,9 @@ def build_method(name: str):
         return Reward(RewardSettings(center_rewards_coefficient=0.01)), "score", 2, False
     if name == "coupled":
         return SortedGap(), "lm", 2, False
+    if name in CONTROLLED:
+        controlled = DynamicBetaSettings.model_validate(CONTROLLED[name])
+        return Dpo(DpoSettings(dynamic_beta=controlled)), "lm", 2, True
     if name in MIXES:
         return Dpo(DpoSettings(**MIXES[name])), "lm", 2, True
     if " " in name:

@@ -9,6 +9,7 @@ import torch
 
 from burnish.engine.runtime import build_runtime
 from tests.engine.test_step import METHODS, run_step
+from tests.engine.tiny import flatten
 
 
 def main() -> None:
@@ -20,13 +21,18 @@ def main() -> None:
         expected, alone = run_step(name, 10_000, n=n)
         for budget, cap in ((10_000, None), (30, None), (10_000, 1))[: 1 if n == 1 else 3]:
             found, gradient = run_step(name, budget, cap, n=n, world=2, runtime=runtime)
-            ranks = runtime.gather((gradient, found.figures, found.state))
+            row = found.record.row if found.record else None
+            ranks = runtime.gather((gradient, found.figures, found.state, row))
+            one, two = (flatten([r.state, r.record.row if r.record else None]) for r in (expected, found))
             rows.append(
                 {
                     "method": name,
                     "budget": budget,
                     "error": float((gradient - alone).norm() / alone.norm()),
                     "figures": max(abs(found.figures[k] - v) for k, v in expected.figures.items()),
+                    "state": max([abs(two[k] - v) for k, v in one.items() if isinstance(v, float)], default=0.0)
+                    if one.keys() == two.keys()
+                    else 1.0,
                     "equal_on_ranks": torch.equal(ranks[0][0], ranks[1][0]) and ranks[0][1:] == ranks[1][1:],
                 }
             )

@@ -67,6 +67,26 @@ def rows_of(kind: str, steps: int, rng: random.Random, *, every: int = 50, logge
     return rows
 
 
+def margins_of(steps: int, rng: random.Random, *, risk: bool = True) -> list[dict[str, Any]]:
+    """Records of margins as a stage under the risk controller leaves them."""
+    rows = []
+    for step in range(1, steps + 1):
+        t = step / steps
+        middle, spread = 12 * (1 - math.exp(-3 * t)) + rng.gauss(0, 0.8), 1 + 8 * t + rng.gauss(0, 0.5)
+        row: dict[str, Any] = {"step": step, "epoch": round(2 * t, 4), "batch_size": 16, "mean": middle, "std": spread}
+        row |= {f"p{p}": middle + z * spread for p, z in ((10, -1.28), (90, 1.28))}
+        row |= {"min": middle - 1.8 * spread, "median": middle, "max": middle + 1.8 * spread, "sample": [middle]}
+        row |= {"pos_frac": 0.9, "zero_frac": 1.0 if step == 1 else 0.0}
+        row |= {"chosen_ratio": -2 * t + rng.gauss(0, 0.3), "rejected_ratio": -2 * t - middle, "beta_used": 0.1}
+        row |= {"chosen_tokens": 16 + rng.gauss(0, 1), "rejected_tokens": 19 + rng.gauss(0, 1)}
+        if risk:
+            beta = 0.1 * math.exp(2 * math.sin(4 * t))
+            row |= {"beta_used": beta, "beta_range": [beta, 1.02 * beta], "risk/tau": middle + 1.28 * spread, "held": 0}
+            row |= {"risk/p_hat": max(0.0, 0.1 + rng.gauss(0, 0.06)), "controller": {"type": "risk", "beta": beta}}
+        rows.append(row)
+    return rows
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_bytes(b"".join(map(dump_row, rows)))
 
@@ -87,6 +107,8 @@ def add_training(run: RunFolder, index: int, kind: str, *, model: str | None = N
     rows = rows_of(kind, steps, rng, logged=kw.pop("logged", 1))
     data = {"sft": "pocket/chat", "reward": "pocket/preferences", "dpo": "pocket/preferences"}[kind]
     write_rows(folder / "metrics.jsonl", rows)
+    if kind == "dpo":
+        write_rows(folder / "margins.jsonl", margins_of(steps, rng))
     write_rows(
         folder / "timing.jsonl",
         [

@@ -93,14 +93,14 @@ def is_path(word: str) -> bool:
 
 def is_switch(key: str) -> bool:
     """Whether a flag's setting is true or false."""
-    from burnish.config.keys import settings_class
-    from burnish.config.registry import KINDS
-    from burnish.config.train import LoraSettings
+    from burnish.config.keys import section_class, settings_class
+    from burnish.config.registry import KINDS, SECTIONS
 
     parts = key.replace("-", "_").split(".")
     if parts[-1] in ("bf16", "fp16", "use_peft", "use_rslora", "use_dora"):
         return True
-    classes = [LoraSettings] if len(parts) > 1 and parts[-2] == "lora" else [settings_class(kind) for kind in KINDS]
+    nested = len(parts) > 1 and parts[-2] in SECTIONS
+    classes = [section_class(parts[-2])] if nested else [settings_class(kind) for kind in KINDS]
     return any(cls.model_fields[parts[-1]].annotation is bool for cls in classes if parts[-1] in cls.model_fields)
 
 

@@ -12,10 +12,9 @@ from burnish.cli.flags import SettingsCommand, describe_flag_value
 from burnish.cli.resume import load_checkpoint_settings
 from burnish.cli.run import build_options, execute, run_options
 from burnish.config.base import Settings
-from burnish.config.keys import RECIPE_KEYS, settings_class
+from burnish.config.keys import RECIPE_KEYS, section_class, settings_class
 from burnish.config.reference import format_yaml, get_field
-from burnish.config.registry import ALIASES, KINDS
-from burnish.config.train import LoraSettings
+from burnish.config.registry import ALIASES, KINDS, SECTIONS
 
 _HIDDEN = frozenset({"kind", "name", "init_from"})
 _TOP = frozenset(RECIPE_KEYS) - {"data", "stages"}
@@ -110,8 +109,8 @@ def _describe_settings(
 
 
 def _describe_flags(cls: type[Settings], name: str, word: str) -> list[tuple[str, str]]:
-    if name == "lora":
-        return [("--lora", cls.model_fields[name].description or ""), *_nested_flags("lora", LoraSettings)]
+    if name in SECTIONS:
+        return [(f"--{name}", cls.model_fields[name].description or ""), *_nested_flags(name, section_class(name))]
     return [_describe_flag(get_field(cls, name, word), name)]
 
 

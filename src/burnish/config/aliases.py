@@ -75,6 +75,13 @@ NESTED_ALIASES: dict[str, dict[str, str]] = {
         "lora_dropout": "dropout",
         "modules": "target_modules",
     },
+    "DynamicBetaSettings": {
+        "controller": "type",
+        "lambda": "ema_rate",
+        "beta_warmup": "warmup",
+        "rho": "keep",
+        "mode": "level",
+    },
     "DataSource": {
         "path": "source",
         "file": "source",

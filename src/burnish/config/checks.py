@@ -11,6 +11,7 @@ from typing import Any
 
 from burnish.config.base import Settings
 from burnish.config.data import DataSettings
+from burnish.config.dynamic_beta import find_contradictions
 from burnish.config.losses import find_entry, find_readers, find_unread, get_loss_names
 from burnish.config.problems import Problem
 from burnish.config.registry import ALIASES, KINDS, LOSS_TYPES
@@ -332,6 +333,25 @@ def _check_reference(s: ReferenceSettings) -> Found:
             "reference_mode",
             f"is adapter, but reference names another model ({s.reference})",
             "set reference_mode: cached or copy, or reference: same",
+        )
+
+
+@_check(TrainSettings)
+def _check_dynamic_beta(s: Any) -> Found:
+    section = getattr(s, "dynamic_beta", None)
+    if section is None:
+        return
+    for name, message, remedy in find_contradictions(section, s.beta):
+        yield f"dynamic_beta.{name}", message, remedy
+    names = get_loss_names(getattr(s, "loss_type", s.kind)) if section.type != "constant" else []
+    if "epsilon" in names:
+        yield "dynamic_beta", f"is {section.type}, but loss_type epsilon moves beta by itself", "remove one of the two"
+    apart = [name for name in names if not find_entry(s.kind, name).aligned]
+    if apart and (section.type == "beta_dpo" or section.unit_pairs is not None):
+        yield (
+            "dynamic_beta",
+            f"gives pairs a beta of their own, but loss_type {', '.join(apart)} compares sorted answers, not pairs",
+            "set type: risk with unit: step, or another loss_type",
         )
 
 

@@ -8,7 +8,7 @@ from burnish.config.aliases import KEY_ALIASES
 from burnish.config.base import Settings
 from burnish.config.problems import Problem
 from burnish.config.recipe import Recipe
-from burnish.config.registry import ALIASES, KINDS, load_object
+from burnish.config.registry import ALIASES, KINDS, SECTIONS, load_object
 from burnish.config.tree import Layer, Node, merge_nodes
 
 RECIPE_KEYS = tuple(Recipe.model_fields)
@@ -16,13 +16,19 @@ RECIPE_KEYS = tuple(Recipe.model_fields)
 STAGE_ONLY = frozenset({"kind", "name", "init_from", "of", "judge"})
 NOT_INHERITED = {"evaluate": frozenset({"data", "batch_size"})}
 # Mappings whose items are settings of their own: they are merged item by item over the layers.
-DEEP_KEYS = frozenset({"lora"})
+DEEP_KEYS = frozenset(SECTIONS)
 
 
 @cache
 def settings_class(kind: str) -> type[Settings]:
     """The settings class of a kind (canonical name)."""
     return load_object(KINDS[kind].settings)
+
+
+@cache
+def section_class(name: str) -> type[Settings]:
+    """The settings class of a section within a stage (`lora`, `dynamic_beta` …)."""
+    return load_object(SECTIONS[name])
 
 
 @cache

@@ -10,12 +10,12 @@ from pydantic.fields import FieldInfo
 
 from burnish.config.base import Settings
 from burnish.config.batch import compute_batch
-from burnish.config.keys import inherits, settings_class
+from burnish.config.keys import inherits, section_class, settings_class
 from burnish.config.load import LoadedRecipe
 from burnish.config.losses import get_loss_defaults
 from burnish.config.recipe import Recipe
-from burnish.config.registry import ALIASES, KINDS
-from burnish.config.train import LoraSettings, TrainSettings
+from burnish.config.registry import ALIASES, KINDS, SECTIONS
+from burnish.config.train import TrainSettings
 
 SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
 
@@ -87,10 +87,10 @@ def render_example(kind: str) -> str:
 
 def _example_lines(name: str, field: FieldInfo, indent: int) -> Iterator[str]:
     pad = " " * indent
-    if name == "lora":
+    if name in SECTIONS:
         yield f"{pad}# {field.description}"
-        yield f"{pad}# lora:"
-        for child, info in LoraSettings.model_fields.items():
+        yield f"{pad}# {name}:"
+        for child, info in section_class(name).model_fields.items():
             yield f"{pad}#   {_setting_text(child, info)}"
         return
     yield f"{pad}# {_setting_text(name, field)}"
@@ -134,7 +134,7 @@ def _resolved_lines(
             source = loaded.sources[below[0]]
         if not everything and source == "default" and key not in keep:
             continue
-        if isinstance(value, dict) and value and key == "lora":
+        if isinstance(value, dict) and value and key in SECTIONS:
             inner = _resolved_lines(value, f"{path}{key}.", pad + "  ", loaded, everything)
             lines.append(f"{pad}{key}:" if inner else f"{pad}{key}: {{}}  # {source}")
             lines += inner
@@ -155,7 +155,8 @@ def format_default(field: FieldInfo) -> str:
     """A setting's default as YAML."""
     if field.is_required():
         return ""
-    return format_yaml(field.default)
+    default = field.default
+    return format_yaml(default.model_dump(mode="json") if isinstance(default, Settings) else default)
 
 
 def group_fields(cls: type[Settings]) -> list[tuple[type[Settings], list[str]]]:

@@ -95,6 +95,21 @@ ALIASES: dict[str, Alias] = {
     "rpo": Alias("dpo", {"loss_type": ["sigmoid", "sft"]}),
 }
 
+# Settings that are mappings of settings of their own.
+SECTIONS: dict[str, str] = {
+    "lora": "burnish.config.train:LoraSettings",
+    "dynamic_beta": "burnish.config.dynamic_beta:DynamicBetaSettings",
+    "margin_records": "burnish.config.dynamic_beta:MarginRecordSettings",
+}
+
+CONTROLLERS: dict[str, str] = {
+    "constant": "burnish.losses.controllers:Constant",
+    "linear": "burnish.losses.controllers:Linear",
+    "cosine": "burnish.losses.controllers:Cosine",
+    "risk": "burnish.losses.risk:Risk",
+    "beta_dpo": "burnish.losses.beta_dpo:BetaDpo",
+}
+
 LOSS_TYPES: dict[str, dict[str, LossEntry]] = {
     "dpo": {
         "sigmoid": LossEntry("burnish.losses.dpo:compute_sigmoid_loss"),

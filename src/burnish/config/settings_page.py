@@ -10,11 +10,11 @@ from pydantic.fields import FieldInfo
 from burnish.config.aliases import KEY_ALIASES, VALUE_ALIASES
 from burnish.config.base import Settings
 from burnish.config.data import DataSettings, DataSource
-from burnish.config.keys import settings_class
+from burnish.config.keys import section_class, settings_class
 from burnish.config.recipe import Recipe
 from burnish.config.reference import format_default, group_fields
-from burnish.config.registry import ALIASES, KINDS
-from burnish.config.train import LoraSettings, TrainSettings
+from burnish.config.registry import ALIASES, KINDS, SECTIONS
+from burnish.config.train import TrainSettings
 from burnish.config.values import describe_limits
 
 _SHARED = (TrainSettings, DataSettings)  # they have tables of their own
@@ -47,7 +47,11 @@ Where text is asked for, an unquoted `001` stays `001`. Where a list is asked fo
 setting of the last training stage (`{learning_rate}`) and any setting of a stage (`{dpo.beta}`).
 """
 _SOURCE_TEXT = "`data: FILE` means `data: {source: FILE}`; a list of sources is a mixture."
+_SECTION_TITLES = {"lora": "Adapters", "dynamic_beta": "Dynamic beta", "margin_records": "Margin records"}
 _ALIAS_TEXT = "Names from TRL and transformers are accepted; burnish prints the canonical one."
+
+
+_OTHER_CLASSES = {"DataSource": "source", "PairsUnit": "`{pairs: N}`"}
 
 
 def render_settings_page() -> str:
@@ -62,7 +66,9 @@ def render_settings_page() -> str:
         parts += [f"## Stage: {kind}", "", f"{(cls.__doc__ or '').strip()}{also}", "", *_table(cls, own), ""]
     shared = list(TrainSettings.__annotations__)
     parts += ["## Every training stage", "", *_table(TrainSettings, shared), ""]
-    parts += ["## Adapters (`lora`)", "", *_table(LoraSettings, list(LoraSettings.model_fields)), ""]
+    for name, title in _SECTION_TITLES.items():
+        cls = section_class(name)
+        parts += [f"## {title} (`{name}`)", "", *_table(cls, list(cls.model_fields)), ""]
     parts += ["## Data", "", *_table(DataSettings, list(DataSettings.model_fields)), ""]
     parts += ["## A data source", "", _SOURCE_TEXT, "", *_table(DataSource, list(DataSource.model_fields)), ""]
     parts += ["## Other names", "", _ALIAS_TEXT, "", "| written | means |", "|---|---|"]
@@ -107,5 +113,6 @@ def _describe(annotation: Any) -> str:
     if get_origin(annotation) is dict:
         return "mapping"
     if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return {"LoraSettings": "`lora` settings", "DataSource": "source"}.get(annotation.__name__, "stage")
+        sections = {section_class(name): f"`{name}` settings" for name in SECTIONS}
+        return sections.get(annotation) or _OTHER_CLASSES.get(annotation.__name__, "stage")
     return {int: "integer", float: "number", bool: "true, false", str: "text"}.get(annotation, "stage")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from burnish.config.base import Settings, setting
+from burnish.config.dynamic_beta import DynamicBetaSettings, MarginRecordSettings
 from burnish.config.losses import fill_defaults
 from burnish.config.train import TrainSettings
 
@@ -29,6 +30,10 @@ class RewardSettings(TrainSettings):
         0.0, "Weight of mean (r_chosen + r_rejected)², which keeps scores around 0 (arXiv 2312.09244).", ge=0
     )
     head_init_std: float = setting(0.02, "Standard deviation of the new head's weights.", gt=0)
+
+
+_MOVING = "Let β move while training; default: beta is constant."
+_RECORDS = "Write the margins of each step to margins.jsonl; false = do not."
 
 
 class ReferenceSettings(TrainSettings):
@@ -57,6 +62,8 @@ class DpoSettings(ReferenceSettings):
         "Strength of the pull towards the reference; some loss types have a default of their own, of a list the first's.",
         gt=0,
     )
+    dynamic_beta: DynamicBetaSettings | None = setting(None, _MOVING)
+    margin_records: MarginRecordSettings | None = setting(MarginRecordSettings(), _RECORDS)
     label_smoothing: float = setting(
         0.0,
         "Share of labels taken as flipped (sigmoid: cDPO); default 0.1 with robust, 1e-3 with exo_pair.",
@@ -112,13 +119,17 @@ class DistillSettings(TrainSettings):
     kind: Literal["distill"] = setting("distill", "Distillation.")
     learning_rate: float = setting(2e-5, "Peak learning rate.", gt=0)
     disable_dropout: bool = setting(False, "Switch all dropout off.")
-    teacher: str | None = setting(None, "Teacher: an earlier stage, a bundled model, a folder or hub id; same vocabulary.")
+    teacher: str | None = setting(
+        None, "Teacher: an earlier stage, a bundled model, a folder or hub id; same vocabulary."
+    )
     loss_type: Literal["forward_kl", "reverse_kl", "jsd"] = setting(
         "forward_kl", "Divergence: KL(teacher ‖ student), KL(student ‖ teacher), or generalised Jensen–Shannon."
     )
     jsd_beta: float = setting(0.5, "jsd: share of the teacher in the mixture (arXiv 2306.13649).", gt=0, lt=1)
     alpha: float = setting(1.0, "Weight of the divergence; 1 - alpha is that of the data's cross-entropy.", gt=0, le=1)
-    temperature: float = setting(1.0, "Divides both models' logits in the divergence, which is scaled by its square.", gt=0)
+    temperature: float = setting(
+        1.0, "Divides both models' logits in the divergence, which is scaled by its square.", gt=0
+    )
 
 
 class CpoSettings(TrainSettings):
@@ -132,6 +143,8 @@ class CpoSettings(TrainSettings):
     )
     loss_weights: list[float] | None = setting(None, "Weight of each loss type of a list; default 1 each.")
     beta: float = setting(0.1, "Scale of the margin of log-probs.", gt=0)
+    dynamic_beta: DynamicBetaSettings | None = setting(None, _MOVING)
+    margin_records: MarginRecordSettings | None = setting(MarginRecordSettings(), _RECORDS)
     label_smoothing: float = setting(0.0, "sigmoid: share of labels taken as flipped.", ge=0, lt=0.5)
     cpo_alpha: float = setting(1.0, "Weight of the chosen answers' mean negative log-likelihood a token.", ge=0)
 
@@ -143,6 +156,8 @@ class SimpoSettings(TrainSettings):
     learning_rate: float = setting(1e-6, "Peak learning rate.", gt=0)
     disable_dropout: bool = setting(True, "Switch all dropout off.")
     beta: float = setting(2.0, "Scale of the mean log-prob a token.", gt=0)
+    dynamic_beta: DynamicBetaSettings | None = setting(None, _MOVING)
+    margin_records: MarginRecordSettings | None = setting(MarginRecordSettings(), _RECORDS)
     simpo_gamma: float = setting(
         1.0, "Margin that a pair should reach, on the scale of beta times the log-probs.", ge=0
     )
@@ -161,6 +176,8 @@ class OrpoSettings(TrainSettings):
     learning_rate: float = setting(8e-6, "Peak learning rate.", gt=0)
     disable_dropout: bool = setting(True, "Switch all dropout off.")
     beta: float = setting(0.1, "Weight of the odds-ratio term: the paper's lambda.", gt=0)
+    dynamic_beta: DynamicBetaSettings | None = setting(None, _MOVING)
+    margin_records: MarginRecordSettings | None = setting(MarginRecordSettings(), _RECORDS)
 
 
 class EvaluateSettings(Settings):

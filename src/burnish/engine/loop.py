@@ -25,6 +25,7 @@ from burnish.engine.checkpoint import (
 from burnish.engine.evaluation import run_evaluation
 from burnish.engine.job import TrainJob, TrainOutcome, build_source, choose_budget
 from burnish.engine.memory import build_memory_error
+from burnish.engine.observe import StepRecord
 from burnish.engine.optimizer import build_optimizer, build_parameter_groups
 from burnish.engine.plan import build_plan
 from burnish.engine.source import StepData, extend_ledger
@@ -35,6 +36,7 @@ from burnish.engine.update import Update, run_update
 from burnish.errors import InterruptedRun, NumericStop, ResourceError, is_out_of_memory
 from burnish.faults import fault_point
 from burnish.track.log import check_log_file
+from burnish.track.margins import MarginLog
 from burnish.track.metrics import MetricsLog, read_metrics
 from burnish.track.progress import Progress
 from burnish.track.signals import SignalFlag
@@ -67,9 +69,12 @@ class Trainer:
         )  # fmt: skip
         self.metrics = MetricsLog(job.stage_dir / "metrics.jsonl") if job.stage_dir and job.runtime.is_main else None
         self.timing = MetricsLog(job.stage_dir / "timing.jsonl") if job.stage_dir and job.runtime.is_main else None
+        wanted = job.stage_dir and job.runtime.is_main and job.method.records
+        self.margins = MarginLog(job.stage_dir) if job.stage_dir and wanted else None
         self.save_every = self._resolve_save_steps()
         self.last_figures: dict[str, float] = {}
         self.last_evaluation: dict[str, float] = {}
+        self.said: set[str] = set()  # kinds of warnings given
         self.whole = True  # False from the optimizer's step until counters and rows have followed
 
     def _resolve_save_steps(self) -> int:
@@ -125,11 +130,13 @@ class Trainer:
         if folder is None or not self.job.runtime.is_main:
             return
         item = max((p.element_size() for p in self.parameters), default=4)
-        checkpoint = estimate_checkpoint([p.shape for p in self.parameters], self.job.settings.optim, item=item)
+        checkpoint = estimate_checkpoint(
+            [p.shape for p in self.parameters], self.job.settings.optim, item=item, logs=len(self._logs())
+        )
         plan = plan_disk(
             self.job.settings, checkpoint, total_steps=self.source.total_steps, save_every=self.save_every,
             steps_per_epoch=self.source.steps_per_epoch, export=self.job.export_bytes,
-            other=measure_folder(folder / "reference"),
+            other=measure_folder(folder / "reference"), examples=self.source.batch_size,
         )  # fmt: skip
         if self.job.label:
             log.info("disk: at most %s; %s free", plan, format_bytes(free_bytes(folder)))
@@ -224,9 +231,21 @@ class Trainer:
             "grad_norm": update.grad_norm,
             "learning_rate": update.learning_rate,
         }
+        epoch = round(c.step / self.source.steps_per_epoch, 4)
+        if gradient.record:
+            self._record(gradient.record, {"step": c.step, "epoch": epoch})
         if c.step % self.job.settings.logging_steps == 0 or c.step == self.source.total_steps:
-            epoch = round(c.step / self.source.steps_per_epoch, 4)
             self._write({"step": c.step, "epoch": epoch, "kind": "train", **self.last_figures})
+
+    def _record(self, record: StepRecord, place: dict[str, Any]) -> None:
+        """Take over what the method says of a step: figures, its row, warnings (each kind once)."""
+        self.last_figures |= record.figures
+        if self.margins and record.row is not None:
+            self.margins.write({**place, **record.row}, record.vectors)
+        for kind, text in record.warnings.items():
+            if kind not in self.said and self.job.runtime.is_main:
+                log.warning("step %d: %s", self.state.counters.step, text)
+            self.said.add(kind)
 
     def _account_bad(self, data: StepData, gradient: Gradient) -> None:
         c = self.state.counters
@@ -321,7 +340,9 @@ class Trainer:
             if self.metrics and self.timing:
                 c.metrics_mark, c.timing_mark = self.metrics.mark(), self.timing.mark()
             meta = {**self.job.stamp, "threads": torch.get_num_threads(), "ranks": self.job.runtime.world}
-            save_checkpoint(stage_dir, self.state, meta, [file for file in (self.metrics, self.timing) if file])
+            if self.margins:
+                meta["margins_mark"] = self.margins.mark()
+            save_checkpoint(stage_dir, self.state, meta, self._logs())
             best = c.best_step if self.job.settings.load_best_model_at_end else None
             prune_checkpoints(
                 stage_dir, self.job.settings.save_total_limit, best=best, newest=c.step, run_id=self.job.run_id
@@ -337,9 +358,10 @@ class Trainer:
         elif stage_dir is not None:
             found = find_resumable(stage_dir, log.warning, run_id=self.job.run_id)
             if found is None:
-                for file in (self.metrics, self.timing):
-                    if file:
-                        file.cut_back(0)
+                for file in self._logs():
+                    file.cut_back(0)
+                if self.margins:
+                    self.margins.drop_vectors(0)
                 return None
             threads = found.manifest.meta.get("threads")
             if threads != torch.get_num_threads():
@@ -356,9 +378,15 @@ class Trainer:
                 restore_log(found.path, self.metrics, self.state.counters.metrics_mark, log.warning)
                 restore_log(found.path, self.timing, self.state.counters.timing_mark, log.warning)
                 self._recall(self.metrics.path)
+            if self.margins:
+                restore_log(found.path, self.margins, found.manifest.meta.get("margins_mark", 0), log.warning)
+                self.margins.drop_vectors(self.state.counters.step)
             remembered = self.job.runtime.gather((self.last_figures, self.last_evaluation))[0]
             self.last_figures, self.last_evaluation = remembered  # every rank must decide alike what is due
         return self.state.counters.step
+
+    def _logs(self) -> list[MetricsLog]:
+        return [file for file in (self.metrics, self.timing, self.margins) if file]
 
     def _recall(self, path: Path) -> None:
         """Take the last figures from the rows that belong to the restored state."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+from torch import Tensor
+
 from burnish.core.batch import Outputs, Table
 from burnish.core.group import Group
 from burnish.core.head import Functional
+from burnish.engine.observe import Observed, StepRecord
 from burnish.losses.terms import LossResult
 
 
@@ -25,6 +28,8 @@ class Method(Protocol):
             takes the counts that the one call on the whole step reports.
         stateful: The method has a state that moves with each step (controllers, running moments).
         arranges: `arrange` gives the examples something of one another.
+        observes: The method looks at each step after it: `observe` and `describe_step`.
+        records: It then writes a row for each step, to margins.jsonl.
         best_metric: (name, greater_is_better) by default for the best checkpoint.
     """
 
@@ -37,6 +42,8 @@ class Method(Protocol):
     coupled: bool
     stateful: bool
     arranges: bool
+    observes: bool
+    records: bool
     best_metric: tuple[str, bool]
 
     def arrange(self, groups: Sequence[Group]) -> list[Group]:
@@ -63,7 +70,10 @@ class Method(Protocol):
         ...
 
     def compute_loss(self, outputs: Outputs, table: Table, state: Mapping[str, Any]) -> LossResult:
-        """The loss of these groups as named sums; must work with zero groups (sum 0 that keeps the graph)."""
+        """The loss of these groups as named sums; must work with zero groups (sum 0 that keeps the graph).
+
+        In evaluation, `state` has `frozen: True` beside what `initial_state` and `next_state` put there.
+        """
         ...
 
     def next_state(self, outputs: Outputs, table: Table, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,4 +83,12 @@ class Method(Protocol):
         committed only if the step's numbers were finite. Evaluation never calls it; it hands `compute_loss` the state
         with `frozen: True`: running statistics are then read, not moved.
         """
+        ...
+
+    def observe(self, outputs: Outputs, table: Table) -> dict[str, Tensor]:
+        """name → (G,) numbers of these groups; stays on the device. Called if `observes`, in training only."""
+        ...
+
+    def describe_step(self, step: Observed, state: Mapping[str, Any]) -> StepRecord:
+        """What is worth recording of a finite step, given all its groups in data order and the state after it."""
         ...

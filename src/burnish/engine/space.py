@@ -24,7 +24,7 @@ class DiskPlan:
     Attributes:
         checkpoint: One checkpoint.
         copies: Checkpoints at the same time, the one that is being written included.
-        rows: metrics.jsonl and timing.jsonl.
+        rows: metrics.jsonl, timing.jsonl and the margins of steps.
         export: final/.
         other: What lies in the stage's folder already and stays (cached reference log-probs).
     """
@@ -51,15 +51,16 @@ class DiskPlan:
         )
 
 
-def estimate_checkpoint(shapes: Iterable[Sequence[int]], optim: str, *, item: int = 4) -> int:
+def estimate_checkpoint(shapes: Iterable[Sequence[int]], optim: str, *, item: int = 4, logs: int = 2) -> int:
     """Bytes of one checkpoint at most.
 
     Args:
         shapes: Shapes of the trainable tensors.
         optim: The optimizer's name.
         item: Bytes of one element.
+        logs: Files of rows whose ends are kept in it.
     """
-    size = 64_000 + 2 * TAIL_BYTES  # JSON, manifest, the ends of the two logs
+    size = 64_000 + logs * TAIL_BYTES  # JSON, manifest, the ends of the logs
     for shape in shapes:
         count = math.prod(shape)
         size += count * item + _moments(shape, count, optim, item) + 1024  # names in headers
@@ -78,16 +79,26 @@ def _moments(shape: Sequence[int], count: int, optim: str, item: int) -> int:
 
 def plan_disk(
     settings: TrainSettings, checkpoint: int, *, total_steps: int, save_every: int, steps_per_epoch: int,
-    export: int = 0, other: int = 0,
+    export: int = 0, other: int = 0, examples: int = 0,
 ) -> DiskPlan:  # fmt: skip
-    """The plan of a stage of `total_steps` steps that saves every `save_every` of them."""
+    """The plan of a stage of `total_steps` steps of `examples` that saves every `save_every` of them."""
     saves = total_steps // max(save_every, 1) + 2  # the last step's, and one when it is stopped
     copies = saves if settings.save_total_limit == 0 else min(settings.save_total_limit + 1, saves)
     copies += settings.load_best_model_at_end
     every = settings.eval_steps or steps_per_epoch
     evaluations = 2 + (total_steps // every if every > 0 else 0)
     rows = (total_steps // settings.logging_steps + 1 + evaluations) * ROW_BYTES + total_steps * TIMING_BYTES
+    rows += total_steps * _margin_bytes(settings, examples)
     return DiskPlan(checkpoint, copies, rows, export, other)
+
+
+def _margin_bytes(settings: TrainSettings, examples: int) -> int:
+    """Of a step's record of margins, with the vector if it is kept."""
+    records = getattr(settings, "margin_records", None)
+    if records is None:
+        return 0
+    vector = 8 * examples + 4096 if records.vectors else 0  # in blocks of the file system
+    return ROW_BYTES + 24 * min(records.sample, examples) + vector
 
 
 def check_disk(plan: DiskPlan, folder: Path, *, what: str) -> None:

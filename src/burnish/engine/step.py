@@ -17,6 +17,7 @@ from burnish.core.group import Group
 from burnish.core.head import AGAINST_LOGPROBS, Functional, HeadInput
 from burnish.engine.fetch import fetch_numbers
 from burnish.engine.method import Method
+from burnish.engine.observe import Observation, Observed, StepRecord
 from burnish.engine.plan import MicroBatch, StepPlan, build_part
 from burnish.engine.runtime import Runtime
 from burnish.engine.streams import compute_seed
@@ -74,7 +75,7 @@ class Sums:
                 self.counts[metric.name] = self.counts.get(metric.name, 0.0) + float(metric.count)
 
     def fetch(self, further: Sequence[Tensor]) -> list[float]:
-        """Bring the sums to the host, in one transfer with `further` scalars; returns those."""
+        """Bring the sums to the host, in one transfer with the numbers of `further`; returns those."""
         numbers = fetch_numbers([tensor for _, _, tensor in self._waiting] + list(further))
         for (target, name, _), number in zip(self._waiting, numbers, strict=False):
             target[name] = target.get(name, 0.0) + number
@@ -135,6 +136,7 @@ class Gradient:
         state: The method's next state; None = unchanged.
         norm: The gradients' L2 norm. total_norm: The same, (), on the device.
         terms: The terms of the loss that are not finite.
+        record: What the method says of the step, if it observes steps and the numbers were finite.
     """
 
     figures: dict[str, float]
@@ -144,6 +146,7 @@ class Gradient:
     norm: float
     total_norm: Tensor
     terms: list[str] = field(default_factory=list)
+    record: StepRecord | None = None
 
 
 @dataclass
@@ -225,7 +228,12 @@ def _spoil(outputs: Outputs) -> None:
 
 def _attach_reference(ctx: StepContext, batch: PackedBatch) -> None:
     live = ctx.method.needs_reference_head  # then they come with the policy's outputs
-    if ctx.method.needs_reference and not live and ctx.reference is not None and "ref_logprobs" not in batch.table.token_columns:
+    if (
+        ctx.method.needs_reference
+        and not live
+        and ctx.reference is not None
+        and "ref_logprobs" not in batch.table.token_columns
+    ):
         batch.table.token_columns["ref_logprobs"] = ctx.reference.logprobs(batch)
 
 
@@ -262,12 +270,12 @@ def compute_gradient(
     for p in ctx.parameters:
         p.grad = None
     counts = compute_counts(ctx.method, groups)
-    sums, guard = Sums(), Guard()
+    sums, guard, seen = Sums(), Guard(), Observation()
     rows: list[tuple[Table, dict[str, Tensor]]] = []
     mine = plan.of(ctx.runtime.rank)
     coupled = [i for i, m in enumerate(mine) if m.coupled]
     if coupled:
-        rows += _run_coupled(ctx, groups, mine, coupled, counts, state, step, sums, guard)
+        rows += _run_coupled(ctx, groups, mine, coupled, counts, state, step, sums, guard, seen)
     for index, micro in enumerate(mine):
         if micro.coupled:
             continue
@@ -284,11 +292,14 @@ def compute_gradient(
         sums.add(result)
         if ctx.method.stateful:
             rows.append((batch.table, {n: t.detach() for n, t in outputs.named().items()}))
+        if ctx.method.observes:
+            seen.add([p.position for p in micro.parts], batch.table.group_ids, _observe(ctx, outputs, batch.table))
         enter_phase("backward")
         fault_point("step.backward")
         (loss if ctx.scale is None else loss * ctx.scale).backward()
     total_norm = _finish_gradients(ctx)
-    *finite, norm = sums.fetch([*guard.flags, total_norm])
+    found = sums.fetch([*guard.flags, total_norm, *seen.tensors()])
+    finite, norm, observed = found[: len(guard.flags)], found[len(guard.flags)], found[len(guard.flags) + 1 :]
     every = ctx.runtime.gather((guard.name_rows(finite), guard.name_terms(finite)))
     bad = [row for part, _ in every for row in part]
     terms = sorted({name for _, part in every for name in part})
@@ -302,7 +313,17 @@ def compute_gradient(
         if ctx.method.stateful:
             next_state = ctx.method.next_state(*_join_ranks(ctx, rows), state)
     figures = sums.figures(counts) if not bad else {}
-    return Gradient(figures, sum(m.tokens for m in mine), bad, next_state, norm, total_norm, terms)
+    record = None
+    if ctx.method.observes and not bad:
+        ids, values = seen.join(observed, ctx.runtime)
+        now = state if next_state is None else next_state
+        record = ctx.method.describe_step(Observed(step + 1, ids, values, figures), now)
+    return Gradient(figures, sum(m.tokens for m in mine), bad, next_state, norm, total_norm, terms, record)
+
+
+def _observe(ctx: StepContext, outputs: Outputs, table: Table) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return ctx.method.observe(outputs, table)
 
 
 def _finish_gradients(ctx: StepContext) -> Tensor:
@@ -319,7 +340,7 @@ def _finish_gradients(ctx: StepContext) -> Tensor:
 
 def _run_coupled(
     ctx: StepContext, groups: Sequence[Group], mine: Sequence[MicroBatch], coupled: Sequence[int],
-    counts: Mapping[str, float], state: Mapping[str, Any], step: int, sums: Sums, guard: Guard,
+    counts: Mapping[str, float], state: Mapping[str, Any], step: int, sums: Sums, guard: Guard, seen: Observation,
 ) -> list[tuple[Table, dict[str, Tensor]]]:  # fmt: skip
     """Two passes: outputs of coupled micro-batches without gradient, the loss on them, backward with its coefficients.
 
@@ -342,13 +363,16 @@ def _run_coupled(
         named.append(outputs)
         batches.append(batch)
     leaves = [{n: t.detach().requires_grad_(True) for n, t in outputs.items()} for outputs in named]
-    result = _coupled_loss(ctx, tables, leaves, state)
+    joined, whole = _join_coupled(ctx, tables, leaves)
+    result = ctx.method.compute_loss(joined, whole, state)
     loss = _total(result, {t.name: t.count for t in result.terms} if ctx.method.coupled else counts)
     if (number := fault_point("step.nan_loss")) is not None:
         loss = loss * number
     guard.watch(loss, result, list(zip(tables, named, strict=True)))
     if ctx.runtime.is_main:
         sums.add(result)
+        if ctx.method.observes:
+            seen.add(whole.group_order.tolist(), whole.group_ids, _observe(ctx, joined, whole))
     enter_phase("backward")
     if loss.requires_grad:  # else no row of the coupled part is on this rank
         (loss if ctx.scale is None else loss * ctx.scale).backward()
@@ -395,10 +419,8 @@ def _join_ranks(ctx: StepContext, rows: list[tuple[Table, dict[str, Tensor]]]) -
     return concat_steps([t for t, _ in every], [o for _, o in every])
 
 
-def _coupled_loss(
-    ctx: StepContext, tables: list[Table], leaves: list[dict[str, Tensor]], state: Mapping[str, Any]
-) -> LossResult:
-    """The loss over the coupled part of the whole step; other ranks' outputs are constants here."""
+def _join_coupled(ctx: StepContext, tables: list[Table], leaves: list[dict[str, Tensor]]) -> tuple[Outputs, Table]:
+    """The coupled part of the whole step, in data order; other ranks' outputs are constants here."""
     everything = ctx.runtime.gather([(t, {n: v.detach() for n, v in leaf.items()}) for t, leaf in zip(tables, leaves)])
     all_tables, all_outputs = [], []
     for rank, rows in enumerate(everything):
@@ -407,5 +429,4 @@ def _coupled_loss(
             if len(table.group_ids):
                 all_tables.append(tables[i] if own else table)
                 all_outputs.append(leaves[i] if own else values)
-    outputs, table = concat_steps(all_tables, all_outputs)
-    return ctx.method.compute_loss(outputs, table, state)
+    return concat_steps(all_tables, all_outputs)

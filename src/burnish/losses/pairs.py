@@ -42,6 +42,11 @@ class Pairs:
     reference_gap: Tensor
     sums: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
+    @property
+    def margin(self) -> Tensor:
+        """(G,) M = Δ: chosen_ratio − rejected_ratio, without β, nats."""
+        return self.chosen_ratio - self.rejected_ratio
+
 
 @dataclass(frozen=True, slots=True)
 class PairLoss:

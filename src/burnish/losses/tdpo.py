@@ -146,4 +146,6 @@ def _compare_second(pairs: Pairs, name: str, beta: float, alpha: float) -> PairL
 
 def _finish(chosen_reward: Tensor, rejected_reward: Tensor, chosen: Tensor, rejected: Tensor) -> PairLoss:
     loss = -logsigmoid(chosen_reward - rejected_reward)
-    return PairLoss(loss, chosen_reward, rejected_reward, {"divergence/chosen": chosen, "divergence/rejected": rejected})
+    return PairLoss(
+        loss, chosen_reward, rejected_reward, {"divergence/chosen": chosen, "divergence/rejected": rejected}
+    )

@@ -10,10 +10,13 @@ from torch import Tensor
 from burnish.config.stages import CpoSettings, DpoSettings, OrpoSettings, SimpoSettings
 from burnish.core.batch import Outputs, Table
 from burnish.core.group import Group
+from burnish.engine.observe import Observed, StepRecord
 from burnish.losses.mix import LossType, build_mix, collect_functionals
 from burnish.losses.pairs import PairLoss, Pairs, compute_pairs, compute_wins
 from burnish.losses.terms import LossResult, Metric, Term
 from burnish.losses.wpo import LOG_SQUARE_SUM, compute_pair_weights
+from burnish.methods.dynamic_beta import BetaControl
+from burnish.methods.margins import describe_margins, observe_pairs
 from burnish.methods.pairwise import count_pairs
 from burnish.methods.stateless import Stateless
 
@@ -33,18 +36,23 @@ class Dpo(Stateless):
     head = "lm"
     want = frozenset({"logprobs"})
     needs_reference = True
+    observes = True
 
     def __init__(self, settings: PairSettings) -> None:
         self.settings = settings
         self.mix = self.build_mix()
-        self.coupled = any(t.entry.coupled for t in self.mix)
-        self.stateful = any(t.entry.state for t in self.mix)
         self.ld_alpha: float | None = getattr(settings, "ld_alpha", None)
         self._weighted = bool(getattr(settings, "use_weighting", False))
         self._read = collect_functionals(self.mix, settings)
         self.functionals = (*self._read, *((LOG_SQUARE_SUM,) if self._weighted else ()))
         self.needs_reference_head = any(f.needs_against for f in self._read)
         self._single = len(self.mix) == 1
+        self.control = BetaControl(settings.dynamic_beta, settings.beta, settings.seed)
+        self.control.check_losses(self.mix)
+        self._running = tuple(t for t in self.mix if t.entry.state)
+        self.coupled = self.control.coupled or any(t.entry.coupled for t in self.mix)
+        self.stateful = self.control.stateful or bool(self._running)
+        self.records = settings.margin_records is not None
 
     def build_mix(self) -> tuple[LossType, ...]:
         """The loss types of this stage."""
@@ -52,14 +60,27 @@ class Dpo(Stateless):
         return build_mix(self.name, loss_type, getattr(self.settings, "loss_weights", None), self.settings)
 
     def initial_state(self) -> dict[str, Any]:
-        """The running states of loss types that have one, by name."""
-        return {"losses": {t.name: t.initial_state() for t in self.mix if t.entry.state}} if self.stateful else {}
+        """The controller's part, if β moves, and the running states of loss types that have one, by name."""
+        losses = {"losses": {t.name: t.initial_state() for t in self._running}} if self._running else {}
+        return losses | self.control.initial_state()
 
     def next_state(self, outputs: Outputs, table: Table, state: Mapping[str, Any]) -> dict[str, Any]:
         """The same after a step with these rows."""
         pairs = self._compute_pairs(outputs, table)
-        states = state["losses"]
-        return {"losses": {t.name: t.next_state(pairs, states[t.name]) for t in self.mix if t.entry.state}}
+        after = self.control.next_state(pairs.margin, table.group_ids, state)
+        if self._running:
+            changed = self.control.find(pairs.margin, table.group_ids, state).changed
+            states = state["losses"]
+            after["losses"] = {t.name: t.next_state(pairs, states[t.name], **changed) for t in self._running}
+        return after
+
+    def observe(self, outputs: Outputs, table: Table) -> dict[str, Tensor]:
+        """(G,) margin, and log-prob, log-ratio and scored tokens of both completions."""
+        return observe_pairs(self._compute_pairs(outputs, table))
+
+    def describe_step(self, step: Observed, state: Mapping[str, Any]) -> StepRecord:
+        """The step's margins, and where β is."""
+        return describe_margins(step, self.control.describe(state), self.settings.margin_records)
 
     def counts(self, groups: Sequence[Group]) -> dict[str, float]:
         """Pairs, for each loss type of the mix; scored tokens of the chosen completions where that is its unit."""
@@ -73,18 +94,23 @@ class Dpo(Stateless):
             outputs: `logprobs`, (S,); with `use_weighting` also the functional `log_square_sum`, (S,), and those of the loss
                 types.
             table: `token_columns["ref_logprobs"]`, (S,), if the method has a reference.
-            state: The running states of loss types, by name; `frozen` in evaluation.
+            state: Of the controller of β, and the running states of loss types, by name; `frozen` in evaluation.
         """
         pairs = self._compute_pairs(outputs, table)
         weights = self._compute_weights(outputs, table)
+        betas = self.control.find(pairs.margin, table.group_ids, state)
         n, tokens = float(pairs.chosen.shape[0]), float(table.slot_scored.get(0, 0))
         terms: list[Term] = []
         metrics: list[Metric] = []
         for loss_type in self.mix:
-            result = loss_type.compute(pairs, self._read_state(state, loss_type))
+            result = loss_type.compute(pairs, self._read_state(state, loss_type), **betas.changed)
             name, by_pair = self._term_name(loss_type.name), loss_type.entry.unit == "pair"
             loss = result.loss if weights is None or not by_pair else result.loss * weights
-            terms.append(Term(name, loss.sum(), n if by_pair else tokens, loss_type.entry.unit, loss_type.weight))
+            count = n if by_pair else tokens
+            if betas.kept is not None:
+                loss = betas.take(loss)
+                count = float(loss.shape[0]) if by_pair else float(betas.take(pairs.chosen_tokens).sum())
+            terms.append(Term(name, loss.sum(), count, loss_type.entry.unit, loss_type.weight))
             if by_pair:
                 metrics += _measure_rewards(result, n, suffix=f"/{loss_type.name}" if metrics else "")
         if weights is not None:

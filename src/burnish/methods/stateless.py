@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from burnish.core.batch import Outputs, Table
 from burnish.core.group import Group
 from burnish.core.head import Functional
+from burnish.engine.observe import Observed, StepRecord
 
 
 class Stateless:
@@ -19,6 +22,8 @@ class Stateless:
     coupled = False
     stateful = False
     arranges = False
+    observes = False
+    records = False
     best_metric = ("eval_loss", False)
 
     def arrange(self, groups: Sequence[Group]) -> list[Group]:
@@ -36,3 +41,11 @@ class Stateless:
     def next_state(self, outputs: Outputs, table: Table, state: Mapping[str, Any]) -> dict[str, Any]:
         """No state."""
         return {}
+
+    def observe(self, outputs: Outputs, table: Table) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def describe_step(self, step: Observed, state: Mapping[str, Any]) -> StepRecord:
+        """Nothing."""
+        return StepRecord()

@@ -69,7 +69,6 @@ class Reference:
         assert found is not None
         return found.detach()
 
-
     @torch.no_grad()
     def head_input(self, batch: PackedBatch) -> HeadInput:
         """Hidden states at the scored positions and the head that reads them: the second model of functionals."""

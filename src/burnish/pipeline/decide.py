@@ -19,6 +19,7 @@ from burnish.errors import UsageError
 HARMLESS = frozenset(
     {
         "logging_steps",
+        "margin_records",
         "report_to",
         "wandb_project",
         "save_steps",

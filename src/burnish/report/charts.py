@@ -8,7 +8,7 @@ from html import escape
 
 from burnish.report.numbers import show_value
 from burnish.report.read import StageFiles, as_number
-from burnish.report.svg import Point, Series, draw_lines, smooth
+from burnish.report.svg import Chart, Point, Series, draw_lines, smooth
 
 _NOT_CURVES = {"step", "epoch", "kind"}
 
@@ -52,11 +52,14 @@ _NOTES = {
 _PLAIN = {"Learning rate"}  # drawn as it is: there is no noise to smooth
 
 
-def draw_stage(stage: StageFiles) -> tuple[list[str], list[str], int]:
-    """HTML figures of a stage's curves: the usual ones, all others that it logged, and the steps that lines average."""
+def draw_stage(stage: StageFiles, skip: frozenset[str] = frozenset()) -> tuple[list[str], list[str], int]:
+    """HTML figures of a stage's curves: the usual ones, all others that it logged, and the steps that lines average.
+
+    Metrics in `skip` are drawn elsewhere.
+    """
     train = [r for r in stage.metrics if r.get("kind", "train") == "train"]
     held_out = [r for r in stage.metrics if r.get("kind") == "eval"]
-    used: set[str] = set()
+    used: set[str] = set(skip)
     main = []
     window = 0
     for panel in PANELS:
@@ -85,7 +88,8 @@ def _names(rows: Sequence[dict]) -> list[str]:
     return list(found)
 
 
-def _points(rows: Sequence[dict], name: str) -> list[Point]:
+def find_points(rows: Sequence[dict], name: str) -> list[Point]:
+    """(step, value) of a metric, by step."""
     out = []
     for row in rows:
         step, value = as_number(row.get("step")), as_number(row.get(name))
@@ -100,11 +104,11 @@ def _draw_panel(panel: Panel, train: Sequence[dict], held_out: Sequence[dict]) -
     front: list[Series] = []
     legend: list[tuple[str, str, str]] = []
     used: set[str] = set()
-    several = sum(1 for n in panel.train if _points(train, n)) > 1
+    several = sum(1 for n in panel.train if find_points(train, n)) > 1
     colours = iter(("s1", "s2", "s3", "s4", "s1", "s2"))
     window = 0
     for name in panel.train:
-        points = _points(train, name)
+        points = find_points(train, name)
         if not points:
             continue
         colour = next(colours)
@@ -122,7 +126,7 @@ def _draw_panel(panel: Panel, train: Sequence[dict], held_out: Sequence[dict]) -
         else:
             legend.append((colour, words, show_value(name, (smoothed or points)[-1][1])))
     for name in panel.held_out:
-        points = _points(held_out, name)
+        points = find_points(held_out, name)
         if points:
             colour = next(colours)
             used.add(name)
@@ -139,10 +143,15 @@ def _draw_panel(panel: Panel, train: Sequence[dict], held_out: Sequence[dict]) -
     notes = [panel.note] if panel.note else [_NOTES[name] for name in sorted(used) if name in _NOTES][:1]
     if chart.outside:
         notes.append(f"{chart.outside} {'value' if chart.outside == 1 else 'values'} beyond the scale")
+    return render_figure(panel.title, chart, legend, notes), used, window
+
+
+def render_figure(title: str, chart: Chart, legend: Sequence[tuple[str, str, str]], notes: Sequence[str]) -> str:
+    """A drawing with its title, a legend of (colour, words, value), and a word below."""
     keys = "".join(
         f'<span class="key"><i class="{colour}"></i>{escape(words)} <b>{escape(value)}</b></span>'
         for colour, words, value in legend
     )
     small = f'<p class="note">{escape("; ".join(notes))}</p>' if notes else ""
-    caption = f'<figcaption><span class="what">{escape(panel.title)}</span> {keys}</figcaption>'
-    return f"<figure>{caption}{chart.svg}{small}</figure>", used, window
+    caption = f'<figcaption><span class="what">{escape(title)}</span> {keys}</figcaption>'
+    return f"<figure>{caption}{chart.svg}{small}</figure>"

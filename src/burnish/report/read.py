@@ -12,9 +12,11 @@ import yaml
 from burnish.artifacts.redact import redact, redact_tree
 from burnish.artifacts.run_folder import STAGE, load_run, load_stage, plain_name, stage_folders
 from burnish.errors import BurnishError
+from burnish.track.margins import MARGINS
 from burnish.track.metrics import METRICS, TIMING, read_metrics
 
 SAMPLES = "samples.jsonl"
+_ROWS = ((METRICS, "metrics"), (TIMING, "timing"), (MARGINS, "margins"), (SAMPLES, "samples"))
 
 
 @dataclass
@@ -27,6 +29,7 @@ class StageFiles:
         record: stage.json.
         metrics: Rows of metrics.jsonl.
         timing: Rows of timing.jsonl.
+        margins: Rows of margins.jsonl.
         samples: Rows of samples.jsonl.
         notes: What could not be read.
     """
@@ -36,6 +39,7 @@ class StageFiles:
     record: dict[str, Any]
     metrics: list[dict[str, Any]] = field(default_factory=list)
     timing: list[dict[str, Any]] = field(default_factory=list)
+    margins: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -107,7 +111,7 @@ def read_run(run_dir: Path) -> RunFiles:
             stage_record = {"state": "damaged"}
         model = named.get(relative.parts[0], relative.parts[0]) if len(relative.parts) > 1 else None
         stage = StageFiles(folder, model, stage_record)
-        for name, attribute in ((METRICS, "metrics"), (TIMING, "timing"), (SAMPLES, "samples")):
+        for name, attribute in _ROWS:
             rows, note = read_metrics(folder / name)
             setattr(stage, attribute, redact_tree(rows) if attribute == "samples" else rows)
             if note:

@@ -69,6 +69,8 @@ def _load_defaults(kind: str) -> dict[str, Any]:
 def _text(value: Any) -> str:
     if isinstance(value, str):
         return value
+    if isinstance(value, dict):  # of a section, what is given
+        value = {k: v for k, v in value.items() if v is not None}
     return json.dumps(value, ensure_ascii=False)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from burnish.report.charts import draw_stage
 from burnish.report.headline import badge, describe_data
+from burnish.report.margin_charts import DRAWN, draw_margins, write_margin_remarks
 from burnish.report.numbers import show_count, show_number, show_seconds, show_value
 from burnish.report.read import RunFiles, StageFiles, as_dict, as_list, as_number
 
@@ -40,12 +41,16 @@ def render_stage(stage: StageFiles, *, several: bool = False) -> str:
         parts.append(f"<p>{escape(_sentence(stage))}</p>")
     if stage.record.get("error"):
         parts.append(f'<div class="warn bad"><p>{escape(str(stage.record["error"]))}</p></div>')
-    remarks = write_stage_remarks(stage)
+    warned, noted = write_margin_remarks(stage)
+    parts += [f'<div class="warn"><p>{escape(text)}</p></div>' for text in warned]
+    remarks = write_stage_remarks(stage) + noted
     if remarks:
         parts.append(f'<ul class="remarks">{"".join(f"<li>{escape(r)}</li>" for r in remarks)}</ul>')
-    main, others, window = draw_stage(stage)
-    if main:
-        parts.append(f'<div class="charts">{"".join(main)}</div>')
+    margins, averaged = draw_margins(stage)
+    main, others, window = draw_stage(stage, DRAWN if margins else frozenset())
+    if main or margins:
+        parts.append(f'<div class="charts">{"".join([*main, *margins])}</div>')
+        window = max(window, averaged)
         if window > 1:
             parts.append(f'<p class="note">Lines are means of {window} logged steps, pale lines single ones.</p>')
     elif not stage.evaluates:

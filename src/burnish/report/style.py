@@ -72,6 +72,8 @@ svg text{font-family:var(--sans);font-size:11.5px;fill:var(--soft)}
 .line,.raw{fill:none;stroke-linejoin:round;stroke-linecap:round}.line{stroke-width:2}.raw{stroke-width:1;opacity:.33}
 .whisker{stroke-width:2.5;stroke-linecap:round}
 path.s1,line.s1{stroke:var(--s1)}path.s2,line.s2{stroke:var(--s2)}path.s3,line.s3{stroke:var(--s3)}path.s4{stroke:var(--s4)}
+path.band{stroke:none;opacity:.24}path.band.pale{opacity:.1}
+path.band.s1{fill:var(--s1)}path.band.s2{fill:var(--s2)}
 circle.s1{fill:var(--s1)}circle.s2{fill:var(--s2)}circle.s3{fill:var(--s3)}circle.s4{fill:var(--s4)}
 .dot{stroke:var(--bg);stroke-width:1.5}
 .sample{margin:1.1rem 0;padding:1rem 1.1rem;background:var(--card);border:1px solid var(--line);border-radius:.5rem}

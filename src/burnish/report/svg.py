@@ -39,6 +39,21 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Band:
+    """An area between two lines, drawn behind all else.
+
+    Attributes:
+        points: (step, lower, upper), by step.
+        colour: Class s1 … s4.
+        pale: Fainter, and does not stretch the scale: what leaves it is cut at its end.
+    """
+
+    points: Sequence[tuple[float, float, float]]
+    colour: str = "s1"
+    pale: bool = False
+
+
+@dataclass(frozen=True)
 class Chart:
     """A drawing with what the caption should say about it."""
 
@@ -89,11 +104,14 @@ def thin(points: Sequence[Point]) -> list[Point]:
     return out
 
 
-def draw_lines(series: Sequence[Series], *, metric: str, label: str) -> Chart | None:
+def draw_lines(
+    series: Sequence[Series], *, metric: str, label: str, bands: Sequence[Band] = (), mark: float | None = None
+) -> Chart | None:
     """A chart of lines over steps; None without a finite value.
 
     Args:
         series: What to draw, back to front.
+        bands: Areas behind the lines. mark: A level with a dashed line.
         metric: Decides the unit of the scale (percent for proportions).
         label: What it shows, for those who cannot see it.
     """
@@ -104,6 +122,10 @@ def draw_lines(series: Sequence[Series], *, metric: str, label: str) -> Chart | 
     noisy = [y for s in series if s.raw for _, y in s.points if math.isfinite(y)]
     calm = [y for s in series if not s.raw for _, y in s.points if math.isfinite(y)]
     ends = [*calm, *(find_limits(noisy) if noisy else ())]  # spikes of single steps may leave the scale, nothing else
+    for band in bands:
+        edges = [y for _, *pair in band.points for y in pair if math.isfinite(y)]
+        ends += find_limits(edges) if edges and not band.pale else ()
+    ends += () if mark is None else (mark,)
     low, high = _pad(min(ends), max(ends), metric)
     outside = sum(1 for y in values if not low <= y <= high)
     y_ticks = nice_ticks(low, high, 5)
@@ -134,6 +156,15 @@ def draw_lines(series: Sequence[Series], *, metric: str, label: str) -> Chart | 
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 4}"/>')
         parts.append(f'<text class="tick" x="{x:.1f}" y="{floor + 16}" text-anchor="middle">{tick:,.0f}</text>')
     parts.append(f'<text class="tick" x="{WIDTH - _RIGHT}" y="{HEIGHT - 3}" text-anchor="end">step</text>')
+    if mark is not None:
+        y = at_y(mark)
+        parts.append(f'<line class="mark" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    for band in bands:
+        edge = [(at_x(x), *(at_y(min(max(y, low), high)) for y in pair)) for x, *pair in _thin_band(band.points)]
+        if edge:
+            around = [*((x, upper) for x, _, upper in edge), *((x, lower) for x, lower, _ in reversed(edge))]
+            kind = "band pale" if band.pale else "band"
+            parts.append(f'<path class="{kind} {band.colour}" d="{_path(around)}Z"/>')
     for s in series:
         shown = [(x, min(max(y, low), high) if math.isfinite(y) else y) for x, y in s.points]
         path = _path([(at_x(x), at_y(y) if math.isfinite(y) else math.nan) for x, y in thin(shown)])
@@ -150,6 +181,14 @@ def draw_lines(series: Sequence[Series], *, metric: str, label: str) -> Chart | 
                     )
     parts.append("</svg>")
     return Chart("".join(parts), outside)
+
+
+def _thin_band(points: Sequence[tuple[float, float, float]]) -> list[tuple[float, float, float]]:
+    """At most about 200 points of a band, each as wide as the widest of its stretch."""
+    sound = [p for p in points if all(map(math.isfinite, p))]
+    stretch = max(1, math.ceil(len(sound) / (_MOST_POINTS // 2)))
+    parts = [sound[start : start + stretch] for start in range(0, len(sound), stretch)]
+    return [(p[len(p) // 2][0], min(y for _, y, _ in p), max(y for _, _, y in p)) for p in parts]
 
 
 def draw_interval(
