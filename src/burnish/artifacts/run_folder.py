@@ -32,6 +32,7 @@ from burnish.errors import BurnishError, UsageError
 FORMAT = 1
 RUN = "run.json"
 STAGE = "stage.json"
+GRID = "grid.json"  # in the folder of a grid, beside run.json
 LOG = "log.txt"
 SUPERSEDED = "superseded"
 STATES = ("running", "done", "failed", "interrupted")
@@ -147,7 +148,10 @@ class RunFolder:
 
     def stage_dir(self, index: int, name: str, model: str | None = None) -> Path:
         """`[<model>/]01-sft`, created; `index` counts from 1; unfinished writes of a killed run are cleared away."""
-        folder = self._stage_path(index, name, model)
+        return self.make_stage_dir(self.stage_path(index, name, model))
+
+    def make_stage_dir(self, folder: Path) -> Path:
+        """A stage's folder at a place of its own, created and cleared like `stage_dir`'s."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
@@ -157,7 +161,8 @@ class RunFolder:
                 self.notes += clean_leftovers(place)
         return folder
 
-    def _stage_path(self, index: int, name: str, model: str | None) -> Path:
+    def stage_path(self, index: int, name: str, model: str | None = None) -> Path:
+        """Where `stage_dir` makes the folder."""
         base = self.path / plain_name(model) if model else self.path
         return base / f"{index:02d}-{plain_name(name)}"
 
@@ -324,6 +329,8 @@ def list_runs(root: Path) -> list[dict[str, Any]]:
 def stage_folders(run_dir: Path) -> list[Path]:
     """Folders of a run's stages, in order, those of several models one model after the other."""
     run = Path(run_dir)
+    if (run / GRID).exists():  # its cells are runs of their own
+        return []
     found = [p.parent for p in run.glob(f"*/{STAGE}")] + [p.parent for p in run.glob(f"*/*/{STAGE}")]
     return sorted(p for p in found if not p.relative_to(run).as_posix().startswith((SUPERSEDED, ".")))
 

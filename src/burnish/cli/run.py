@@ -23,6 +23,13 @@ def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--model-index", type=click.IntRange(min=0), metavar="N", help="Only this model of `models`, from 0."
         ),
+        click.option(
+            "--cell",
+            "cells",
+            metavar="NAME",
+            multiple=True,
+            help="Only these cells of a grid; * stands for any letters.",
+        ),
         click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, do nothing."),
         click.option("--output-dir", metavar="DIR", help="Folder of runs (default: the recipe's, runs)."),
         click.option("--run-name", metavar="NAME", help="Name of the run's folder; {stage}, {model} … are filled in."),
@@ -62,6 +69,7 @@ def run(words: tuple[str, ...], config_file: str | None, **flags: Any) -> int:
 def build_options(
     *,
     model_index: int | None,
+    cells: Sequence[str],
     dry_run: bool,
     output_dir: str | None,
     run_name: str | None,
@@ -93,6 +101,7 @@ def build_options(
         allow_change=tuple(allow_change),
         num_processes=num_processes,
         model_index=model_index,
+        cells=tuple(cells),
         after=after,
         json=as_json,
         verbose=verbose,

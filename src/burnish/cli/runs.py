@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from burnish.artifacts.grid_folder import CELLS, count_cells, is_grid, load_grid, load_summary, read_cell_state
 from burnish.errors import UsageError
 
 _root = click.option("--output-dir", metavar="DIR", default="runs", show_default=True, help="Folder of runs.")
@@ -29,6 +30,12 @@ def list_(output_dir: str, as_json: bool) -> int:
     from burnish.artifacts.run_folder import list_runs
 
     rows = list_runs(Path(output_dir))
+    for row in rows:
+        if is_grid(Path(str(row["path"]))):
+            try:
+                row["cells"] = count_cells(Path(str(row["path"])))
+            except UsageError as error:
+                row["problem"] = error.message
     if as_json:
         print(json.dumps(rows, ensure_ascii=False, indent=2, default=str))
         return 0
@@ -46,10 +53,14 @@ def list_(output_dir: str, as_json: bool) -> int:
 @_root
 @_json
 def show(name: str, output_dir: str, as_json: bool) -> int:
-    """Show one run: its stages, their states and figures."""
+    """Show one run: its stages, their states and figures. GRID shows a grid's cells and table, GRID/CELL one cell."""
     from burnish.artifacts.run_folder import list_runs, load_stage
 
-    row = _find_run(list_runs(Path(output_dir)), name, output_dir)
+    grid, _, cell = name.rpartition("/")
+    root = str(Path(output_dir) / grid / CELLS) if grid else output_dir
+    row = _find_run(list_runs(Path(root)), cell, root)
+    if is_grid(Path(str(row["path"]))):
+        return _show_grid(Path(str(row["path"])), row, as_json=as_json)
     folder = Path(str(row["path"]))
     records = {stage["stage"]: load_stage(folder / stage["stage"]) or {} for stage in row["stages"]}
     if as_json:
@@ -83,6 +94,25 @@ def delete(name: str, output_dir: str, yes: str | None) -> int:
     return 0
 
 
+def _show_grid(folder: Path, row: dict[str, Any], *, as_json: bool) -> int:
+    from burnish.report.terminal import render_summary
+
+    names = [str(cell["name"]) for cell in load_grid(folder)["cells"]]
+    cells = [(name, *read_cell_state(folder / CELLS / name)) for name in names]
+    summary = load_summary(folder)
+    if as_json:
+        states = {name: state for name, state, _ in cells}
+        print(json.dumps({**row, "cells": states, "summary": summary}, ensure_ascii=False, indent=2, default=str))
+        return 0
+    for key in ("name", "recipe", "state", "created", "started", "ended", "seconds", "path"):
+        if row.get(key) is not None:
+            print(f"{key:<9} {row[key]}")
+    print()
+    print_table([("CELL", "STATE", "SECONDS"), *((n, s, str(r.get("seconds_total") or "")) for n, s, r in cells)])
+    print(f"\n{render_summary(summary)}" if summary else "")
+    return 0
+
+
 def print_table(rows: list[tuple[str, ...]]) -> None:
     """Columns as wide as their widest cell."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -101,6 +131,8 @@ def _flatten(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def _count_stages(row: dict[str, Any]) -> str:
     if row.get("problem"):
         return str(row["problem"])
+    if "cells" in row:
+        return f"{sum(row['cells'].values())} cells: " + ", ".join(f"{n} {s}" for s, n in row["cells"].items())
     return " ".join(f"{Path(stage['stage']).name}:{stage['state']}" for stage in row["stages"])
 
 

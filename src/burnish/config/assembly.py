@@ -1,4 +1,4 @@
-"""Puts the layers of a recipe together: defaults < .env < environment < checkpoint < file < command line.
+"""Puts the layers of a recipe together: defaults < .env < environment < checkpoint < file < grid < command line.
 
 Within a layer, what is said about a stage is stronger than what is said for all of them.
 """
@@ -133,7 +133,7 @@ class Assembly:
                 draft.add(layer, canonicalise(settings, "", self.problems, []))
 
     def add_overrides(self, overrides: Sequence[Override]) -> None:
-        """The words of the command line. Kinds and names first, since others speak of them."""
+        """The words of the command line, or what a grid sets in one cell (the layer is that of each word's place)."""
         names = [d.name for d in self.drafts]
         kinds = [d.kind or "" for d in self.drafts]
         written = [d.written_kind for d in self.drafts]
@@ -180,7 +180,7 @@ class Assembly:
 
     def _override_stage(self, draft: Draft, override: Override, path: Sequence[str]) -> bool:
         nodes = canonicalise({path[0]: nest(path[1:], override.node)}, draft.path, self.problems, self.notes)
-        draft.add(Layer.COMMAND, nodes)
+        draft.add(override.node.place.layer, nodes)
         return bool({"kind", "name"} & nodes.keys())
 
     def _override_top(self, override: Override) -> bool:
@@ -188,11 +188,12 @@ class Assembly:
         nodes = canonicalise(
             {override.parts[0]: nest(override.parts[1:], override.node)}, "", self.problems, self.notes
         )
-        target = self.top.setdefault(Layer.COMMAND, {})
+        layer = override.node.place.layer
+        target = self.top.setdefault(layer, {})
         for key, node in nodes.items():
             if key in STAGE_ONLY and key != "name":
                 if len(self.drafts) == 1:
-                    self.drafts[0].add(Layer.COMMAND, {key: node})
+                    self.drafts[0].add(layer, {key: node})
                 else:
                     names = ", ".join(d.name for d in self.drafts)
                     self._problem(key, "belongs to a stage", f"write STAGE.{key}=…; the stages are {names}", node.place)

@@ -63,7 +63,7 @@ def canonicalise(nodes: dict[str, Node], path: str, problems: list[Problem], not
     for key, node in nodes.items():
         name = key.replace("-", "_")
         known = name in all_setting_names() or name in RECIPE_KEYS
-        if node.place.layer in (Layer.FILE, Layer.CHECKPOINT) and name != key and known:
+        if node.place.layer in (Layer.FILE, Layer.CHECKPOINT, Layer.GRID) and name != key and known:
             notes.append(f"{key} ({node.place}) is the setting {name}")
         target = name if known else KEY_ALIASES.get(name, name if node.place.layer > Layer.FILE else key)
         if not known and target != key:

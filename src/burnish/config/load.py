@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from burnish.config.assembly import Assembly
 from burnish.config.bundled import bundled_recipes
+from burnish.config.cells import build_grid, take_grid
 from burnish.config.environment import read_dotenv, read_environment
-from burnish.config.overrides import parse_overrides
+from burnish.config.grid import Cell, Grid
+from burnish.config.overrides import Override, parse_overrides
 from burnish.config.problems import Problem, RecipeError
 from burnish.config.recipe import Recipe
 from burnish.config.run_name import build_run_name
@@ -34,6 +36,7 @@ class LoadedRecipe:
         sources: Place of every value that is not a default: "stages.dpo.beta" → "recipe.yaml:12".
         notes: Remarks for the person who started it: aliases that were read, settings without effect.
         processes: Processes that the batch arithmetic was checked for.
+        grid: The cells of a recipe with a grid; `recipe` is then the first cell's, with the grid's keys.
     """
 
     recipe: Recipe
@@ -42,6 +45,13 @@ class LoadedRecipe:
     sources: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     processes: int = 1
+    grid: Grid | None = None
+
+    def for_cell(self, cell: Cell) -> LoadedRecipe:
+        """One cell as a recipe of its own."""
+        head = f"# Cell {cell.name} of {self.origin}, resolved: a complete recipe.\n"
+        text = head + _dump(cell.recipe.resolved(), ())
+        return replace(self, recipe=cell.recipe, text=text, sources=cell.sources, notes=(), grid=None)
 
     def source_of(self, path: str) -> str:
         """Where a value comes from ("default" if nothing sets it)."""
@@ -69,7 +79,7 @@ def load_recipe(
 ) -> LoadedRecipe:
     """Reads and checks a recipe.
 
-    Values are taken in this order, the later the stronger: defaults, `.env`, environment, checkpoint, file, overrides.
+    Values are taken in this order, the later the stronger: defaults, `.env`, environment, checkpoint, file, grid, overrides.
 
     Args:
         source: A YAML or JSON file, the name of a bundled recipe, or a mapping.
@@ -95,16 +105,30 @@ def load_recipe(
         raise RecipeError(problems, origin="command line")
     if default_kind is not None and not {"stages", "kind", "method"} & root.value.keys():
         root.value["kind"] = Node(default_kind, root.place, raw=default_kind)
-    assembly = Assembly(root, origin=origin, default_name=name, problems=problems, notes=notes)
-    assembly.add_environment(values)
-    if checkpoint:
-        assembly.add_checkpoint(build_node(checkpoint, Place(Layer.CHECKPOINT, "checkpoint")))
-    assembly.add_overrides(words)
+    root, tree, words = take_grid(root, words, values, problems)
     processes = processes or _world_size(environment)
-    recipe = assembly.build(processes=processes, check_machine=check_machine, need_model=need_model)
+
+    def assemble(own: list[Problem], remarks: list[str], assigned: Sequence[Override] = ()) -> Assembly:
+        assembly = Assembly(root, origin=origin, default_name=name, problems=own, notes=remarks)
+        assembly.add_environment(values)
+        if checkpoint:
+            assembly.add_checkpoint(build_node(checkpoint, Place(Layer.CHECKPOINT, "checkpoint")))
+        assembly.add_overrides(assigned)
+        dropped = {"model", "models"} if any(a.parts == ("model",) for a in assigned) else set()
+        assembly.add_overrides([word for word in words if word.parts[0] not in dropped])
+        return assembly
+
+    def build(assembly: Assembly) -> Recipe | None:
+        return assembly.build(processes=processes, check_machine=check_machine, need_model=need_model)
+
+    if tree is not None and not problems:
+        recipe, grid, sources = build_grid(tree, assemble, build, words, problems, notes, origin)
+    else:
+        assembly = assemble(problems, notes)
+        recipe, grid, sources = build(assembly), None, assembly.sources
     if problems or recipe is None:
         raise RecipeError(problems, origin=origin)
-    return LoadedRecipe(recipe, origin, text, assembly.sources, tuple(dict.fromkeys(notes)), processes)
+    return LoadedRecipe(recipe, origin, text, sources, tuple(dict.fromkeys(notes)), processes, grid)
 
 
 def _world_size(environment: Mapping[str, str]) -> int:

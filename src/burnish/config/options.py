@@ -18,6 +18,7 @@ class RunOptions:
         allow_change: Settings whose change does not forbid to continue an interrupted run.
         num_processes: Processes on this machine.
         model_index: Only this model of `models` (from 0).
+        cells: Only these cells of a grid: names, or patterns such as `*_seed=1`.
         after: Command that runs when the run is over, whatever its outcome.
         json: Print results as JSON on stdout.
         verbose: Say more; show tracebacks.
@@ -32,6 +33,7 @@ class RunOptions:
     allow_change: tuple[str, ...] = ()
     num_processes: int = 1
     model_index: int | None = None
+    cells: tuple[str, ...] = ()
     after: str | None = None
     json: bool = False
     verbose: bool = False

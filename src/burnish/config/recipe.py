@@ -20,6 +20,9 @@ class Recipe(Settings):
     name: str = setting("recipe", "Name of the recipe; default: the file's name.")
     model: str | None = setting(None, "Base model of every stage without `init_from`: bundled name, folder or hub id.")
     models: list[str] = setting([], "Several base models instead of `model`: the stages run for each in turn.")
+    grid: dict[str, Any] = setting(
+        {}, "Settings or stages with several values each: every combination is a run of its own."
+    )
     data: str | DataSource | list[str | DataSource] | None = setting(
         None, "Training data of every stage that names none of its own."
     )

@@ -79,7 +79,11 @@ def render_example(kind: str) -> str:
     for owner, names in group_fields(cls):
         lines += ["", f"    # {_title(owner)}"]
         for name in names:
-            if name in ("kind", "model", "teacher") or name in _fixed(kind) or (name == "data" and canonical != "evaluate"):
+            if (
+                name in ("kind", "model", "teacher")
+                or name in _fixed(kind)
+                or (name == "data" and canonical != "evaluate")
+            ):
                 continue
             lines += _example_lines(name, get_field(cls, name, kind), 4)
     return "\n".join(lines) + "\n"

@@ -25,7 +25,7 @@ _HEAD = """# Settings
 A recipe is a YAML (or JSON) file. Any stage setting written at the top is the default of every stage that has it and
 does not set it. `burnish config example KIND` prints a complete recipe, `burnish config show RECIPE` what one means.
 
-**Precedence.** Defaults < `.env` < environment < checkpoint (`--resume-from`) < file < command line. On the command
+**Precedence.** Defaults < `.env` < environment < checkpoint (`--resume-from`) < file < grid < command line. On the command
 line, `stages.dpo.beta=0.05`, `stages.2.beta=0.05` (positions from 0) or `dpo.beta=0.05` reach one stage; `beta=0.05`
 reaches every stage that has the setting, also where the file sets it in the stage.
 
@@ -39,6 +39,9 @@ Where text is asked for, an unquoted `001` stays `001`. Where a list is asked fo
 
 **Names.** A stage without `name:` is called by its kind; a second `dpo` is `dpo-2`. A file with `kind:` and no
 `stages:` is a recipe of one stage.
+
+**Grids.** `grid:` gives settings, stages or models several values each; every combination is a run of its own:
+[comparisons](comparisons.md).
 
 **Start.** A stage with `init_from` starts from that stage's result, any other from `model`.
 

@@ -23,7 +23,8 @@ class Layer(IntEnum):
     ENVIRONMENT = 2
     CHECKPOINT = 3
     FILE = 4
-    COMMAND = 5
+    GRID = 5
+    COMMAND = 6
 
 
 @dataclass(frozen=True, slots=True)

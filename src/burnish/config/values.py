@@ -305,7 +305,7 @@ def _read_bool(node: Node, _: FieldInfo | None) -> bool:
     word = str(value).lower()
     if isinstance(value, str) and node.raw is not None and word in YES | NO:
         return word in YES
-    if node.raw in ("0", "1") and node.place.layer != Layer.FILE:
+    if node.raw in ("0", "1") and node.place.layer not in (Layer.FILE, Layer.GRID):
         return node.raw == "1"
     raise Unreadable(_describe_found(node), "write true or false")
 
@@ -379,7 +379,7 @@ def _is_comma_list(node: Node) -> bool:
     """Whether a word of the command line or the environment is a list; an existing path with a comma in it is not."""
     if isinstance(node.value, str) and "," in node.value and Path(node.value).expanduser().exists():
         return False
-    outside = node.place.layer not in (Layer.FILE, Layer.CHECKPOINT)
+    outside = node.place.layer not in (Layer.FILE, Layer.CHECKPOINT, Layer.GRID)
     return outside and isinstance(node.value, str) and node.raw is not None and "," in node.raw
 
 

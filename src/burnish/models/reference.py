@@ -341,7 +341,7 @@ class ReferenceCache:
         flat = [row[c.mask] for pair in pairs for c, row in pair]
         values = np.concatenate(flat) if flat else np.zeros(0, dtype=np.float32)
         try:
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise disk_error(exc, self.folder, doing="keep the reference's log-probs") from exc
         size = values.nbytes + 8 * len(flat)

@@ -11,11 +11,12 @@ burnish.train("dpo", model="pocket", data="my/pairs.jsonl", beta=0.05)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from burnish.artifacts.run_folder import load_run, load_stage, stage_folders
+from burnish.artifacts.grid_folder import CELLS, is_grid, load_grid, load_summary
+from burnish.artifacts.run_folder import RUN, load_run, load_stage, stage_folders
 from burnish.config.load import load_recipe
 from burnish.config.options import RunOptions
 from burnish.pipeline.naming import find_folder
@@ -48,12 +49,16 @@ class RunRecord:
         state: As for a stage.
         exit_code: 0, or as on the command line.
         stages: name ("dpo", or "model/dpo" with several models) → record.
+        cells: Of a grid: name → record of each cell that has begun.
+        summary: Of a grid: the table, as summary.json has it.
     """
 
     path: Path
     state: str
     exit_code: int
     stages: dict[str, StageRecord]
+    cells: dict[str, RunRecord] = field(default_factory=dict)
+    summary: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run(
@@ -66,7 +71,7 @@ def run(
         overrides: "key=value", as on the command line.
         output_dir: Folder of runs; default: the recipe's.
         run_name: Name of the run's folder.
-        options: Further fields of `RunOptions` (fresh, resume, model_index …).
+        options: Further fields of `RunOptions` (fresh, resume, model_index, cells …).
 
     Raises:
         BurnishError: As the command line would report it.
@@ -104,4 +109,9 @@ def load_record(path: str | Path, exit_code: int | None = None) -> RunRecord:
             str(found.get("state")), stage_dir, final if final.is_dir() else None, found.get("figures", {})
         )
     code = exit_code if exit_code is not None else int(record.get("exit_code", 1))
-    return RunRecord(folder, str(record.get("state")), code, stages)
+    found = RunRecord(folder, str(record.get("state")), code, stages)
+    if is_grid(folder):
+        places = {str(cell["name"]): folder / CELLS / str(cell["name"]) for cell in load_grid(folder)["cells"]}
+        begun = {name: load_record(place) for name, place in places.items() if (place / RUN).is_file()}
+        return replace(found, cells=begun, summary=load_summary(folder))
+    return found

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+from burnish.config.grid import MODEL, Cell, Grid
 from burnish.config.load import LoadedRecipe
 from burnish.config.options import RunOptions
 from burnish.config.recipe import Recipe
+from burnish.config.spelling import describe_suggestions, suggest
 from burnish.config.train import TrainSettings
 from burnish.errors import UsageError
 
@@ -47,3 +50,37 @@ def find_folder(loaded: LoadedRecipe, options: RunOptions) -> Path:
     several = len(loaded.recipe.model_list()) > 1
     name = options.run_name or (loaded.run_name() if several else loaded.run_name(loaded.recipe.model_list()[0]))
     return Path(options.output_dir or loaded.recipe.output_dir) / name
+
+
+def choose_cells(loaded: LoadedRecipe, options: RunOptions) -> list[Cell]:
+    """The cells of a grid to run, in order.
+
+    Raises:
+        UsageError: --cell or --model-index names none.
+    """
+    grid = loaded.grid
+    assert grid is not None
+    cells = list(grid.cells)
+    if options.model_index is not None:
+        cells = _choose_by_model(grid, options.model_index)
+    for pattern in options.cells:
+        if not any(fnmatchcase(cell.name, pattern) for cell in cells):
+            near = describe_suggestions(suggest(pattern, [cell.name for cell in cells]))
+            raise UsageError(
+                f"there is no cell {pattern!r}", where="--cell", found=pattern,
+                remedy=near or "`--dry-run` lists the cells; * stands for any letters",
+            )  # fmt: skip
+    if not options.cells:
+        return cells
+    return [cell for cell in cells if any(fnmatchcase(cell.name, pattern) for pattern in options.cells)]
+
+
+def _choose_by_model(grid: Grid, index: int) -> list[Cell]:
+    axis = next((axis for axis in grid.axes if axis.label == MODEL), None)
+    if axis is None or index >= len(axis.choices):
+        count = len(axis.choices) if axis else 1
+        raise UsageError(
+            f"--model-index {index} is out of range: the grid has {count} model{'s' * (count > 1)}",
+            remedy=f"give a number from 0 to {count - 1}",
+        )
+    return [cell for cell in grid.cells if cell.values[MODEL] == axis.choices[index].name]

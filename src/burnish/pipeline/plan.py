@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -50,11 +50,21 @@ def build_plan_rows(loaded: LoadedRecipe, options: RunOptions) -> dict[str, Any]
     for model in models:
         one = recipe.for_model(model) if several else recipe
         base = folder / plain_name(model or "model") if several else folder
-        forecast = Forecast(one, options)
-        for index, stage in enumerate(one.stages, start=1):
-            name = str(getattr(stage, "name", index))
-            rows.append(_describe_stage(forecast, stage, base / f"{index:02d}-{plain_name(name)}"))
+        rows += describe_stages(one, options, lambda index, name, at=base: at / f"{index:02d}-{plain_name(name)}")
     return {"recipe": recipe.name, "origin": loaded.origin, "folder": str(folder), "models": models, "stages": rows}
+
+
+def describe_stages(recipe: Recipe, options: RunOptions, place: Callable[[int, str], Path]) -> list[dict[str, Any]]:
+    """The stages of a recipe for one model, as plain values.
+
+    Args:
+        place: Folder of a stage by its position, from 1, and its name.
+    """
+    forecast, rows = Forecast(recipe, options), []
+    for index, stage in enumerate(recipe.stages, start=1):
+        name = str(getattr(stage, "name", index))
+        rows.append(_describe_stage(forecast, stage, place(index, name)))
+    return rows
 
 
 def find_root_model(recipe: Recipe, stage: TrainSettings) -> str | None:

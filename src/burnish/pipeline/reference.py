@@ -65,7 +65,7 @@ class Referenced:
 
 def attach_reference(
     settings: TrainSettings, method: Method, inputs: StageInputs, built: BuiltModel, policy: Policy,
-    train: Sequence[Group], held_out: Sequence[Group], stage_dir: Path, runtime: Runtime,
+    train: Sequence[Group], held_out: Sequence[Group], cache_dir: Path, runtime: Runtime,
 ) -> Referenced:  # fmt: skip
     """Give the groups their reference log-probs, or the stage a reference model.
 
@@ -73,6 +73,7 @@ def attach_reference(
 
     Args:
         held_out: As `Method.arrange` gave them.
+        cache_dir: Where the cached log-probs lie, each table under the key of all that it depends on.
     """
     other = inputs.other
     if isinstance(settings, DistillSettings):
@@ -99,11 +100,10 @@ def attach_reference(
         model = fingerprint_model(fetch_model_folder(other))
 
     def attach(groups: Sequence[Group]) -> list[Group]:
-        return _attach_cached(groups, reference, model, settings, inputs, policy, stage_dir, runtime)
+        return _attach_cached(groups, reference, model, settings, inputs, policy, cache_dir, runtime)
 
     source = build_source(settings, train, runtime.world, method)
     kept = attach(held_out)
-    where = stage_dir / "reference"
     if method.arranges:  # what a row takes of others changes with the order: a cache for each epoch, read as it begins
         epochs = range(-(-source.total_steps // source.steps_per_epoch))
         sizes = []
@@ -112,7 +112,7 @@ def attach_reference(
             sizes.append(len(fresh))
             if epoch == 0:
                 _check_columns(policy, fresh, same=other is None)
-        log.info("reference: log-probs of %d groups, cached in %s", sum(sizes) + len(kept), where)
+        log.info("reference: log-probs of %d groups, cached in %s", sum(sizes) + len(kept), cache_dir)
         return Referenced(list(train), kept, complete=attach)
     used = find_used(source)
     fresh = attach([train[i] for i in used])
@@ -120,7 +120,7 @@ def attach_reference(
     for i, group in zip(used, fresh, strict=True):
         complete[i] = group
     _check_columns(policy, fresh, same=other is None)
-    log.info("reference: log-probs of %d groups, cached in %s", len(fresh) + len(kept), where)
+    log.info("reference: log-probs of %d groups, cached in %s", len(fresh) + len(kept), cache_dir)
     return Referenced(complete, kept)
 
 
@@ -151,14 +151,14 @@ def find_used(source: OfflineSource) -> list[int]:
 
 def _attach_cached(
     groups: Sequence[Group], reference: Reference, model: str, settings: ReferenceSettings, inputs: StageInputs,
-    policy: Policy, stage_dir: Path, runtime: Runtime,
+    policy: Policy, cache_dir: Path, runtime: Runtime,
 ) -> list[Group]:  # fmt: skip
     if not groups:
         return []
     key = build_reference_key(
         model=model, groups=groups, settings=settings, template=inputs.tokenizer.chat_template, policy=policy
     )
-    cache = ReferenceCache(stage_dir / "reference", key)
+    cache = ReferenceCache(cache_dir, key)
     budget = choose_budget(settings, runtime.device.type)
     found = runtime.gather(cache.load(groups) is not None if runtime.is_main else None)[0]
     if not found:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from burnish.artifacts.folder import DamagedFolder, verify_folder
 from burnish.artifacts.redact import redact
-from burnish.artifacts.run_folder import RunFolder, load_run, load_stage, save_stage, stage_folders
+from burnish.artifacts.run_folder import RunFolder, load_stage, save_stage
 from burnish.clock import mono, wall
 from burnish.config.load import LoadedRecipe
 from burnish.config.options import RunOptions
@@ -23,16 +23,40 @@ from burnish.config.stages import EvaluateSettings
 from burnish.config.train import TrainSettings
 from burnish.disk import disk_error, find_disk_failure
 from burnish.engine.memory import build_memory_error
-from burnish.errors import BurnishError, InterruptedRun, ResourceError, UsageError, is_out_of_memory
+from burnish.errors import BurnishError, InterruptedRun, PeerLost, ResourceError, UsageError, is_out_of_memory
 from burnish.faults import fault_point
 from burnish.pipeline.decide import Decision, compute_key, decide
+from burnish.pipeline.folder import close_run, describe_run, open_together
 from burnish.pipeline.inputs import StageResult, find_code, fingerprint_evaluation, fingerprint_result
 from burnish.pipeline.naming import choose_models, find_folder, find_other_model
 from burnish.pipeline.space import check_run_space
-from burnish.track.log import attach_log_file, check_log_file, detach_log_file, setup_logging, success
+from burnish.track.log import attach_log_file, check_log_file, setup_logging, success
 from burnish.track.whereabouts import enter_stage, here, start_beat
 
 log = logging.getLogger("burnish")
+
+
+@dataclass
+class Home:
+    """What the cells of a grid have in common while they run one after the other.
+
+    Attributes:
+        run: The grid's own folder, in which shared stages lie.
+        places: Stage → its folder, of those stages of the cell at hand that are shared.
+        prepare: Called with the cell's folder once it is open: makes its links.
+        reference: Folder for the cached log-probs of all references.
+        made: Shared stages that this command has made or continued.
+        failed: Shared stages that failed in this command: no other cell tries them again.
+        resumed: Stages that were continued.
+    """
+
+    run: RunFolder
+    reference: Path
+    places: dict[str, Path] = field(default_factory=dict)
+    prepare: Callable[[Path], None] = lambda folder: None
+    made: set[Path] = field(default_factory=set)
+    failed: dict[Path, BurnishError] = field(default_factory=dict)
+    resumed: int = 0
 
 
 @dataclass
@@ -49,6 +73,13 @@ class RunState:
     resumed: int = 0
     fingerprints: dict[str, str] = field(default_factory=dict)
     checked: set[str] = field(default_factory=set)
+    home: Home | None = None
+
+    def place(self, index: int, name: str) -> tuple[RunFolder, Path]:
+        """The folder of a stage, and the run folder that it belongs to."""
+        if self.home is not None and name in self.home.places:
+            return self.home.run, self.home.places[name]
+        return self.run, self.run.stage_path(index, name, self.prefix)
 
 
 def run_recipe(loaded: LoadedRecipe, options: RunOptions) -> int:
@@ -61,6 +92,10 @@ def run_recipe(loaded: LoadedRecipe, options: RunOptions) -> int:
         BurnishError: With a single model, what went wrong.
     """
     if options.dry_run:
+        if loaded.grid is not None:
+            from burnish.pipeline.grid_plan import print_grid_plan
+
+            return print_grid_plan(loaded, options, sys.stdout)
         from burnish.pipeline.plan import print_plan
 
         return print_plan(loaded, options, sys.stdout)
@@ -72,25 +107,27 @@ def run_recipe(loaded: LoadedRecipe, options: RunOptions) -> int:
         log.info("%s", note)
     runtime = build_runtime(getattr(loaded.recipe.stages[0], "devices", None))
     try:
-        return _run_in_folder(loaded, options, runtime)
+        if loaded.grid is not None:
+            from burnish.pipeline.grid import run_grid
+
+            return run_grid(loaded, options, runtime)
+        if options.cells:
+            raise UsageError("--cell was given, but the recipe has no grid", where="--cell", remedy="leave it out")
+        return run_in_folder(loaded, options, runtime, find_folder(loaded, options))
     finally:
         runtime.close()
 
 
-def _run_in_folder(loaded: LoadedRecipe, options: RunOptions, runtime: Any) -> int:
+def run_in_folder(
+    loaded: LoadedRecipe, options: RunOptions, runtime: Any, folder: Path, home: Home | None = None
+) -> int:
+    """Run a recipe in its folder: open, stages in order, report, close.
+
+    Args:
+        home: The grid that the recipe is a cell of.
+    """
     models = choose_models(loaded.recipe, options)
-    folder = find_folder(loaded, options)
-    run, failure = None, None
-    if runtime.is_main:
-        try:
-            run = _open_run(loaded, folder, runtime)
-        except BurnishError as error:
-            failure = error
-    failure = runtime.gather(failure)[0]
-    if failure is not None:
-        raise failure
-    if run is None:
-        run = RunFolder.attach(folder)
+    run = open_together(loaded, folder, runtime, loaded.recipe.resolved(), grid=False)
     begun = mono()
     if runtime.is_main:
         attach_log_file(run.log_path, redact=redact)
@@ -98,8 +135,10 @@ def _run_in_folder(loaded: LoadedRecipe, options: RunOptions, runtime: Any) -> i
     status = 1
     try:
         if runtime.is_main:
+            if home is not None:
+                home.prepare(run.path)
             check_run_space(run.path, [loaded.recipe.for_model(m) if m else loaded.recipe for m in models])
-        status = _run_models(run, loaded, options, runtime, models)
+        status = _run_models(run, loaded, options, runtime, models, home)
         return status
     except BaseException as error:
         outcome = error
@@ -107,95 +146,21 @@ def _run_in_folder(loaded: LoadedRecipe, options: RunOptions, runtime: Any) -> i
         raise
     finally:
         if runtime.is_main:
-            _close_run(run, outcome, status, mono() - begun)
+            close_run(run, outcome, status, mono() - begun)
             if options.json:
                 sys.stdout.write(json.dumps(describe_run(run.path), ensure_ascii=False) + "\n")
 
 
-def _open_run(loaded: LoadedRecipe, folder: Path, runtime: Any) -> RunFolder:
-    import torch
-
-    facts = {"threads": torch.get_num_threads(), "device": str(runtime.device), "processes": runtime.world}
-    run = RunFolder.open(
-        folder.parent,
-        folder.name,
-        recipe_text=loaded.text,
-        resolved=loaded.recipe.resolved(),
-        command=sys.argv,
-        environment=facts,
-    )
-    for note in run.notes:
-        log.info("%s", note)
-    log.info("run folder: %s", run.path)
-    return run
-
-
-def _close_run(run: RunFolder, outcome: BaseException | None, status: int, seconds: float) -> None:
-    if outcome is None:
-        state = "done" if status == 0 else "failed"
-    else:
-        state = "interrupted" if isinstance(outcome, (InterruptedRun, KeyboardInterrupt)) else "failed"
-    message = redact(str(outcome)) if outcome is not None else None
-    try:
-        _finish(run, state, seconds, status, message)
-    except ResourceError as error:
-        if outcome is None:
-            raise
-        log.warning("%s", error)  # what stopped the run comes first
-    finally:
-        detach_log_file()
-        run.close()
-
-
-def _finish(run: RunFolder, state: str, seconds: float, status: int, message: str | None) -> None:
-    """Record how the run ended, and write its report.
-
-    Raises:
-        ResourceError: The disk refuses one of them.
-    """
-    run.finish(state, seconds=round(seconds, 3), exit_code=status, error=message)
-    try:
-        from burnish.report.html import render_report
-
-        log.info("report: %s", render_report(run.path))
-        check_log_file()
-    except ResourceError as error:
-        if status == 0:
-            with suppress(ResourceError):
-                run.finish("failed", seconds=0.0, exit_code=error.exit_code, error=redact(str(error)))
-        raise
-    except Exception as error:  # the run is over and recorded; a page about it must not change its outcome
-        log.warning("the report could not be written (%s: %s)", type(error).__name__, error)
-
-
-def describe_run(folder: Path) -> dict[str, Any]:
-    """A run in plain values, for --json: state, exit status, and of each stage state, folder and figures."""
-    record = load_run(folder)
-    stages = []
-    for stage_dir in stage_folders(folder):
-        found = load_stage(stage_dir) or {}
-        stages.append(
-            {
-                "stage": found.get("label"),
-                "kind": found.get("kind"),
-                "state": found.get("state"),
-                "folder": str(stage_dir),
-            }
-            | {"figures": found.get("figures")}
-        )
-    kept = {k: record.get(k) for k in ("name", "run_id", "state", "exit_code", "seconds", "error")}
-    return kept | {"folder": str(folder), "stages": stages}
-
-
 def _run_models(
-    run: RunFolder, loaded: LoadedRecipe, options: RunOptions, runtime: Any, models: Sequence[str | None]
-) -> int:
+    run: RunFolder, loaded: LoadedRecipe, options: RunOptions, runtime: Any, models: Sequence[str | None],
+    home: Home | None = None,
+) -> int:  # fmt: skip
     several = len(loaded.recipe.model_list()) > 1
     rows: list[tuple[str, int, str]] = []
     for model in models:
         state = RunState(
             run, loaded.recipe.for_model(model) if several else loaded.recipe, options, runtime, model,
-            (model or "model") if several else None,
+            (model or "model") if several else None, home=home,
         )  # fmt: skip
         if several:
             log.info("model %s", model)
@@ -218,7 +183,9 @@ def _run_models(
 def _run_stages(state: RunState) -> None:
     for index, settings in enumerate(state.recipe.stages, start=1):
         _run_stage(state, index, settings)
-    if state.options.resume and not state.resumed:
+    if state.home is not None:
+        state.home.resumed += state.resumed
+    elif state.options.resume and not state.resumed:
         raise UsageError(
             "--resume was given, but there is nothing to resume", where=str(state.run.path),
             remedy="leave --resume out: finished stages are skipped and interrupted ones continue by themselves",
@@ -226,9 +193,34 @@ def _run_stages(state: RunState) -> None:
 
 
 def _run_stage(state: RunState, index: int, settings: Any) -> None:
+    """Run a stage; one that other cells share fails once for all of them."""
+    home, place = state.home, state.place(index, settings.name)[1]
+    if home is None or settings.name not in home.places:
+        _do_stage(state, index, settings)
+        return
+    if place in home.failed:
+        first = home.failed[place]
+        error = BurnishError(
+            f"the stage {settings.name}, which it shares, failed: {first.message}", where=place.name,
+            remedy=first.remedy,
+        )  # fmt: skip
+        error.exit_code = first.exit_code
+        raise error from first
+    try:
+        _do_stage(state, index, settings)
+    except (InterruptedRun, PeerLost):
+        raise
+    except BurnishError as error:
+        home.failed[place] = error
+        raise
+
+
+def _do_stage(state: RunState, index: int, settings: Any) -> None:
     name, kind = settings.name, settings.kind
     fault_point("stage.next")
-    stage_dir = _stage_dir(state, index, name)
+    run, stage_dir = state.place(index, name)
+    made = state.home.made if state.home is not None else set()
+    _make_stage_dir(state, run, stage_dir, keep=stage_dir in made)
     prepared, values, inputs = _prepare(state, settings)
     key = compute_key(values, inputs)
     upstream = any(r.rerun for r in state.results.values())
@@ -236,17 +228,19 @@ def _run_stage(state: RunState, index: int, settings: Any) -> None:
     label = f"{state.prefix}/{name}" if state.prefix else name
     if decision.action == "skip":
         log.info("%s: skipped (%s)", label, decision.why)
-        state.results[name] = StageResult(name, kind, stage_dir / "final", settings, rerun=False, inputs=inputs)
+        again = stage_dir in made  # by an earlier cell of this command
+        state.results[name] = StageResult(name, kind, stage_dir / "final", settings, rerun=again, inputs=inputs)
         return
     log.info("%s: %s", label, decision.why)
     if decision.action == "rerun" and state.runtime.is_main:
-        moved = state.run.supersede(stage_dir)
+        moved = run.supersede(stage_dir)
         log.info("%s: what was there is now in %s", label, moved)
-        state.run.stage_dir(index, name, state.prefix)
+        run.make_stage_dir(stage_dir)
     state.runtime.barrier()
     _check_results(state)
     resume = decision.action == "resume" or state.options.resume_from is not None
     state.resumed += resume
+    made.add(stage_dir)
     record = {
         "state": "running", "kind": kind, "name": name, "key": key, "settings": values, "inputs": inputs,
         "code": find_code(), "started": wall(), "label": label, **_continue_record(stage_dir, decision),
@@ -266,7 +260,7 @@ def _run_stage(state: RunState, index: int, settings: Any) -> None:
             resume_from = Path(state.options.resume_from) if state.options.resume_from else None
             found = run_train_stage(
                 settings, prepared, stage_dir, state.runtime, key=key, resume=resume, resume_from=resume_from,
-                label=label, run=state.run,
+                label=label, run=run, reference_dir=state.home.reference if state.home is not None else None,
             )  # fmt: skip
         check_log_file()
     except BaseException as caught:
@@ -311,15 +305,15 @@ def _check_results(state: RunState) -> None:
         state.checked.add(result.name)
 
 
-def _stage_dir(state: RunState, index: int, name: str) -> Path:
+def _make_stage_dir(state: RunState, run: RunFolder, folder: Path, *, keep: bool) -> None:
+    """The stage's folder, made by rank 0; with --fresh an empty one, unless this command has just made it (`keep`)."""
     if state.runtime.is_main:
-        folder = state.run.stage_dir(index, name, state.prefix)
-        if state.options.fresh:
+        run.make_stage_dir(folder)
+        if state.options.fresh and not keep:
             if load_stage(folder) is not None:
-                state.run.supersede(folder)
-            folder = state.run.stage_dir(index, name, state.prefix)
+                run.supersede(folder)
+            run.make_stage_dir(folder)
     state.runtime.barrier()
-    return state.run.stage_dir(index, name, state.prefix)
 
 
 def _continue_record(stage_dir: Path, decision: Decision) -> dict[str, Any]:

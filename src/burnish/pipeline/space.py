@@ -39,15 +39,23 @@ def check_run_space(run_dir: Path, recipes: Sequence[Recipe]) -> None:
     for recipe in recipes:
         base = run_dir / plain_name(recipe.model or "model") if len(recipe.model_list()) > 1 else run_dir
         for index, stage in enumerate(recipe.stages, start=1):
-            if not isinstance(stage, TrainSettings) or stage.lora is not None or stage.top_k:
-                continue
-            shapes = _read_shapes(recipe, stage)
-            checkpoint = estimate_checkpoint(shapes, stage.optim) if shapes else 0
-            result = checkpoint // 6 if shapes else 0  # weights alone, in 16 bits
-            there = measure_folder(base / f"{index:02d}-{plain_name(str(stage.name))}")
-            lasting += max(checkpoint + result - there, 0)
-            brief = max(brief, checkpoint if not there else 0)
+            name = plain_name(str(getattr(stage, "name", index)))
+            more, most = estimate_stage(recipe, stage, base / f"{index:02d}-{name}")
+            lasting, brief = lasting + more, max(brief, most)
     check_space(run_dir, lasting + brief)
+
+
+def estimate_stage(recipe: Recipe, stage: Any, folder: Path) -> tuple[int, int]:
+    """(bytes that stay, bytes for a while) of a stage at least, less what is there; (0, 0) where it cannot be told."""
+    if not isinstance(stage, TrainSettings) or stage.lora is not None or stage.top_k:
+        return 0, 0
+    shapes = _read_shapes(recipe, stage)
+    if not shapes:
+        return 0, 0
+    checkpoint = estimate_checkpoint(shapes, stage.optim)
+    result = checkpoint // 6  # weights alone, in 16 bits
+    there = measure_folder(folder)
+    return max(checkpoint + result - there, 0), checkpoint if not there else 0
 
 
 def _read_shapes(recipe: Recipe, stage: TrainSettings) -> list[list[int]]:

@@ -83,9 +83,13 @@ def load_inputs(
 
 def run_train_stage(
     settings: TrainSettings, inputs: StageInputs, stage_dir: Path, runtime: Runtime, *, key: str, resume: bool,
-    resume_from: Path | None = None, label: str = "", run: RunFolder,
+    resume_from: Path | None = None, label: str = "", run: RunFolder, reference_dir: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train and write `final/`; returns what goes into stage.json."""
+    """Train and write `final/`; returns what goes into stage.json.
+
+    Args:
+        reference_dir: Folder for the reference's cached log-probs; default: `reference` in the stage's folder.
+    """
     method: Method = load_object(KINDS[settings.kind].runner)(settings)
     for note in method.examine(inputs.data.train):
         log.warning("%s", note)
@@ -101,7 +105,8 @@ def run_train_stage(
     note_budget(choose_budget(settings, runtime.device.type))
     if method.needs_reference or method.needs_reference_head:
         enter_phase("reference")
-        data = attach_reference(settings, method, inputs, built, policy, data.train, data.held_out, stage_dir, runtime)
+        kept = reference_dir or stage_dir / "reference"
+        data = attach_reference(settings, method, inputs, built, policy, data.train, data.held_out, kept, runtime)
     with ExitStack() as stack:
         sinks = _open_sinks(settings, stage_dir, runtime, run, label, stack)
         job = TrainJob(

@@ -7,6 +7,7 @@ from typing import Any
 
 from burnish import __version__
 from burnish.report.numbers import show_count, show_seconds
+from burnish.report.page import join_words
 from burnish.report.read import RunFiles, StageFiles, as_dict, as_number, as_rows
 
 _OUTCOME = {
@@ -36,7 +37,7 @@ def _sentence(run: RunFiles) -> str:
     chain = " → ".join(_chain(run)) or "No stage was begun"
     models = run.models if len(run.models) > 1 else [run.resolved.get("model") or _stage_model(run)]
     named = [str(m) for m in models if m]
-    on = f" on {_join(named)}" if named else ""
+    on = f" on {join_words(named)}" if named else ""
     state = str(run.record.get("state", "unknown"))
     seconds = _seconds(run)
     outcome = _OUTCOME.get(state, f"{state.capitalize()}.")
@@ -129,25 +130,6 @@ def badge(state: str) -> str:
     return _badge(state)
 
 
-def render_footer(run: RunFiles) -> str:
-    """Where the page comes from."""
-    command = run.record.get("command")
-    said = ""
-    if isinstance(command, list) and command:
-        words = [str(c) for c in command]
-        words[0] = words[0].replace("\\", "/").rpartition("/")[2]
-        said = f"<p>Command: <code>{escape(' '.join(words))}</code></p>"
-    return (
-        f"{said}<p>Made by burnish {escape(__version__)} from the files of run "
-        f"<code>{escape(str(run.record.get('run_id', '')))}</code>. "
-        "The page is complete in itself: it loads nothing.</p>"
-    )
-
-
 def _plural(count: Any, noun: str) -> str:
     number = as_number(count)
     return "" if number is None else f"{number:.0f} {noun}{'' if number == 1 else 's'}"
-
-
-def _join(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]

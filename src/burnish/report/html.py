@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
 
-from burnish import __version__
 from burnish.artifacts.folder import write_file
+from burnish.artifacts.grid_folder import is_grid
 from burnish.report import headline, results_section, settings_section, stage_section
+from burnish.report.compare import render_comparison
+from burnish.report.page import REPORT, build_page, describe_command
 from burnish.report.read import RunFiles, read_run
-from burnish.report.style import CSS
-
-REPORT = "report.html"
 
 
 def render_report(run_dir: Path) -> Path:
-    """Write `report.html` into a run's folder from the files there, and return its path.
+    """Write `report.html` into a run's folder (or a grid's) from the files there, and return its path.
 
     The page holds its styles and drawings itself and loads nothing. Files that are missing or damaged are named on it.
 
@@ -23,6 +21,8 @@ def render_report(run_dir: Path) -> Path:
         UsageError: The folder is no run.
         ResourceError: The page cannot be written.
     """
+    if is_grid(run_dir):
+        return render_comparison(run_dir)
     run = read_run(Path(run_dir))
     place = run.path / REPORT
     write_file(place, render_page(run))
@@ -38,29 +38,5 @@ def render_page(run: RunFiles) -> str:
         ("settings", "Settings", settings_section.render_settings(run)),
         ("environment", "Environment", settings_section.render_environment(run)),
     ]
-    shown = [(anchor, title, body) for anchor, title, body in sections if body]
-    links = " ".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in shown)
-    bodies = "\n".join(f'<section id="{anchor}"><h2>{title}</h2>\n{body}\n</section>' for anchor, title, body in shown)
-    name = escape(str(run.record.get("name") or run.path.name))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<meta name="generator" content="burnish {escape(__version__)}">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{name} · burnish</title>
-<style>{CSS}</style>
-</head>
-<body>
-<header>
-{headline.render_headline(run)}
-<nav>{links}</nav>
-</header>
-<main>
-{bodies}
-</main>
-<footer>{headline.render_footer(run)}</footer>
-</body>
-</html>
-"""
+    name = str(run.record.get("name") or run.path.name)
+    return build_page(name, headline.render_headline(run), sections, describe_command(run.record))

@@ -96,8 +96,8 @@ def read_run(run_dir: Path) -> RunFiles:
     path = Path(run_dir)
     record = redact_tree(load_run(path))
     notes: list[str] = []
-    text, resolved = _read_yaml(path / "resolved.yaml", notes)
-    environment = _read_json(path / "environment.json", notes)
+    text, resolved = read_yaml(path / "resolved.yaml", notes)
+    environment = read_json(path / "environment.json", notes)
     listed = resolved.get("models")
     named = {plain_name(str(m)): str(m) for m in listed} if isinstance(listed, list) else {}
     order = {name: at for at, name in enumerate(named)}
@@ -145,7 +145,8 @@ def as_number(value: Any) -> float | None:
         return None
 
 
-def _read_json(place: Path, notes: list[str]) -> dict[str, Any]:
+def read_json(place: Path, notes: list[str]) -> dict[str, Any]:
+    """A JSON object; {} with a note when it cannot be read, {} when it is not there."""
     try:
         return as_dict(json.loads(place.read_bytes()))
     except FileNotFoundError:
@@ -155,7 +156,8 @@ def _read_json(place: Path, notes: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _read_yaml(place: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
+def read_yaml(place: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
+    """A YAML file's text and mapping; empty like `read_json`."""
     try:
         text = place.read_text(encoding="utf-8", errors="replace")
         return text, as_dict(yaml.safe_load(text))

@@ -150,6 +150,17 @@ def say_metric(metric: str) -> str:
     return metric.replace("_", " ")
 
 
+def say_axis(axis: dict[str, Any], count: int) -> str:
+    """An axis of a grid with its size: `2 models`, `5 forms of prefer`, `3 seeds`, `4 values of beta`."""
+    label = str(axis.get("label"))
+    if label == "model":
+        return f"{count} model{'' if count == 1 else 's'}"
+    if axis.get("seed"):
+        return f"{count} seed{'' if count == 1 else 's'}"
+    what = "form" if axis.get("stage") else "value"
+    return f"{count} {what}{'' if count == 1 else 's'} of {label}"
+
+
 _EXPLANATIONS = {
     ("loss", "loss"): "nats a token of held-out answers",
     ("preferences", "ranking_accuracy"): "share of pairs whose chosen answer the model finds likelier",

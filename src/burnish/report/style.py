@@ -53,6 +53,16 @@ td.num,th.num{text-align:right;white-space:nowrap}
 .block td{vertical-align:middle;padding-top:.3rem;padding-bottom:.3rem}
 .block td.num{font-weight:600}.block td .limits{display:block;font-weight:400;font-size:.8rem;color:var(--soft)}
 .block td.plot{width:42%;padding-right:0}
+.single{fill:var(--soft);opacity:.75}
+.compare{margin-bottom:1.6rem}
+.compare td{vertical-align:middle}.compare td.plot{width:30%;min-width:9rem}.compare td.num{font-weight:600}
+.compare td .limits{display:block;font-weight:400;font-size:.8rem;color:var(--soft);white-space:nowrap}
+.compare tr.begin td{border-top:2px solid var(--line)}.compare tr.base td:nth-child(2)::after{content:" · baseline";
+color:var(--soft);font-size:.8rem}
+.multiples{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,11.5rem),1fr));gap:1rem 1.1rem;
+margin:.5rem 0 1.2rem}
+.multiples figcaption{font-size:.82rem}.multiples figcaption .what{font-size:.86rem}
+.cells td a{white-space:nowrap}.cells .soft{font-size:.82rem}
 .interval{width:100%;height:20px;display:block;overflow:visible}
 .changes{list-style:none;padding:0;margin:.45rem 0 0;font-size:.9rem}
 .changes li{padding:.22rem 0;border-top:1px dotted var(--line)}
@@ -91,7 +101,7 @@ pre{background:var(--tint);padding:.9rem 1rem;border-radius:.4rem;overflow-x:aut
 td code{overflow-wrap:anywhere}td:first-child code{white-space:nowrap}
 .small{font-size:.9rem;border:0;padding:0;gap:.6rem 1.6rem}
 footer{padding:3rem 1.25rem 3rem;color:var(--soft);font-size:.85rem}
-@media (max-width:36rem){body{font-size:15.5px}h1{font-size:1.85rem}header{padding-top:1.5rem}
+@media (max-width:36rem){.compare .plot{display:none}body{font-size:15.5px}h1{font-size:1.85rem}header{padding-top:1.5rem}
 .block td.plot{width:36%}th,td{padding-right:.55rem}.facts{grid-template-columns:1fr 1fr}}
 @media print{:root{--bg:#fff;--card:#fff;--ink:#000;--soft:#444;--faint:#777;--line:#ccc;--accent:#7a3d12;--s1:#b3591a;
 --s2:#2b6c8f;--s3:#5c7d2e;--s4:#80559b;--good:#1e5c34;--bad:#8f231a;--tint:#f5f5f5}

@@ -105,7 +105,13 @@ def thin(points: Sequence[Point]) -> list[Point]:
 
 
 def draw_lines(
-    series: Sequence[Series], *, metric: str, label: str, bands: Sequence[Band] = (), mark: float | None = None
+    series: Sequence[Series],
+    *,
+    metric: str,
+    label: str,
+    bands: Sequence[Band] = (),
+    mark: float | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> Chart | None:
     """A chart of lines over steps; None without a finite value.
 
@@ -114,6 +120,7 @@ def draw_lines(
         bands: Areas behind the lines. mark: A level with a dashed line.
         metric: Decides the unit of the scale (percent for proportions).
         label: What it shows, for those who cannot see it.
+        limits: Ends of the scale where several charts share one; default: of these values.
     """
     values = [y for s in series for _, y in s.points if math.isfinite(y)]
     steps = [x for s in series for x, _ in s.points]
@@ -126,7 +133,7 @@ def draw_lines(
         edges = [y for _, *pair in band.points for y in pair if math.isfinite(y)]
         ends += find_limits(edges) if edges and not band.pale else ()
     ends += () if mark is None else (mark,)
-    low, high = _pad(min(ends), max(ends), metric)
+    low, high = _pad(*(limits or (min(ends), max(ends))), metric)
     outside = sum(1 for y in values if not low <= y <= high)
     y_ticks = nice_ticks(low, high, 5)
     first, last = min(steps), max(steps)
@@ -198,8 +205,14 @@ def draw_interval(
     scale: tuple[float, float],
     mark: float | None,
     label: str,
+    single: Sequence[float] = (),
 ) -> str:
-    """A value with its limits on a scale that several rows share; `mark` is where a reference line goes."""
+    """A value with its limits on a scale that several rows share.
+
+    Args:
+        mark: Where a reference line goes.
+        single: Values that the value is the mean of, drawn small.
+    """
     begin, end = scale
     if value is None or not math.isfinite(value) or end <= begin:
         return ""
@@ -216,6 +229,7 @@ def draw_interval(
         parts.append(f'<line class="mark" x1="{at(mark)}" x2="{at(mark)}" y1="0" y2="20"/>')
     if low is not None and high is not None:
         parts.append(f'<line class="whisker s1" x1="{at(low)}" x2="{at(high)}" y1="10" y2="10"/>')
+    parts += [f'<circle class="single" cx="{at(x)}" cy="10" r="2.2"/>' for x in single if math.isfinite(x)]
     parts.append(f'<circle class="dot s1" cx="{at(value)}" cy="10" r="4.5"/></svg>')
     return "".join(parts)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from burnish.report.numbers import show_difference, show_interval, show_p
-from burnish.report.results import Block, read_blocks, say_metric, show_figure, write_remarks
+from burnish.report.numbers import show_difference, show_interval, show_p, show_value
+from burnish.report.results import Block, read_blocks, say_metric, say_task, show_figure, write_remarks
+from burnish.report.summary import GridFigure, read_summary
 
 _MARKS = {"better": "▲", "worse": "▼", "no clear change": "="}
 
@@ -34,6 +35,42 @@ def render_table(figures: dict[str, Any]) -> str:
     if len(changes) > 1:
         lines += ["", *remarks]
     return "\n".join(lines) + "\n"
+
+
+def render_summary(raw: dict[str, Any]) -> str:
+    """The summary of a grid as aligned text: the main figure of each task, a line for each model and method.
+
+    ▲ better, ▼ worse than the baseline, = within noise; the remarks below say what that takes. "" without rows.
+    """
+    summary = read_summary(raw)
+    lines: list[tuple[str, ...]] = []
+    for task, metric, main in summary.metrics:
+        for at, (row, figure) in enumerate(summary.select(task, metric) if main else []):
+            name = f"{row.name} *" if row.baseline else row.name
+            interval = show_interval(metric, figure.low, figure.high)
+            head = (say_task(task) if at == 0 else "", row.model, name)
+            lines.append((*head, show_value(metric, figure.value), interval, str(figure.runs), *_show_change(figure)))
+    if not lines:
+        return ""
+    titles = ("task", "model", "method", "mean", "95 % interval", "runs", "", "difference", "over seeds", "p")
+    if not any(line[1] for line in lines):
+        titles, lines = titles[:1] + titles[2:], [line[:1] + line[2:] for line in lines]
+    right = {titles.index("mean"), titles.index("runs"), titles.index("difference")}
+    baseline = ["* the baseline"] if any(row.baseline for row in summary.rows) else []
+    return "\n".join([*_align([titles, *lines], right=right), "", *baseline, *summary.notes]) + "\n"
+
+
+def _show_change(figure: GridFigure) -> tuple[str, ...]:
+    change = figure.change
+    if change is None:
+        return ("", "", "", "")
+    low, high = change.seeds or (None, None)
+    return (
+        {"better": "▲", "worse": "▼", "within noise": "="}.get(change.verdict, " "),
+        show_difference(figure.metric, change.difference),
+        show_interval(figure.metric, low, high, difference=True),
+        show_p(change.p_holm).removeprefix("p = ").removeprefix("p "),
+    )
 
 
 def _change_rows(block: Block) -> list[tuple[str, ...]]:

@@ -1,0 +1,120 @@
+"""A run's folder from its opening to its report."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from burnish.artifacts.grid_folder import is_grid
+from burnish.artifacts.redact import redact
+from burnish.artifacts.run_folder import RUN, RunFolder, load_run, load_stage, stage_folders
+from burnish.config.load import LoadedRecipe
+from burnish.errors import BurnishError, InterruptedRun, ResourceError, UsageError
+from burnish.track.log import check_log_file, detach_log_file
+
+log = logging.getLogger("burnish")
+
+
+def open_together(
+    loaded: LoadedRecipe, folder: Path, runtime: Any, resolved: Mapping[str, Any], *, grid: bool
+) -> RunFolder:
+    """Rank 0 opens the run's folder, or all raise what went wrong; the others attach to it."""
+    run, failure = None, None
+    if runtime.is_main:
+        try:
+            if (folder / RUN).exists() and is_grid(folder) != grid:
+                raise UsageError(
+                    f"this folder is {'a plain run' if grid else 'a grid'}, and the recipe now is "
+                    f"{'a grid' if grid else 'none'}", where=str(folder),
+                    remedy="give this run a name of its own with --run-name, or delete the old one with "
+                    "`burnish runs delete`",
+                )  # fmt: skip
+            run = _open_run(loaded, folder, runtime, resolved)
+        except BurnishError as error:
+            failure = error
+    failure = runtime.gather(failure)[0]
+    if failure is not None:
+        raise failure
+    return run if run is not None else RunFolder.attach(folder)
+
+
+def _open_run(loaded: LoadedRecipe, folder: Path, runtime: Any, resolved: Mapping[str, Any]) -> RunFolder:
+    import torch
+
+    facts = {"threads": torch.get_num_threads(), "device": str(runtime.device), "processes": runtime.world}
+    run = RunFolder.open(
+        folder.parent,
+        folder.name,
+        recipe_text=loaded.text,
+        resolved=resolved,
+        command=sys.argv,
+        environment=facts,
+    )
+    for note in run.notes:
+        log.info("%s", note)
+    log.info("run folder: %s", run.path)
+    return run
+
+
+def close_run(
+    run: RunFolder, outcome: BaseException | None, status: int, seconds: float, message: str | None = None
+) -> None:
+    """Record how a run ended, write its report, free its folder."""
+    if outcome is None:
+        state = "done" if status == 0 else "failed"
+    else:
+        state = "interrupted" if isinstance(outcome, (InterruptedRun, KeyboardInterrupt)) else "failed"
+    message = redact(str(outcome)) if outcome is not None else message
+    try:
+        _finish(run, state, seconds, status, message)
+    except ResourceError as error:
+        if outcome is None:
+            raise
+        log.warning("%s", error)  # what stopped the run comes first
+    finally:
+        detach_log_file()
+        run.close()
+
+
+def _finish(run: RunFolder, state: str, seconds: float, status: int, message: str | None) -> None:
+    """Record how the run ended, and write its report.
+
+    Raises:
+        ResourceError: The disk refuses one of them.
+    """
+    run.finish(state, seconds=round(seconds, 3), exit_code=status, error=message)
+    try:
+        from burnish.report.html import render_report
+
+        log.info("report: %s", render_report(run.path))
+        check_log_file()
+    except ResourceError as error:
+        if status == 0:
+            with suppress(ResourceError):
+                run.finish("failed", seconds=0.0, exit_code=error.exit_code, error=redact(str(error)))
+        raise
+    except Exception as error:  # the run is over and recorded; a page about it must not change its outcome
+        log.warning("the report could not be written (%s: %s)", type(error).__name__, error)
+
+
+def describe_run(folder: Path) -> dict[str, Any]:
+    """A run in plain values, for --json: state, exit status, and of each stage state, folder and figures."""
+    record = load_run(folder)
+    stages = []
+    for stage_dir in stage_folders(folder):
+        found = load_stage(stage_dir) or {}
+        stages.append(
+            {
+                "stage": found.get("label"),
+                "kind": found.get("kind"),
+                "state": found.get("state"),
+                "folder": str(stage_dir),
+            }
+            | {"figures": found.get("figures")}
+        )
+    kept = {k: record.get(k) for k in ("name", "run_id", "state", "exit_code", "seconds", "error")}
+    return kept | {"folder": str(folder), "stages": stages}
