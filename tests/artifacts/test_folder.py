@@ -21,7 +21,6 @@ from burnish.artifacts.folder import (
     clean_leftovers,
     load_manifest,
     verify_folder,
-    write_file,
 )
 from burnish.errors import ResourceError, UsageError
 from tests.artifacts.damage import DAMAGES, damage
@@ -440,21 +439,3 @@ def test_long_and_strange_names(tmp_path):
         write(tmp_path / name, {"a": b"1"})
         write(tmp_path / name, {"a": b"2"})
         verify_folder(tmp_path / name)
-
-
-@pytest.mark.parametrize("fail_at", ["file.write", "file.fsync", "file.rename", "file.fsync_parent"])
-@pytest.mark.parametrize("error", [RuntimeError("x"), OSError(errno.ENOSPC, "full")])
-def test_r04_single_files_are_atomic_too(tmp_path, monkeypatch, fail_at, error):
-    path = tmp_path / "stage.json"
-    write_file(path, b"old")
-
-    def fault(name: str) -> bool:
-        if name == fail_at:
-            raise error
-        return False
-
-    monkeypatch.setattr(folder_module, "fault_point", fault)
-    with pytest.raises((RuntimeError, ResourceError)):
-        write_file(path, "new")
-    assert path.read_bytes() == (b"new" if fail_at == "file.fsync_parent" else b"old")
-    assert [p.name for p in tmp_path.iterdir()] == ["stage.json"]

@@ -136,7 +136,7 @@ DEFECTS: dict[str, Defect] = {
     ),
     "written_in_place": Defect(
         "records are written under their final name instead of beside it",
-        "burnish.artifacts.folder:write_file",
+        "burnish.artifacts.files:write_file",
         (
             ("temporary = temporary_name(path)", "temporary = path; path.unlink(missing_ok=True)"),
             ("temporary.replace(path)", "pass"),

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from burnish import faults
-from burnish.artifacts.folder import MANIFEST, clean_leftovers, write_file
+from burnish.artifacts.files import write_file
+from burnish.artifacts.folder import MANIFEST, clean_leftovers
 from burnish.engine import checkpoint as checkpoint_module
 from burnish.errors import ResourceError
 from burnish.track.metrics import read_metrics

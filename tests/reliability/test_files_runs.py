@@ -16,7 +16,8 @@ import pytest
 
 from burnish.artifacts.checkpoints import list_checkpoints, newest_valid
 from burnish.artifacts.deletion import delete_run
-from burnish.artifacts.folder import MANIFEST, DamagedFolder, NewerFormat, dump_json, verify_folder
+from burnish.artifacts.files import dump_json
+from burnish.artifacts.folder import MANIFEST, DamagedFolder, NewerFormat, verify_folder
 from burnish.artifacts.lock import LOCK
 from burnish.artifacts.run_folder import RunFolder, list_runs, load_run, load_stage
 from burnish.errors import BurnishError, UsageError

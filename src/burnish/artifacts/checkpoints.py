@@ -10,15 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from burnish.artifacts.folder import (
-    MANIFEST,
-    PINNED,
-    DamagedFolder,
-    FolderWriter,
-    Manifest,
-    temporary_name,
-    verify_folder,
-)
+from burnish.artifacts.files import temporary_name
+from burnish.artifacts.folder import MANIFEST, PINNED, DamagedFolder, FolderWriter, Manifest, verify_folder
 from burnish.disk import disk_error
 from burnish.faults import fault_point
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from burnish.artifacts.disk import inside
-from burnish.artifacts.folder import TEMPORARY, temporary_name
+from burnish.artifacts.files import TEMPORARY, temporary_name
 from burnish.artifacts.lock import RunLock
 from burnish.artifacts.run_folder import RUN, check_name
 from burnish.disk import disk_error

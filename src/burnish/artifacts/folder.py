@@ -6,7 +6,6 @@ fsync of the parent. A folder without a manifest that fits it, byte for byte, is
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -23,13 +22,13 @@ from typing import Any, Self, TypeVar
 from burnish import __version__
 from burnish.artifacts.disk import fsync_folder
 from burnish.artifacts.exchange import exchange_folders
+from burnish.artifacts.files import TEMPORARY, dump_json, temporary_name
 from burnish.disk import check_space, disk_error, find_disk_failure
 from burnish.errors import ResourceError, UsageError
 from burnish.faults import fault_point
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-TEMPORARY = ".tmp-"
 REPLACED = ".old-"
 PINNED = "pinned"
 _SEAL = b',\n "seal": "%s"\n}\n'
@@ -81,11 +80,6 @@ class Manifest:
         }
         text = dump_json(body).removesuffix(b"\n}\n")
         return text + _SEAL % hashlib.sha256(text).hexdigest().encode()
-
-
-def dump_json(obj: Any) -> bytes:
-    """Readable JSON as bytes, always the same for the same object; keys stay in the caller's order."""
-    return (json.dumps(obj, ensure_ascii=False, indent=1, allow_nan=True) + "\n").encode("utf-8", "surrogatepass")
 
 
 @dataclass(slots=True)
@@ -300,11 +294,6 @@ class FolderWriter:
             self._open = None
 
 
-def temporary_name(final: Path) -> Path:
-    """A fresh hidden name beside `final`."""
-    return final.with_name(f"{TEMPORARY}{final.name[:60]}-{secrets.token_hex(4)}")
-
-
 def hash_file(path: Path) -> FileEntry:
     """Size and SHA-256 of a file, read once in pieces."""
     digest, size = hashlib.sha256(), 0
@@ -433,35 +422,6 @@ def _damaged(path: Path, how: str) -> DamagedFolder:
         found=how,
         remedy="use an earlier checkpoint, restore the folder from a backup, or remove it",
     )
-
-
-def write_file(path: Path, data: bytes | str) -> None:
-    """Write one file so that a reader sees the old content or the new, never a part."""
-    path = Path(path)
-    raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
-    temporary = temporary_name(path)
-    try:
-        fault_point("file.write")
-        with temporary.open("xb") as stream:
-            stream.write(raw)
-            stream.flush()
-            fault_point("file.fsync")
-            os.fsync(stream.fileno())
-        fault_point("file.rename")
-        temporary.replace(path)
-        fault_point("file.fsync_parent")
-        fsync_folder(path.parent)
-    except BaseException as exc:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(exc, OSError):
-            raise disk_error(exc, path, doing=f"write {path.name}", needed=len(raw)) from exc
-        raise
-
-
-def write_json_file(path: Path, obj: Any) -> None:
-    """`write_file` for JSON."""
-    write_file(path, dump_json(obj))
 
 
 def clean_leftovers(folder: Path) -> list[str]:

@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from burnish.artifacts.folder import TEMPORARY, check_format, write_json_file
+from burnish.artifacts.files import TEMPORARY, write_json_file
+from burnish.artifacts.folder import check_format
 from burnish.artifacts.lock import lock_holder
 from burnish.artifacts.run_folder import FORMAT, GRID, RUN, SUPERSEDED, load_run
 from burnish.disk import disk_error

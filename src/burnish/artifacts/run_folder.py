@@ -22,7 +22,8 @@ import yaml
 
 from burnish import __version__
 from burnish.artifacts.environment import describe_environment
-from burnish.artifacts.folder import TEMPORARY, check_format, clean_leftovers, dump_json, write_file, write_json_file
+from burnish.artifacts.files import TEMPORARY, dump_json, write_file, write_json_file
+from burnish.artifacts.folder import check_format, clean_leftovers
 from burnish.artifacts.lock import LOCK, RunLock, lock_holder
 from burnish.artifacts.redact import redact, redact_tree
 from burnish.clock import wall

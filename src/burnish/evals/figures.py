@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from burnish.artifacts.folder import write_file, write_json_file
+from burnish.artifacts.files import write_file, write_json_file
 from burnish.artifacts.redact import redact_tree
 from burnish.evals.intervals import Comparison, Interval
 

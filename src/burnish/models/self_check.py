@@ -22,7 +22,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from burnish.artifacts.folder import write_json_file
+from burnish.artifacts.files import write_json_file
 from burnish.core.attention import PLAN_KWARG, SDPA_NAME, PackingRefused, attach_plan
 from burnish.core.batch import PackedBatch, build_packed_batch
 from burnish.core.group import Completion, Group

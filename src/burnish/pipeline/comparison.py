@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from burnish.artifacts.folder import write_json_file
+from burnish.artifacts.files import write_json_file
 from burnish.artifacts.grid_folder import CELLS, SUMMARY, load_grid, read_cell_state
 from burnish.artifacts.run_folder import load_stage
 from burnish.config.grid import BASE, MODEL

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from burnish.artifacts.folder import write_file
+from burnish.artifacts.files import write_file
 from burnish.artifacts.grid_folder import CELLS, load_grid, load_summary
 from burnish.artifacts.redact import redact, redact_tree
 from burnish.artifacts.run_folder import load_run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from burnish.artifacts.folder import write_file
+from burnish.artifacts.files import write_file
 from burnish.artifacts.grid_folder import is_grid
 from burnish.report import headline, results_section, settings_section, stage_section
 from burnish.report.compare import render_comparison
