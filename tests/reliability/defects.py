@@ -223,8 +223,8 @@ DEFECTS: dict[str, Defect] = {
     ),
     "chosen_rejected_swapped": Defect(
         "chosen and rejected answers are exchanged",
-        "burnish.losses.pairs:compute_pairs",
-        (("for slot in (0, 1)", "for slot in (1, 0)"),),
+        "burnish.losses.pairs:_split",
+        (("table.slot(values, 0), table.slot(values, 1)", "table.slot(values, 1), table.slot(values, 0)"),),
         (
             "tests/losses/test_dpo.py::test_pairs_are_summed_from_tokens",
             "tests/losses/test_golden.py::test_dpo_equals_trl",
@@ -232,7 +232,7 @@ DEFECTS: dict[str, Defect] = {
     ),
     "label_smoothing_ignored": Defect(
         "label_smoothing is accepted and changes nothing",
-        "burnish.losses.dpo:compute_sigmoid_loss",
+        "burnish.losses.dpo:compute_smoothed_logistic",
         (("if label_smoothing:", "if False:"),),
         ("tests/losses/test_dpo.py::test_t01_label_smoothing_is_conservative_dpo",),
     ),
