@@ -24,7 +24,7 @@ MANY = [
     "burnish.pipeline.grid:link_stage:1:before", "burnish.pipeline.reference:compute_reference_table:1:before",
     "burnish.pipeline.reference:compute_reference_table:1:after", "burnish.pipeline.comparison:write_json_file:1:before",
     "burnish.report.compare:write_file:1:before", "folder.rename:3", "folder.rename:6", "folder.manifest:2",
-    "stage.started:4", "update.after_optimizer:5 > grid.next:1 > update.after_optimizer:6",
+    "stage.started:3", "update.after_optimizer:5 > grid.next:1 > update.after_optimizer:6",
 ]  # fmt: skip
 
 
