@@ -45,7 +45,7 @@ FOLDER = "tests/artifacts/test_folder.py::"
 DEFECTS: dict[str, Defect] = {
     "dropout_not_reseeded": Defect(
         "dropout draws from a generator that is not restored",
-        "burnish.engine.step:_forward",
+        "burnish.engine.step:_reseed",
         (('torch.manual_seed(compute_seed(ctx.seed, "dropout", step, ctx.runtime.rank, index))', "pass"),),
         (f"{KILL}[sft-True]",),
     ),
@@ -141,7 +141,7 @@ DEFECTS: dict[str, Defect] = {
             ("temporary = temporary_name(path)", "temporary = path; path.unlink(missing_ok=True)"),
             ("temporary.replace(path)", "pass"),
         ),
-        (f"{FOLDER}test_r04_single_files_are_atomic_too",),
+        ("tests/artifacts/test_files.py::test_r04_single_files_are_atomic_too",),
     ),
     "hash_check_skipped": Defect(
         "checkpoints are checked by the sizes of their files only",
@@ -289,8 +289,8 @@ DEFECTS: dict[str, Defect] = {
     ),
     "changed_settings_resumed": Defect(
         "an interrupted stage goes on with other settings",
-        "burnish.pipeline.decide:compute_key",
-        (("kept = {k: v for k, v in settings.items() if k not in HARMLESS}", "kept = {}"),),
+        "burnish.pipeline.decide:find_changed",
+        (('now = {"settings": _relevant(settings), "inputs"', 'now = {"inputs"'),),
         ("tests/pipeline/test_run.py::test_r18_an_interrupted_stage_with_changed_settings_is_refused",),
     ),
 }
