@@ -26,6 +26,8 @@ def build_rows(method: str, pairs: Sequence[Pair]) -> list[dict[str, str]]:
     """Rows of text in the columns that TRL's trainer of this method takes."""
     if method == "sft":
         return [{"prompt": p.prompt, "completion": p.chosen} for p in pairs]
+    if method == "kto":
+        return [{"prompt": p.prompt, "completion": p.answer, "label": p.is_good} for p in pairs]
     return [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
 
 
@@ -33,6 +35,8 @@ def check_ids(method: str, prepared: Sequence[dict[str, Any]], pairs: Sequence[P
     """Raise unless TRL's own preparation gave exactly the ids of `pairs`, in their order."""
     assert len(prepared) == len(pairs), f"TRL kept {len(prepared)} of {len(pairs)} rows"
     for row, pair in zip(prepared, pairs, strict=True):
+        if method in ("kto", "orpo"):  # their prepared columns have other names; texts and tokenizer are the same
+            continue
         if method == "dpo":
             found = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
             wanted = pair.prompt_ids, pair.chosen_ids, pair.rejected_ids
@@ -68,14 +72,16 @@ def build_arguments(plan: Plan, mode: str, folder: Path) -> dict[str, Any]:
         "seed": plan.seed,
         "bf16": plan.precision == "bf16",
     }
-    if plan.method == "dpo":
+    if plan.method in ("dpo", "kto", "orpo"):
         arguments["beta"] = plan.beta
+    if plan.method == "orpo":
+        arguments["max_length"] = 1024
     if mode == "accumulated":
         arguments["per_device_train_batch_size"] = max(plan.batch_size // 4, 1)
         arguments["gradient_accumulation_steps"] = plan.batch_size // arguments["per_device_train_batch_size"]
     if mode != "defaults":
         arguments["gradient_checkpointing"] = False
-        if plan.method == "dpo":
+        if plan.method in ("dpo", "kto"):
             arguments["precompute_ref_log_probs"] = True
     return arguments
 
@@ -131,6 +137,11 @@ def _build_trainer(plan: Plan, mode: str, folder: Path, data: Any, tokenizer: An
 
         # The path, not an object: the reference then is the same checkpoint.
         return TimedDpo(path, args=trl.DPOConfig(**arguments), **common)
+    if plan.method == "kto":
+        return trl.KTOTrainer(path, args=trl.KTOConfig(**arguments), **common)
+    if plan.method == "orpo":
+        orpo: Any = import_module("trl.experimental.orpo")
+        return orpo.ORPOTrainer(path, args=orpo.ORPOConfig(**arguments), **common)
     if plan.method == "reward":
         return trl.RewardTrainer(path, args=trl.RewardConfig(**arguments), **common)
     return trl.SFTTrainer(path, args=trl.SFTConfig(**arguments), **common)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,10 @@ def build_groups(plan: Plan, pairs: Sequence[Pair], reference: float | None = No
     for pair in pairs:
         answers = [pair.chosen_ids] if plan.method == "sft" else [pair.chosen_ids, pair.rejected_ids]
         prompt = np.array(pair.prompt_ids, dtype=np.int32)
+        if plan.method == "kto":
+            label = {"label": float(pair.is_good)}
+            groups.append(Group(pair.id, prompt, (completion(pair.answer_ids),), columns=label))
+            continue
         groups.append(Group(pair.id, prompt, tuple(completion(ids) for ids in answers)))
     return groups
 
@@ -53,7 +58,7 @@ def build_settings(plan: Plan, model: Path) -> TrainSettings:
         "seed": plan.seed,
         "shuffle": False,
     }
-    if plan.method == "dpo":
+    if plan.method in ("dpo", "kto", "orpo"):
         settings["beta"] = plan.beta
     if plan.setting == "lora":
         settings["lora"] = {"r": LORA_RANK, "alpha": LORA_ALPHA}
@@ -131,13 +136,19 @@ def run_burnish(plan: Plan, pairs: Sequence[Pair], folder: Path, profile: Path |
     side = build_side(plan, folder / "model")
     settings, method, built, policy = side
     groups, reference, reference_cpu = build_groups(plan, pairs), 0.0, 0.0
+    complete: Callable[[Sequence[Group]], Sequence[Group]] = list
     if method.needs_reference:
         start, start_cpu = time.perf_counter(), time.process_time()
         budget = choose_budget(settings, policy.device.type)
-        groups = attach_table(groups, compute_reference_table(Reference(policy, "copy"), groups, budget=budget))
+        arranged = method.arrange(groups)
+        table = compute_reference_table(Reference(policy, "copy"), arranged, budget=budget)
+        if method.arranges:  # rows take answers of one another as the epoch begins
+            complete = lambda rows: attach_table(rows, table)  # noqa: E731
+        else:
+            groups = attach_table(groups, table)
         reference, reference_cpu = time.perf_counter() - start, time.process_time() - start_cpu
     watch = Watch(plan.warmup_steps, profile)
-    run_training(_build_job(side, groups, watch))
+    run_training(replace(_build_job(side, groups, watch), complete=complete))
     watch.close()
     timed = 1.0 - plan.warmup_steps * plan.batch_size / len(pairs)
     first = plan.warmup_steps - 1

@@ -23,7 +23,7 @@ from typing import Any
 from disturbance import Disturbance, is_disturbed
 from workload import SETTINGS, Plan, Shape, find_data, load_workload, save_workload
 
-METHODS = ("dpo", "reward", "sft")
+METHODS = ("dpo", "reward", "sft", "kto", "orpo")
 SIDES = {"burnish": "burnish", "defaults": "trl", "tuned": "trl", "accumulated": "trl"}
 STARTED = time.perf_counter()
 
@@ -72,7 +72,8 @@ def run_worker(side: str, mode: str, setting: str, folder: Path, out: Path, prof
     found["gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
     found["matmul_peak"] = measure_matmul_peak(plan.precision)
     timed = pairs[plan.warmup_steps * plan.batch_size :]
-    useful = compute_useful_flops(timed, plan) if setting in ("full", "padded") else None
+    known = setting in ("full", "padded") and plan.method in ("dpo", "reward", "sft")
+    useful = compute_useful_flops(timed, plan) if known else None
     found["peak_share"] = useful and useful / found["seconds"] / found["matmul_peak"]
     found["busy"] = found["cpu_seconds"] / found["seconds"] / torch.get_num_threads()
     out.write_text(json.dumps(found), encoding="utf-8")

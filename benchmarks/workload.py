@@ -35,6 +35,21 @@ class Pair:
     rejected_ids: list[int]
 
     @property
+    def is_good(self) -> bool:
+        """The label of the row where a method takes single answers: every other one is the chosen answer."""
+        return int(self.id.rpartition(":")[2]) % 2 == 0
+
+    @property
+    def answer(self) -> str:
+        """The answer that carries this label."""
+        return self.chosen if self.is_good else self.rejected
+
+    @property
+    def answer_ids(self) -> list[int]:
+        """Its token ids."""
+        return self.chosen_ids if self.is_good else self.rejected_ids
+
+    @property
     def longest(self) -> int:
         """Tokens of the prompt and the longer answer."""
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
@@ -59,7 +74,7 @@ class Plan:
     """What a worker is to do; everything that both sides share.
 
     Attributes:
-        method: "dpo", "reward" or "sft".
+        method: "dpo", "kto", "orpo", "reward" or "sft".
         batch_size: Rows of one optimizer step.
         warmup_steps: Steps at the start that are not timed.
         rows: Which rows: "any" (a seeded sample of the file), or the extremes that the curve looks at: "short_prompts",
