@@ -99,7 +99,7 @@ def choose_held_out(
         shared = {"max_length": settings.max_length, "chat_template": settings.chat_template, "seed": settings.seed}
         return SftSettings(data=settings.data, **shared), DpoSettings(data=settings.data, **shared)
     trained: list[TrainSettings] = [r.settings for r in results.values() if r.kind != "evaluate"]
-    text_stage = next((s for s in trained if s.kind == "sft"), None)
+    text_stage = next((s for s in trained if want_of(s.kind) == "completion"), None)
     return text_stage, next((s for s in reversed(trained) if want_of(s.kind) == "pair"), None)
 
 
