@@ -142,7 +142,8 @@ def test_nested_flags(pipeline: Pipeline):
 
 @pytest.mark.parametrize("word", [*KINDS, *ALIASES])
 def test_every_verb(pipeline: Pipeline, word: str):
-    assert main([word, "--model", "a/m", "--data", "d", "--seed", "5", "--output-dir", "out", "--fresh"]) == 0
+    needed = ["--teacher", "b/t"] if word == "distill" else []
+    assert main([word, "--model", "a/m", "--data", "d", "--seed", "5", "--output-dir", "out", "--fresh", *needed]) == 0
     assert pipeline.loaded is not None and pipeline.options is not None and pipeline.options.fresh
     recipe = pipeline.loaded.recipe
     assert (recipe.seed, recipe.output_dir, pipeline.loaded.run_name()) == (5, "out", f"{word}_m")
