@@ -118,6 +118,15 @@ def test_values_written_in_the_file_are_read_like_the_files():
     assert stage_of(loaded, "pocket_one_lr=2e-05", "prefer").learning_rate == 2e-5
 
 
+def test_a_stage_keeps_its_name_whatever_its_form():
+    """A stage without a name is called by its kind; a form of another kind must not rename it."""
+    recipe = {"model": "pocket", "data": "pocket/preferences", "grid": {"dpo": ["ipo", "hinge"]}}
+    recipe["stages"] = [{"kind": "dpo"}, {"kind": "reward", "init_from": "dpo"}]
+    grid = load(recipe).grid
+    assert grid is not None
+    assert [cell.recipe.stage_names() for cell in grid.cells] == [["dpo", "reward"]] * 2
+
+
 def test_exclude_leaves_cells_out():
     names = names_of(load(with_grid(exclude=[{"model": "pocket-small", "prefer": "ipo"}, {"prefer.seed": 2}])))
     assert names == ["pocket_dpo_seed=1", "pocket_ipo_seed=1", "pocket-small_dpo_seed=1"]

@@ -151,14 +151,16 @@ def test_a_model_as_the_baseline(tmp_path):
 
 
 def test_unfinished_cells_are_counted_and_left_out(grid):
-    place = grid / "cells/m_ipo_seed=3"
+    place = grid / "cells/m_ipo_seed=1"
     record = json.loads((place / "run.json").read_text())
     (place / "run.json").write_text(json.dumps(record | {"state": "failed"}))
     stage = json.loads((place / "03-evaluate/stage.json").read_text())
     (place / "03-evaluate/stage.json").write_text(json.dumps(stage | {"state": "failed"}))
     summary = build_summary(grid)
     assert figure(summary["rows"][2])["runs"] == 2
-    assert figure(summary["rows"][2])["change"]["seeds"]["n"] == 2, "paired with the same seeds of the baseline"
+    change = figure(summary["rows"][2])["change"]
+    assert change["seeds"]["n"] == 2
+    assert change["difference"] == pytest.approx((31 + 29) / 2 / N), "paired with the same seeds of the baseline"
     assert "1 of 9 cells are not finished" in summary["notes"][0]
 
 
