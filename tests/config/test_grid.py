@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from burnish.cli.main import main
 from burnish.config.load import LoadedRecipe
 from burnish.config.reference import build_schema
 from tests.config.recipes import load, problems_of
@@ -207,3 +208,14 @@ def test_problems_of_all_cells_are_told_once():
 
 def test_the_schema_knows_the_grid():
     assert build_schema()["properties"]["grid"]["type"] == "object"
+
+
+def test_config_show_shows_one_cell(capsys):
+    assert main(["config", "show", "method-comparison"]) == 0
+    assert "# one of 30 cells: pocket_dpo_seed=1" in capsys.readouterr().out
+    assert main(["config", "show", "method-comparison", "--cell", "pocket-small_hinge_seed=3"]) == 0
+    text = capsys.readouterr().out
+    assert "loss_type: hinge" in text and "model: pocket-small" in text and "seed: 3" in text
+    assert main(["config", "show", "method-comparison", "--cell", "pocket_hing_seed=3"]) == 2
+    assert "did you mean pocket_hinge_seed=3" in capsys.readouterr().err
+    assert main(["config", "show", "quickstart", "--cell", "x"]) == 2

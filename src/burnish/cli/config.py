@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from burnish.cli.flags import SettingsCommand, is_path
 from burnish.config.registry import ALIASES, KINDS
+
+if TYPE_CHECKING:
+    from burnish.config.grid import Cell, Grid
 
 
 @click.group()
@@ -41,8 +44,9 @@ def example(kind: str) -> int:
 @click.argument("words", nargs=-1, metavar="RECIPE [KEY=VALUE]...")
 @click.option("--all", "everything", is_flag=True, help="Defaults too.")
 @click.option("--json", "as_json", is_flag=True, help="The resolved recipe as JSON.")
-def show(words: tuple[str, ...], everything: bool, as_json: bool) -> int:
-    """Print the resolved recipe, with the source of each value that is not a default."""
+@click.option("--cell", metavar="NAME", help="This cell of a grid; default: the first.")
+def show(words: tuple[str, ...], everything: bool, as_json: bool, cell: str | None) -> int:
+    """Print the resolved recipe, with the source of each value that is not a default; of a grid one cell's."""
     from burnish.config.load import load_recipe
     from burnish.config.reference import render_resolved
 
@@ -52,12 +56,31 @@ def show(words: tuple[str, ...], everything: bool, as_json: bool) -> int:
     loaded = load_recipe(recipes[0], overrides=[word for word in words if word not in recipes], check_machine=False)
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
+    names = [c.name for c in loaded.grid.cells] if loaded.grid is not None else []
+    if loaded.grid is not None:
+        chosen = _find_cell(loaded.grid, cell)
+        if not as_json:
+            print(f"# one of {len(names)} cells: {chosen.name} (`--cell NAME` shows another)")
+        loaded = loaded.for_cell(chosen)
+    elif cell is not None:
+        raise click.UsageError("--cell was given, but the recipe has no grid\n  → leave it out")
     if as_json:
         record: dict[str, Any] = {"recipe": loaded.recipe.resolved(), "sources": dict(loaded.sources)}
+        record |= {"cells": names} if names else {}
         print(json.dumps(record, indent=2, ensure_ascii=False))
     else:
         print(render_resolved(loaded, everything=everything), end="")
     return 0
+
+
+def _find_cell(grid: Grid, name: str | None) -> Cell:
+    from burnish.config.spelling import describe_suggestions, suggest
+
+    names = [cell.name for cell in grid.cells]
+    if name is not None and name not in names:
+        near = describe_suggestions(suggest(name, names)) or f"the first is {names[0]}"
+        raise click.UsageError(f"there is no cell {name!r}\n  → {near}")
+    return grid.cells[names.index(name) if name is not None else 0]
 
 
 @config.command()
