@@ -154,7 +154,7 @@ def test_baselines(baseline, expected):
         ({"reward.beta": [1]}, "no stage of kind reward"),
         ({"prefer.betta": [1]}, "did you mean beta?"),
         ({"prefer": {"dpo": {"kind": "dpo", "betta": 1}}}, "did you mean beta?"),
-        ({"prefer": {"dpo": {"kind": "dpoo"}}}, "did you mean dpo?"),
+        ({"prefer": {"dpo": {"kind": "dpoo"}}}, "did you mean dpo or tdpo?"),
         ({"prefer.beta": [0.1, -1]}, "(in cell pocket_dpo_seed=1_beta=-1"),
         ({"seed": 3}, "write a list of values"),
         ({"seed": []}, "write a list of values"),
