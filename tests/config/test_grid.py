@@ -213,9 +213,9 @@ def test_the_schema_knows_the_grid():
 def test_config_show_shows_one_cell(capsys):
     assert main(["config", "show", "method-comparison"]) == 0
     assert "# one of 30 cells: pocket_dpo_seed=1" in capsys.readouterr().out
-    assert main(["config", "show", "method-comparison", "--cell", "pocket-small_hinge_seed=3"]) == 0
+    assert main(["config", "show", "method-comparison", "--cell", "pocket-small_ipo_seed=3"]) == 0
     text = capsys.readouterr().out
-    assert "loss_type: hinge" in text and "model: pocket-small" in text and "seed: 3" in text
-    assert main(["config", "show", "method-comparison", "--cell", "pocket_hing_seed=3"]) == 2
-    assert "did you mean pocket_hinge_seed=3" in capsys.readouterr().err
+    assert "loss_type: ipo" in text and "model: pocket-small" in text and "seed: 3" in text
+    assert main(["config", "show", "method-comparison", "--cell", "pocket_ip_seed=3"]) == 2
+    assert "did you mean pocket_ipo_seed=3" in capsys.readouterr().err
     assert main(["config", "show", "quickstart", "--cell", "x"]) == 2
