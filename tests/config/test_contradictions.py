@@ -257,3 +257,30 @@ def test_a_missing_device(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("burnish.config.machine.find_spec", lambda name: object())
     monkeypatch.setattr("burnish.config.machine.has_cuda_device", lambda: False)
     assert "needs a CUDA device" in machine_problems(optim="adamw_8bit")
+
+
+def test_quantize_needs_an_adapter_and_what_it_stores():
+    """R-07, acceptance 8: 4 bits with full training is refused before anything is loaded."""
+    assert "stages.sft.quantize" in (text := problems_of({**PAIRS, "stages": [{"kind": "sft", "quantize": "nf4"}]}))
+    assert "is nf4, which freezes the base" in text and "add lora: {}" in text
+    for quantize in ("none", "int8"):
+        settings = {"kind": "sft", "lora": {}, "quantize": quantize, "bnb_4bit_use_double_quant": False}
+        assert f"has no effect with quantize {quantize}" in problems_of({**PAIRS, "stages": [settings]})
+    assert one("sft", lora={}, quantize="nf4", bnb_4bit_use_double_quant=False).quantize == "nf4"
+
+
+def test_load_in_bits_is_another_name():
+    """TRL's and transformers' names: load_in_4bit, load_in_8bit, bnb_4bit_quant_type, use_bnb_nested_quant."""
+    assert one("sft", lora={}, load_in_4bit=True).quantize == "nf4"
+    assert one("sft", lora={}, load_in_8bit=True).quantize == "int8"
+    assert one("sft", lora={}, load_in_4bit=True, bnb_4bit_quant_type="fp4").quantize == "fp4"
+    assert one("sft", load_in_4bit=False, load_in_8bit=False).quantize == "none"
+    assert one("sft", lora={}, load_in_4bit=True, use_bnb_nested_quant=False).bnb_4bit_use_double_quant is False
+    assert one("sft", "lora={}", "sft.load_in_4bit=true").quantize == "nf4"
+    assert one("sft", lora={}, quantize="4bit").quantize == "nf4"
+    for settings in (
+        {"load_in_4bit": True, "load_in_8bit": True}, {"load_in_8bit": True, "quantize": "nf4"},
+        {"load_in_4bit": True, "quantize": "none"}, {"load_in_4bit": False, "quantize": "nf4"},
+    ):  # fmt: skip
+        text = problems_of({**PAIRS, "stages": [{"kind": "sft", "lora": {}, **settings}]})
+        assert "both choose how the base is stored" in text

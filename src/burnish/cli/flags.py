@@ -97,7 +97,7 @@ def is_switch(key: str) -> bool:
     from burnish.config.registry import KINDS, SECTIONS
 
     parts = key.replace("-", "_").split(".")
-    if parts[-1] in ("bf16", "fp16", "use_peft", "use_rslora", "use_dora"):
+    if parts[-1] in ("bf16", "fp16", "use_peft", "load_in_4bit", "load_in_8bit", "use_rslora", "use_dora"):
         return True
     nested = len(parts) > 1 and parts[-2] in SECTIONS
     classes = [section_class(parts[-2])] if nested else [settings_class(kind) for kind in KINDS]

@@ -21,11 +21,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("burnish.cli.run:run", "Run a recipe: a file, or a bundled one by name."),
     "data": ("burnish.cli.data:data", "Check, show and count data before training."),
     "runs": ("burnish.cli.runs:runs", "List, show and delete runs."),
+    "merge": ("burnish.cli.merge:merge", "Fold an adapter into its full-precision base."),
     "report": ("burnish.cli.report:report", "Write a run's report again."),
     "config": ("burnish.cli.config:config", "Schema, examples and resolved recipes."),
     "doctor": ("burnish.cli.doctor:doctor", "What this machine has."),
 }
-ORDER = ("run", *KINDS, *ALIASES, "data", "runs", "report", "config", "doctor")
+ORDER = ("run", *KINDS, *ALIASES, "data", "runs", "merge", "report", "config", "doctor")
 
 
 class LazyGroup(click.Group):

@@ -162,6 +162,18 @@ def _check_trainable(s: TrainSettings) -> Found:
         )
     if s.lora is not None and s.top_k:
         yield "top_k", f"is {s.top_k}, but lora is on, which freezes the whole base", "remove one of the two"
+    if s.quantize != "none" and s.lora is None:
+        yield (
+            "quantize",
+            f"is {s.quantize}, which freezes the base, but the stage trains no adapter on top of it",
+            "add lora: {}, or set quantize: none",
+        )
+    if _is_changed(s, "bnb_4bit_use_double_quant") and s.quantize not in ("nf4", "fp4"):
+        yield (
+            "bnb_4bit_use_double_quant",
+            f"has no effect with quantize {s.quantize}",
+            "set quantize: nf4, or remove it",
+        )
     if s.untie_embeddings and not s.top_k:
         yield "untie_embeddings", "is on without top_k, where it changes nothing", "set top_k: K, or remove it"
     if s.lora is not None and s.lora.use_dora and s.lora.bias != "none":

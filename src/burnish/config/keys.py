@@ -17,6 +17,7 @@ STAGE_ONLY = frozenset({"kind", "name", "init_from", "of", "judge"})
 NOT_INHERITED = {"evaluate": frozenset({"data", "batch_size"})}
 # Mappings whose items are settings of their own: they are merged item by item over the layers.
 DEEP_KEYS = frozenset(SECTIONS)
+BIT_FLAGS = {"load_in_4bit": "nf4", "load_in_8bit": "int8"}
 
 
 @cache
@@ -59,7 +60,7 @@ def inherits(kind: str, name: str) -> bool:
 def canonicalise(nodes: dict[str, Node], path: str, problems: list[Problem], notes: list[str]) -> dict[str, Node]:
     """The same mapping under canonical names."""
     result: dict[str, Node] = {}
-    nodes = _read_precision_flags(nodes, path, problems, notes)
+    nodes = _read_bit_flags(_read_precision_flags(nodes, path, problems, notes), path, problems, notes)
     for key, node in nodes.items():
         name = key.replace("-", "_")
         known = name in all_setting_names() or name in RECIPE_KEYS
@@ -121,6 +122,34 @@ def _read_precision_flags(
     if value is not None and "precision" not in rest:
         rest["precision"] = Node(value, place, raw=value, key=chosen[0] if chosen else "bf16")
         notes.append(f"{', '.join(flags)} ({place}) is the setting precision: {value}")
+    return rest
+
+
+def _read_bit_flags(nodes: dict[str, Node], path: str, problems: list[Problem], notes: list[str]) -> dict[str, Node]:
+    """`load_in_4bit: true` as quantize: nf4 (or the 4-bit type that is given), `load_in_8bit: true` as quantize: int8."""
+    flags = {key: node for key, node in nodes.items() if key in BIT_FLAGS and _as_bool(node) is not None}
+    rest = {key: node for key, node in nodes.items() if key not in flags}
+    chosen = [key for key, node in flags.items() if _as_bool(node)]
+    given = next((key for key in ("quantize", "bnb_4bit_quant_type") if key in rest), None)
+    bits = {str(rest[given].value): "load_in_4bit"} if given and str(rest[given].value) in ("nf4", "fp4") else {}
+    for key in flags:
+        clash = next((other for other in chosen if other != key and key in chosen), None)
+        if given and (key in chosen) != (key in bits.values()):
+            clash = given
+        if clash:
+            problems.append(
+                Problem(
+                    f"{path}.{key}".strip("."),
+                    f"contradicts {clash}: both choose how the base is stored",
+                    "keep one; quantize: nf4 or int8 says it all",
+                    str(flags[key].place),
+                )
+            )
+            return rest
+    if chosen and given is None:
+        value, place = BIT_FLAGS[chosen[0]], flags[chosen[0]].place
+        rest["quantize"] = Node(value, place, raw=value, key=chosen[0])
+        notes.append(f"{chosen[0]} ({place}) is the setting quantize: {value}")
     return rest
 
 

@@ -38,6 +38,8 @@ def check_machine(settings: Settings, path: str, folder: Path) -> list[Problem]:
         )
     for sink in getattr(settings, "report_to", []):
         problems += _check_extra(f"{path}.report_to", sink, sink)
+    if (quantize := getattr(settings, "quantize", "none")) != "none":
+        problems += _check_extra(f"{path}.quantize", quantize, "bitsandbytes")
     if getattr(settings, "optim", None) == "adamw_8bit":
         problems += _check_extra(f"{path}.optim", "adamw_8bit", "bitsandbytes")
         if not has_cuda_device():

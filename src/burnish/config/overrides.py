@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from burnish.config.aliases import KEY_ALIASES
-from burnish.config.keys import RECIPE_KEYS, all_setting_names, kind_names
+from burnish.config.keys import BIT_FLAGS, RECIPE_KEYS, all_setting_names, kind_names
 from burnish.config.problems import Problem
 from burnish.config.secrets import check_word
 from burnish.config.spelling import describe_suggestions, suggest
@@ -62,7 +62,12 @@ def nest(parts: Sequence[str], leaf: Node) -> Node:
 def is_setting(word: str) -> bool:
     """Whether a word is a key of the recipe or a setting of some kind, under any of its names."""
     name = word.replace("-", "_")
-    return name in RECIPE_KEYS or name in all_setting_names() or name in KEY_ALIASES or name in ("bf16", "fp16")
+    return (
+        name in RECIPE_KEYS
+        or name in all_setting_names()
+        or name in KEY_ALIASES
+        or name in ("bf16", "fp16", *BIT_FLAGS)
+    )
 
 
 def find_stage(word: str, names: Sequence[str], kinds: Sequence[str], written: Sequence[str]) -> int | str:

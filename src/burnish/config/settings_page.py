@@ -84,6 +84,7 @@ def render_settings_page() -> str:
     parts += [
         "| `bf16: true`, `fp16: true` | `precision: bf16`, `precision: fp16` |",
         "| `use_peft: true` | `lora: {}` |",
+        "| `load_in_4bit: true`, `load_in_8bit: true` | `quantize: nf4`, `quantize: int8` |",
     ]
     return "\n".join(parts) + "\n"
 

@@ -10,6 +10,7 @@ from burnish.config.data import DataSettings
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Attention = Literal["auto", "sdpa", "flex", "padded"]
 Optimizer = Literal["adamw", "adafactor", "adamw_8bit", "sgd"]
+Quantize = Literal["none", "nf4", "fp4", "int8"]
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
 
 
@@ -39,6 +40,12 @@ class TrainSettings(DataSettings):
     seed: int = setting(42, "Seed of data order, initialisation and dropout.", ge=0)
 
     lora: LoraSettings | None = setting(None, "Train low-rank adapters instead of the whole model.")
+    quantize: Quantize = setting(
+        "none", "Keep the frozen base in 4 bits (nf4, fp4) or 8 (int8) under `lora` (QLoRA, arXiv 2305.14314)."
+    )
+    bnb_4bit_use_double_quant: bool = setting(
+        True, "4 bits: store the scales of the blocks in 8 bits (4.13 bits a weight instead of 4.5)."
+    )
     top_k: int | None = setting(
         None, "Train only the last K blocks, the final norm and the head; 0 = everything.", ge=0
     )

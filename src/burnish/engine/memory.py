@@ -34,7 +34,10 @@ def describe_remedy(place: Whereabouts) -> str:
             "set optim: adafactor (few moments), or lora: {r: 16} (few parameters); the micro-batch plays no part here"
         )
     if place.phase in ("load", "start", "export", "save"):
-        return "set lora: {r: 16} with precision: bf16 (one copy of the weights, 2 bytes each), or use a smaller model"
+        return (
+            "set lora: {r: 16} with quantize: nf4 (half a byte for each weight of the base) or precision: bf16 (2 bytes), "
+            "or use a smaller model"
+        )
     if not place.budget:
         return f"set max_length: {max(place.tokens // 2, 2)} in this stage, or precision: bf16"
     smaller = suggest_budget(place.budget, place.tokens, place.rows)

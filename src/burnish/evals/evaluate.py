@@ -37,6 +37,7 @@ from burnish.evals.tasks import (
     report_reward_preferences,
     report_win_rate,
 )
+from burnish.models.quantise import read_quantization
 
 log = logging.getLogger("burnish")
 PLAIN_TASKS = ("loss", "preferences", "win_rate")
@@ -52,6 +53,8 @@ class _Run:
     figures: Figures = field(default_factory=Figures)
     texts: dict[Path, Measured] = field(default_factory=dict)
     pairs: dict[Path, Measured] = field(default_factory=dict)
+    references: dict[tuple[Path, Path], Measured] = field(default_factory=dict)
+    stored: dict[tuple[Path, str], Measured] = field(default_factory=dict)
     scores: dict[Path, Measured] = field(default_factory=dict)
     answers: dict[tuple[Path, str], Answered] = field(default_factory=dict)
     tokenizers: dict[Path, TextTokenizer] = field(default_factory=dict)
@@ -106,7 +109,7 @@ def evaluate_subjects(
     if run.wants("preferences"):
         for subject in policies:
             if subject.reference_folder is not None:
-                _measure_reference(run, subject.reference_folder)
+                run.references[subject.folder, subject.reference_folder] = _measure_reference(run, subject)
     judged = _measure_rewards(run, policies, rewards, judge)
     _report(run, policies, rewards, judged)
     run.figures.save(out_dir)
@@ -175,10 +178,20 @@ def _measure_policy(run: _Run, folder: Path) -> None:
             run.answers[folder, "win_rate"] = _answer(run, model, "win_rate", prompts)
 
 
-def _measure_reference(run: _Run, folder: Path) -> None:
+def _measure_reference(run: _Run, subject: Subject) -> Measured:
+    """What a policy's stage started from, its base stored as the stage stored it."""
+    folder = subject.reference_folder
+    assert folder is not None
+    if (stored := read_quantization(subject.folder)) != read_quantization(folder):
+        key = (folder, str(stored))
+        if key not in run.stored:
+            with loaded(run.load, folder, "lm", like=subject.folder) as model:
+                run.stored[key] = measure_logprobs(model, _items(run, "pairs", model.tokenizer))
+        return run.stored[key]
     if folder not in run.pairs:
         with loaded(run.load, folder, "lm") as model:
             run.pairs[folder] = measure_logprobs(model, _items(run, "pairs", model.tokenizer))
+    return run.pairs[folder]
 
 
 def _measure_rewards(
@@ -258,7 +271,9 @@ def _report(run: _Run, policies: Sequence[Subject], rewards: Sequence[Subject], 
     if run.wants("loss") and policies:
         report_loss(figures, settings, policies, {s.name: run.texts[s.folder] for s in policies})
     if run.wants("preferences"):
-        references = {s.name: run.pairs[s.reference_folder] for s in policies if s.reference_folder is not None}
+        references = {
+            s.name: run.references[s.folder, s.reference_folder] for s in policies if s.reference_folder is not None
+        }
         found = {s.name: run.pairs[s.folder] for s in policies}
         report_policy_preferences(figures, settings, policies, found, references)
         report_reward_preferences(figures, settings, rewards, {s.name: run.scores[s.folder] for s in rewards})

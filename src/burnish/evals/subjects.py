@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -28,7 +28,8 @@ class Subject:
         folder: Model folder.
         kind: "policy": a language model; "reward": a reward model.
         compare_to: Name of the subject that it is compared with item by item; None = with none.
-        reference_folder: The model that its stage started from: implicit rewards are measured against it.
+        reference_folder: The model that its stage started from, against which implicit rewards are measured, with its
+            base stored in as few bits as that of `folder`.
     """
 
     name: str
@@ -97,25 +98,35 @@ class Loaded:
 
 
 Head = Literal["lm", "score"]
-Loader = Callable[[Path, Head], Loaded]
+
+
+class Loader(Protocol):
+    """(folder, head) → Loaded. `like`: an adapter's folder; the base is stored in as few bits as under that adapter."""
+
+    def __call__(self, folder: Path, head: Head, /, *, like: Path | None = None) -> Loaded: ...
+
+
 BUDGET = {"cpu": 4096, "cuda": 32768}  # tokens forwarded together
 
 
 def build_loader(settings: EvaluateSettings, device: torch.device) -> Loader:
     """A function (folder, head) → Loaded with the precision and attention of the settings."""
 
-    def load(folder: Path, head: Head) -> Loaded:
-        from burnish.models.folder import inspect_model_folder
+    def load(folder: Path, head: Head, /, *, like: Path | None = None) -> Loaded:
+        from burnish.models.folder import read_text_config
         from burnish.models.load import load_model
         from burnish.models.policy import Policy
         from burnish.models.precision import resolve_precision
+        from burnish.models.quantise import read_quantization
 
-        config: Mapping[str, Any] = inspect_model_folder(folder).config
-        text: Mapping[str, Any] = config.get("text_config") or config
+        text: Mapping[str, Any] = read_text_config(folder)
         hidden = int(text.get("hidden_size") or text.get("n_embd") or text.get("d_model") or 4096)
         precision = resolve_precision(settings.precision, device, hidden, training=False)
-        model, _ = load_model(str(folder), head=head, dtype=precision.frozen if precision.compute else torch.float32,
-                              disable_dropout=True, need_trained_head=head == "score")  # fmt: skip
+        quantization = read_quantization(like or folder)
+        model, _ = load_model(
+            str(folder), head=head, dtype=precision.frozen if precision.compute else torch.float32, disable_dropout=True,
+            need_trained_head=head == "score", quantization=quantization, attach=quantization is not None,
+        )  # fmt: skip
         module: Any = model
         module.to(device)
         policy = Policy(model, head=head, attention=settings.attention, compute_dtype=precision.compute).eval()
@@ -123,16 +134,17 @@ def build_loader(settings: EvaluateSettings, device: torch.device) -> Loader:
         tokenizer = TextTokenizer.load(str(folder))
         limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
         context = min((int(n) for n in limits if n), default=None)
-        log.info("evaluating %s: %s", folder, precision.why)
+        stored = f", base in {quantization}" if quantization else ""
+        log.info("evaluating %s: %s%s", folder, precision.why, stored)
         return Loaded(policy, tokenizer, context, BUDGET.get(device.type, 8192))
 
     return load
 
 
 @contextmanager
-def loaded(load: Loader, folder: Path, head: Head) -> Iterator[Loaded]:
+def loaded(load: Loader, folder: Path, head: Head, *, like: Path | None = None) -> Iterator[Loaded]:
     """A model for the time of a block; its memory is given back behind it."""
-    found = load(folder, head)
+    found = load(folder, head) if like is None else load(folder, head, like=like)
     try:
         yield found
     finally:

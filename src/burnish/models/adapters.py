@@ -20,7 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from burnish.config.train import LoraSettings
 from burnish.errors import ConfigError
-from burnish.models.folder import inspect_model_folder
+from burnish.models.bnb import prepare_bitsandbytes
+from burnish.models.folder import ModelFolder, inspect_model_folder
+from burnish.models.freeze import is_tied, untie_embeddings
 
 ADAPTER = "default"
 RIGHT_BASE = "set base_model_name_or_path in adapter_config.json to the model it was trained on"
@@ -116,6 +118,7 @@ def build_lora(model: PreTrainedModel, lora: LoraSettings, *, head: str, seed: i
 
     The initial values come from `seed` alone; the global random state is left as it was.
     """
+    prepare_bitsandbytes()
     import peft
 
     targets = find_targets(model, lora.target_modules)
@@ -140,6 +143,7 @@ def build_lora(model: PreTrainedModel, lora: LoraSettings, *, head: str, seed: i
     )
     with seeded(seed), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads what transformers will rename
         wrapped = peft.get_peft_model(model, config, adapter_name=ADAPTER)
     _check_single(wrapped)
     return wrapped
@@ -192,6 +196,54 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     Raises:
         ConfigError: The adapter is no LoRA, or does not fit the model.
     """
+    return merge_attached(attach_adapter(model, folder))
+
+
+def merge_attached(wrapped: nn.Module) -> PreTrainedModel:
+    """The transformers model with the adapter that `attach_adapter` put on it added to its weights."""
+    merged = wrapped.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
+    return merged.requires_grad_(True)
+
+
+def attach_adapter(model: PreTrainedModel, folder: Path) -> nn.Module:
+    """Put a saved adapter on `model`, whose weights stay as they are; the result is a PEFT model.
+
+    A head that is the embedding too becomes a matrix of its own where the adapter changes one of the two.
+
+    Raises:
+        ConfigError: The adapter is no LoRA, or does not fit the model.
+    """
+    found, config = _read_lora(folder)
+    import peft
+
+    if is_tied(model) and _touches_embeddings(model, found):
+        untie_embeddings(model)
+    config.task_type = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what it says is checked below
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapped = peft.PeftModel.from_pretrained(model, str(folder), adapter_name=ADAPTER, config=config)
+    except (ValueError, RuntimeError, KeyError) as e:
+        raise ConfigError(
+            f"the adapter does not fit {type(model).__name__}: {str(e).splitlines()[0]}",
+            where=str(folder), remedy=RIGHT_BASE,
+        ) from None  # fmt: skip
+    expected = set(_adapter_tensors(wrapped))
+    stored = {_stored_name(n) for n in found.tensors}
+    copies = {n for n in stored if n.endswith(".base_layer.weight")}  # PEFT adds one of an embedding with an adapter
+    odd = sorted(expected ^ (stored - copies))
+    if odd:
+        raise ConfigError(
+            f"the adapter does not fit {type(model).__name__}: {odd[0]} is on one side only ({len(odd)} such tensors)",
+            where=str(folder), found=odd[:8], remedy=RIGHT_BASE,
+        )  # fmt: skip
+    return wrapped
+
+
+def _read_lora(folder: Path) -> tuple[ModelFolder, Any]:
+    """(the folder, its LoraConfig), checked before PEFT acts on it."""
+    prepare_bitsandbytes()
     import peft
 
     found = inspect_model_folder(folder)
@@ -207,25 +259,39 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
             where=str(folder / "adapter_config.json"), found=config.megatron_core,
             remedy="remove megatron_config from it",
         )  # fmt: skip
-    config.task_type = None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # what it says is checked below
-            wrapped = peft.PeftModel.from_pretrained(model, str(folder), adapter_name=ADAPTER, config=config)
-    except (ValueError, RuntimeError, KeyError) as e:
+    return found, config
+
+
+def _touches_embeddings(model: PreTrainedModel, adapter: ModelFolder) -> bool:
+    """Whether an adapter holds something of the input embedding or the head."""
+    tops = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if any(module is top for top in tops)]
+    return any(f".{name}." in f"{tensor}." for tensor in adapter.tensors for name in names)
+
+
+def read_low_rank(folder: Path, model: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor]]:
+    """layer name → (A (r, in), s·B (out, r)) of a saved plain LoRA adapter; a saved score head goes into `model`.
+
+    Raises:
+        ConfigError: Anything else is saved in it: it cannot lie beneath another adapter.
+    """
+    found, config = _read_lora(folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    linears, pairs = find_linears(model), {}
+    for tensor, value in tensors.items():
+        name = tensor.removeprefix("base_model.model.")
+        layer = name.removesuffix(".lora_A.weight")
+        if name == "score.weight" and hasattr(model, "score"):
+            model.get_submodule("score").load_state_dict({"weight": value})
+        elif layer != name and layer in linears:
+            pairs[layer] = (value.float(), _scale(config) * tensors[tensor.replace(".lora_A.", ".lora_B.")].float())
+    used = 2 * len(pairs) + any(n.endswith("score.weight") for n in tensors)
+    if not _is_plain(config) or used != len(found.tensors):
         raise ConfigError(
-            f"the adapter does not fit {type(model).__name__}: {str(e).splitlines()[0]}",
-            where=str(folder), remedy=RIGHT_BASE,
-        ) from None  # fmt: skip
-    expected = set(_adapter_tensors(wrapped))
-    odd = sorted(expected ^ {_stored_name(n) for n in found.tensors})
-    if odd:
-        raise ConfigError(
-            f"the adapter does not fit {type(model).__name__}: {odd[0]} is on one side only ({len(odd)} such tensors)",
-            where=str(folder), found=odd[:8], remedy=RIGHT_BASE,
+            "this adapter is no plain LoRA of linear layers, and cannot lie under another one over a quantised base",
+            where=str(folder), remedy="fold it in first (burnish merge), or set quantize: none",
         )  # fmt: skip
-    merged = wrapped.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
-    return merged.requires_grad_(True)
+    return pairs
 
 
 def merge_copy(model: nn.Module) -> PreTrainedModel:
@@ -290,14 +356,18 @@ def _scale(config: Any) -> float:
     return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
 
+def _is_plain(config: Any) -> bool:
+    """One rank and scale for all layers, their names given, nothing but A and B."""
+    odd = config.use_dora or config.rank_pattern or config.alpha_pattern or config.bias != "none"
+    return not odd and not isinstance(config.target_modules, str)
+
+
 def _join(
     old: dict[str, Tensor], before: Any, new: dict[str, Tensor], now: Any
 ) -> tuple[dict[str, Tensor], int] | None:
     """Two LoRA adapters of one model as one (see `save_adapter`), or None if that cannot be exact."""
-    for config in (before, now):
-        simple = not (config.use_dora or config.rank_pattern or config.alpha_pattern or config.bias != "none")
-        if not simple or isinstance(config.target_modules, str):
-            return None
+    if not (_is_plain(before) and _is_plain(now)):
+        return None
     rest = {n: t for n, t in new.items() if ".lora_" not in n}
     if any(".lora_" not in n and n not in rest for n in old):
         return None

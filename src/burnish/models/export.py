@@ -19,6 +19,7 @@ from burnish.models.adapters import is_peft, merge_copy, save_adapter
 from burnish.models.fingerprint import TOKENIZER_FILES
 from burnish.models.folder import inspect_model_folder, read_safetensors_header
 from burnish.models.load import BuiltModel, Head, LoadedFrom, load_tokenizer, quiet
+from burnish.models.quantise import save_quantization
 from burnish.models.reward_head import PadToken, save_tokenizer_with_pad
 
 log = logging.getLogger("burnish")
@@ -56,6 +57,8 @@ def export_model(
         _save_full(built.model, built, folder, chosen, max_shard_size)
     elif not save_adapter(built.model, folder, base_model=loaded.name, revision=loaded.revision, earlier=earlier):
         _save_full(merge_copy(built.model), built, folder, _choose_dtype(built, dtype), max_shard_size)
+    if is_peft(built.model) and loaded.quantization is not None:
+        save_quantization(loaded.quantization, folder)
     for file in folder.glob("*.safetensors"):
         _align(file)
     if head == "lm":

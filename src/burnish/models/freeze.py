@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from burnish.errors import ConfigError
+from burnish.models.bnb import count_elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ def compute_share(model: nn.Module) -> Share:
     """Trainable and all parameters; the frozen original that PEFT keeps of a saved module is not counted."""
     seen = {id(p): p for n, p in model.named_parameters() if ".original_module." not in f".{n}"}
     trainable = sum(p.numel() for p in seen.values() if p.requires_grad)
-    return Share(trainable, sum(p.numel() for p in seen.values()))
+    return Share(trainable, sum(count_elements(p) for p in seen.values()))
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.Module, nn.ModuleList]:

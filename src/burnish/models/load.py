@@ -28,10 +28,19 @@ from transformers.utils import logging as hf_logging
 from burnish.config.train import TrainSettings
 from burnish.data import bundled
 from burnish.errors import ConfigError, ServiceError
-from burnish.models.adapters import base_of, build_lora, find_head_parameters, merge_adapter, seeded
+from burnish.models.adapters import (
+    attach_adapter,
+    base_of,
+    build_lora,
+    find_head_parameters,
+    merge_adapter,
+    seeded,
+)
+from burnish.models.contradictions import check_joinable, check_settings
 from burnish.models.dropout import disable_dropout as switch_off_dropout
 from burnish.models.folder import CONVERT, ModelFolder, find_adapter_base, inspect_model_folder, read_json
 from burnish.models.freeze import cast_trainable, compute_share, find_no_decay, freeze_all_but_top, untie_embeddings
+from burnish.models.quantise import Quantization, check_dora, choose_quantization, quantise_base
 from burnish.models.reward_head import (
     PadToken,
     check_reward_support,
@@ -61,6 +70,7 @@ class LoadedFrom:
         kind: What was asked for: "lm", "score" or "adapter".
         dtype: The type the weights are stored in.
         merged: An adapter was added to the weights, so they differ from those of `base`.
+        quantization: The linear layers are stored in few bits; a merged adapter then lies beside them, exact.
         fresh_head: The score head is new.
         dropout: Dropout settings of the configuration that were set to 0, with their values.
         pad: Padding token of a reward model.
@@ -74,6 +84,7 @@ class LoadedFrom:
     kind: str
     dtype: torch.dtype
     merged: bool = False
+    quantization: Quantization | None = None
     fresh_head: bool = False
     dropout: dict[str, float] = field(default_factory=dict)
     pad: PadToken | None = None
@@ -183,7 +194,7 @@ def quiet() -> Iterator[None]:
 def load_model(
     path: str, *, head: Head, dtype: torch.dtype, seed: int = 0, head_init_std: float = 0.02,
     revision: str | None = None, trust_remote_code: bool = False, disable_dropout: bool = False,
-    need_trained_head: bool = False,
+    need_trained_head: bool = False, quantization: Quantization | None = None, attach: bool = False,
 ) -> tuple[PreTrainedModel, LoadedFrom]:  # fmt: skip
     """Load a model folder, hub id or PEFT folder (base + adapter, added to the weights) as language or reward model.
 
@@ -194,6 +205,8 @@ def load_model(
         seed, head_init_std: Of a fresh head.
         disable_dropout: Set every dropout of the configuration to 0 (functional dropout too).
         need_trained_head: Refuse to make a reward model from a language model.
+        quantization: Store the linear layers in few bits; `dtype` is that of the rest.
+        attach: Leave an adapter beside the weights, as it was trained; over a quantised base nothing else is exact.
     """
     asked = inspect_model_folder(fetch_model_folder(path, revision=revision, trust_remote_code=trust_remote_code))
     base, name = asked, str(asked.path) if Path(path).is_dir() else path
@@ -213,13 +226,22 @@ def load_model(
         dtype=DTYPES.get(base.dtype, torch.float32), fresh_head=head == "score" and not has_head,
     )  # fmt: skip
     load_dtype = torch.promote_types(dtype, torch.float32) if asked.kind == "adapter" else dtype
+    if quantization is not None:  # as stored: then the weights stay in the mapped file until each is quantised
+        load_dtype = source.dtype
     model = _load_weights(base, source, head=head, dtype=load_dtype, trust=trust_remote_code)
     if head == "score":
         _finish_reward_model(model, source, seed=seed, std=head_init_std, trust=trust_remote_code)
-    if asked.kind == "adapter":
-        model = merge_adapter(model, asked.path)
+    beneath = asked.path if asked.kind == "adapter" and not attach else None
+    if quantization is not None:
+        quantise_base(model, quantization, earlier=beneath)
+        source.quantization = quantization
+    elif beneath is not None:
+        model = merge_adapter(model, beneath)
+    if beneath is not None:
         source.merged = True
         source.notes.append(f"adapter {asked.path} added to the weights of {name}")
+    elif asked.kind == "adapter":
+        model = base_of(attach_adapter(model, asked.path))
     _own_weights(model, dtype)
     if disable_dropout:
         source.dropout = find_rates(model.config.to_dict())
@@ -231,7 +253,8 @@ def _own_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Copy the weights out of the mapped file: training would else write into pages of it, at its alignment, and a
     change of the file would reach the model. Not `model.to(dtype)`: that would round the rotary tables too."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        if parameter.is_floating_point():  # packed weights are copies already
+            parameter.data = parameter.data.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _check_head(asked: ModelFolder, head: Head, *, has_head: bool, need_trained: bool) -> None:
@@ -394,22 +417,6 @@ def load_reward_model(
     )[0]
 
 
-def _check_settings(s: TrainSettings) -> None:
-    if s.lora is not None and s.top_k:
-        raise ConfigError(
-            f"lora and top_k: {s.top_k} contradict each other", where="top_k", remedy="remove one of the two"
-        )
-    if s.lora is not None and s.untie_embeddings:
-        raise ConfigError(
-            "untie_embeddings does nothing for an adapter", where="untie_embeddings", remedy="remove it, or remove lora"
-        )
-    if s.lora is not None and s.lora.dropout and getattr(s, "disable_dropout", False):
-        raise ConfigError(
-            f"lora.dropout is {s.lora.dropout}, but disable_dropout is on",
-            where="lora.dropout", found=s.lora.dropout, remedy="set lora.dropout: 0, or disable_dropout: false",
-        )  # fmt: skip
-
-
 def find_frozen_dtype(s: TrainSettings, stored: torch.dtype, compute: torch.dtype, masters: torch.dtype) -> torch.dtype:
     """The type of what does not train. Under an adapter: the compute type. Under top_k, where frozen weights are
     exported as well: the compute type if that loses nothing, else the masters'. fp16 only where it is stored so."""
@@ -432,7 +439,7 @@ def build_model(
         dtype_masters: Type of the trainable parameters.
         compute_dtype: Type of the forward pass (None = as the masters); the frozen part stays in it where possible.
     """
-    _check_settings(settings)
+    check_settings(settings)
     compute, partly = compute_dtype or dtype_masters, settings.lora is not None or bool(settings.top_k)
     load_dtype = dtype_masters
     if partly:
@@ -442,7 +449,7 @@ def build_model(
     model, loaded = load_model(
         path, head=head, dtype=load_dtype, seed=seed, head_init_std=getattr(settings, "head_init_std", 0.02),
         revision=settings.revision, trust_remote_code=settings.trust_remote_code,
-        disable_dropout=getattr(settings, "disable_dropout", False),
+        disable_dropout=getattr(settings, "disable_dropout", False), quantization=choose_quantization(settings),
     )  # fmt: skip
     notes = [*loaded.notes]
     if loaded.dropout:
@@ -451,7 +458,10 @@ def build_model(
         notes += untie_embeddings(model)
     trained: nn.Module = model
     if settings.lora is not None:
+        check_joinable(settings.lora, quantised=loaded.quantization is not None, merged=loaded.merged)
         trained = build_lora(model, settings.lora, head=head, seed=derive_seed(seed, "adapter"))
+        if loaded.quantization is not None and settings.lora.use_dora:
+            check_dora(trained)
     else:
         notes += freeze_all_but_top(model, settings.top_k or 0, head=head)
     cast_trainable(trained, dtype_masters)

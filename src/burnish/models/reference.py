@@ -35,6 +35,7 @@ from burnish.faults import fault_point
 from burnish.models.adapters import ADAPTER, adapter_off, is_peft
 from burnish.models.load import load_model, load_tokenizer
 from burnish.models.policy import Policy
+from burnish.models.quantise import describe_storage, read_quantization
 from burnish.track.whereabouts import enter_phase
 
 log = logging.getLogger("burnish")
@@ -130,7 +131,11 @@ def build_reference(
         kept = next(p.dtype for p in policy.parameters() if p.is_floating_point())
         wide = torch.promote_types(kept, torch.float32)
         trust = bool(getattr(settings, "trust_remote_code", False))
-        model, source = load_model(path, head="lm", dtype=wide, trust_remote_code=trust, disable_dropout=True)
+        quantization = read_quantization(Path(path))
+        model, source = load_model(
+            path, head="lm", dtype=wide, trust_remote_code=trust, disable_dropout=True, quantization=quantization,
+            attach=quantization is not None,
+        )  # fmt: skip
         if policy_folder is not None:
             check_same_vocabulary(policy_folder, source.folder, what)
         model.to(policy.device)  # pyright: ignore[reportArgumentType]
@@ -167,7 +172,7 @@ def _shrink(policy: Policy) -> None:
         if not isinstance(module, (nn.Linear, Conv1D)) or "lora_" in name:
             continue
         weight: Tensor = module.weight
-        if id(weight) not in tops:
+        if id(weight) not in tops and weight.is_floating_point():
             weight.data = weight.data.to(dtype)
 
 
@@ -286,6 +291,7 @@ def build_reference_key(
         "truncation": settings.truncation,
         "compute": str(policy.compute_dtype or torch.float32),
         "weights": sorted({str(p.dtype) for p in policy.parameters()}),
+        "quantization": describe_storage(policy),
         "attention": policy.backend,
         "device": policy.device.type,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -26,9 +26,11 @@ from burnish.engine.runtime import Runtime
 from burnish.faults import fault_point
 from burnish.models.export import export_model
 from burnish.models.folder import read_context, read_text_config
+from burnish.models.freeze import compute_share
 from burnish.models.load import BuiltModel, build_model, fetch_model_folder, resolve_model_path
 from burnish.models.policy import Policy
 from burnish.models.precision import PrecisionPlan, resolve_precision
+from burnish.models.quantise import Footprint, measure_footprint
 from burnish.pipeline.inputs import fingerprint_inputs
 from burnish.pipeline.reference import Referenced, attach_reference
 from burnish.pipeline.space import estimate_export
@@ -99,6 +101,9 @@ def run_train_stage(
     built.model.to(runtime.device)
     for note in built.notes:
         log.info("%s", note)
+    footprint = measure_footprint(built.model)
+    if built.loaded.quantization is not None:
+        log.info("%s", footprint.describe(built.loaded.quantization))
     policy = Policy(built.model, head=method.head, attention=settings.attention, compute_dtype=precision.compute)
     log.info("attention: %s%s", policy.backend, f" ({policy.why_padded})" if policy.why_padded else "")
     data = Referenced(inputs.data.train, method.arrange(inputs.data.held_out))
@@ -125,7 +130,9 @@ def run_train_stage(
         enter_phase("export")
         save_final(settings, inputs, built, outcome, method.head, stage_dir / "final")
     runtime.barrier()
-    return _describe(settings, inputs, built, policy, precision, outcome)
+    return _describe(settings, inputs, built, policy, precision, outcome) | {
+        "weights": _describe_weights(built, footprint)
+    }
 
 
 def save_final(
@@ -159,7 +166,7 @@ def _describe(
     precision: PrecisionPlan,
     o: TrainOutcome,
 ) -> dict[str, Any]:
-    total = sum(p.numel() for p in built.model.parameters())
+    total = compute_share(built.model).total
     return {
         "figures": {
             "steps": o.steps, "updates": o.updates, "seconds": round(o.seconds, 3), "tokens": o.tokens,
@@ -173,6 +180,18 @@ def _describe(
         "resumed_from": o.resumed_from,
         "ledger": o.ledger,
     }  # fmt: skip
+
+
+def _describe_weights(built: BuiltModel, footprint: Footprint) -> dict[str, Any]:
+    """How the weights lay in memory: bytes of all, and of those in few bits their number and bits a weight."""
+    quantization = built.loaded.quantization
+    found: dict[str, Any] = {"bytes": footprint.bytes}
+    if quantization is not None:
+        found |= {
+            "stored": str(quantization), "quantised": footprint.quantised, "bits": round(footprint.bits, 4),
+            "bytes_in_fp32": footprint.plain,
+        }  # fmt: skip
+    return found
 
 
 def _hidden_size(folder: Path) -> int:
