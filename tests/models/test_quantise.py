@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from burnish.config.data import DataSettings
 from burnish.config.stages import DpoSettings, RewardSettings, SftSettings
 from burnish.config.train import LoraSettings
 from burnish.core.batch import build_packed_batch
@@ -19,10 +20,11 @@ from burnish.errors import ConfigError
 from burnish.models.adapters import base_of
 from burnish.models.bnb import freeze_linear, is_frozen, load_bitsandbytes, prepare_bitsandbytes
 from burnish.models.export import export_model
+from burnish.models.fingerprint import fingerprint_model
 from burnish.models.load import BuiltModel, build_model, load_model
 from burnish.models.policy import Policy
 from burnish.models.quantise import Quantization, measure_footprint, read_quantization
-from burnish.models.reference import build_reference
+from burnish.models.reference import build_reference, build_reference_key
 from tests.models.small import build_groups, save_small, shake
 
 NF4 = (
@@ -258,6 +260,21 @@ def test_a_second_stage_trains_on_base_and_adapter_exactly(tmp_path: Path) -> No
     trained = Policy(second.model, head="lm").eval()(batch, WANT).logprobs
     assert torch.allclose(Policy(loaded, head="lm").eval()(batch, WANT).logprobs, trained, atol=2e-5)
     assert not torch.allclose(trained, received[1], atol=0.05)
+
+
+@pytest.mark.usefixtures("bits")
+def test_storage_is_part_of_what_a_model_is(tmp_path: Path) -> None:
+    """The fingerprint of a result and the key of cached reference log-probs change with it."""
+    folder, keys, prints = save_small(tmp_path / "base"), [], []
+    for kind in ("none", "nf4", "fp4", "int8"):
+        built = build(folder, kind, r=2)
+        prints.append(fingerprint_model(export(built, tmp_path / kind)))
+        policy = Policy(built.model, head="lm")
+        keys.append(
+            build_reference_key(model="m", groups=build_groups(2), settings=DataSettings(), template=None, policy=policy)
+        )
+    assert [k["quantization"] for k in keys] == ["", "nf4+", "fp4+", "int8"]
+    assert len(set(prints)) == 4
 
 
 @pytest.mark.usefixtures("bits")
