@@ -177,6 +177,27 @@ def test_two_stages_give_one_adapter_of_the_base(name: str, tmp_path: Path) -> N
     )
 
 
+def test_the_base_of_an_adapter_may_lie_in_the_hub_s_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that starts from an adapter over a hub model reads the base's configuration where the hub keeps it."""
+    import huggingface_hub.file_download
+
+    from burnish.models.folder import read_context
+
+    snapshot = tmp_path / "cache" / "models--some--model" / "snapshots" / "abc"
+    save_small(snapshot)
+    (tmp_path / "cache" / "models--some--model" / "refs").mkdir()
+    (tmp_path / "cache" / "models--some--model" / "refs" / "main").write_text("abc")
+    built = build(snapshot, r=2)
+    built.loaded.name = "some/model"
+    (tmp_path / "final").mkdir()
+    export_model(built, tmp_path / "final", tokenizer_source=None, head="lm", extra={})
+    with pytest.raises(ConfigError, match="some/model, is not on this machine"):
+        read_context(tmp_path / "final")
+    monkeypatch.setattr(huggingface_hub.file_download, "HF_HUB_CACHE", str(tmp_path / "cache"), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert read_context(tmp_path / "final") == 96
+
+
 def test_what_cannot_be_joined_is_written_whole(tmp_path: Path) -> None:
     """S4-21: DoRA over an earlier adapter is no single LoRA; the result is the whole model, merged."""
     base = save_small(tmp_path / "base")

@@ -152,13 +152,15 @@ def test_a_wrong_merge_is_not_written(tmp_path: Path, monkeypatch: pytest.Monkey
         merge_folder(adapter, ROWS)
 
 
-def test_a_merge_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("value", "message"), [(float("nan"), "NaNs detected"), (1e30, "differ by inf in a logit")])
+def test_a_merge_that_is_not_finite_is_not_written(value: float, message: str, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path, r=4)
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
-    next(iter(tensors.values()))[0, 0] = float("nan")
+    for tensor in tensors.values():
+        tensor[0, 0] = value if value != value else tensor[0, 0] * value**0.5
     save_file(tensors, file)
-    with pytest.raises((ConfigError, ValueError), match=r"nan|NaN|inf"):
+    with pytest.raises(ConfigError, match=message):
         merge_folder(adapter, ROWS)
 
 

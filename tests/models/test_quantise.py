@@ -271,7 +271,9 @@ def test_storage_is_part_of_what_a_model_is(tmp_path: Path) -> None:
         prints.append(fingerprint_model(export(built, tmp_path / kind)))
         policy = Policy(built.model, head="lm")
         keys.append(
-            build_reference_key(model="m", groups=build_groups(2), settings=DataSettings(), template=None, policy=policy)
+            build_reference_key(
+                model="m", groups=build_groups(2), settings=DataSettings(), template=None, policy=policy
+            )
         )
     assert [k["quantization"] for k in keys] == ["", "nf4+", "fp4+", "int8"]
     assert len(set(prints)) == 4

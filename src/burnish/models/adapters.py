@@ -21,11 +21,10 @@ from transformers.pytorch_utils import Conv1D
 from burnish.config.train import LoraSettings
 from burnish.errors import ConfigError
 from burnish.models.bnb import prepare_bitsandbytes
-from burnish.models.folder import ModelFolder, inspect_model_folder
+from burnish.models.folder import RIGHT_BASE, ModelFolder, inspect_model_folder
 from burnish.models.freeze import is_tied, untie_embeddings
 
 ADAPTER = "default"
-RIGHT_BASE = "set base_model_name_or_path in adapter_config.json to the model it was trained on"
 TASK_TYPES = {"lm": "CAUSAL_LM", "score": "SEQ_CLS"}
 
 _QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -200,8 +199,18 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def merge_attached(wrapped: nn.Module) -> PreTrainedModel:
-    """The transformers model with the adapter that `attach_adapter` put on it added to its weights."""
-    merged = wrapped.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
+    """The transformers model with the adapter that `attach_adapter` put on it added to its weights.
+
+    Raises:
+        ConfigError: The sum is not finite.
+    """
+    try:
+        merged = wrapped.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
+    except ValueError as e:
+        raise ConfigError(
+            f"the adapter cannot be added to the weights: {str(e).splitlines()[0]}",
+            where="adapter", remedy="take an earlier checkpoint of it, or train it again",
+        ) from None  # fmt: skip
     return merged.requires_grad_(True)
 
 

@@ -23,6 +23,7 @@ CONVERT = (
     "convert it once where you trust the file: "
     "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder, safe_serialization=True)"
 )
+RIGHT_BASE = "set base_model_name_or_path in adapter_config.json to the model it was trained on"
 MAX_HEADER = 100 * 2**20
 ITEM_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
@@ -107,11 +108,26 @@ def find_adapter_base(adapter: Path, config: dict[str, Any]) -> str:
 
 
 def read_base_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of a model folder; of an adapter's, that of its base (which must be local)."""
+    """config.json of a model folder; of an adapter's, that of its base, which must be local or in the hub's cache."""
     found = inspect_model_folder(folder)
     if found.kind != "adapter":
         return found.config
-    return inspect_model_folder(find_adapter_base(found.path, found.config)).config
+    base = find_adapter_base(found.path, found.config)
+    if Path(base).is_dir():
+        return inspect_model_folder(base).config
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        file = try_to_load_from_cache(base, "config.json", revision=found.config.get("revision"))
+    except HFValidationError:
+        file = None
+    if not isinstance(file, str):
+        raise ConfigError(
+            f"the base of this adapter, {base}, is not on this machine", where=str(found.path), found=base,
+            remedy=f"give it as model once while online, or {RIGHT_BASE}",
+        )  # fmt: skip
+    return read_json(Path(file))
 
 
 def read_text_config(folder: str | Path) -> dict[str, Any]:

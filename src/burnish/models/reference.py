@@ -33,7 +33,7 @@ from burnish.disk import disk_error
 from burnish.errors import ConfigError
 from burnish.faults import fault_point
 from burnish.models.adapters import ADAPTER, adapter_off, is_peft
-from burnish.models.load import load_model, load_tokenizer
+from burnish.models.load import fetch_model_folder, load_model, load_tokenizer
 from burnish.models.policy import Policy
 from burnish.models.quantise import describe_storage, read_quantization
 from burnish.track.whereabouts import enter_phase
@@ -131,7 +131,7 @@ def build_reference(
         kept = next(p.dtype for p in policy.parameters() if p.is_floating_point())
         wide = torch.promote_types(kept, torch.float32)
         trust = bool(getattr(settings, "trust_remote_code", False))
-        quantization = read_quantization(Path(path))
+        quantization = read_quantization(fetch_model_folder(path))
         model, source = load_model(
             path, head="lm", dtype=wide, trust_remote_code=trust, disable_dropout=True, quantization=quantization,
             attach=quantization is not None,
