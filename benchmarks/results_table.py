@@ -23,7 +23,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURE = ROOT / "docs" / "images" / "cost-curve.svg"
 BEGIN, END = "<!-- {0}: begin (written by benchmarks/results_table.py) -->", "<!-- {0}: end -->"
-NAMES = {"dpo": "DPO", "reward": "reward model", "sft": "SFT"}
+NAMES = {"dpo": "DPO", "reward": "reward model", "sft": "SFT", "kto": "KTO", "orpo": "ORPO"}
 SETTINGS = {"full": "full", "lora": "LoRA", "top_k": "last layers", "padded": "full, `attention: padded`"}
 COLUMNS = (
     "| method | setting | burnish | TRL, defaults | TRL, tuned | defaults ÷ burnish: time | processor time | memory "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from burnish.core import head
+from burnish.core import rows as whole_rows
 from burnish.core.head import ENTROPY, Functional, HeadInput, LogitTransform, compute_token_logprobs
+from burnish.core.logits import LOGPROBS, compute_entropy
 from burnish.errors import UsageError
+from burnish.losses.tdpo import build_tdpo
 
 S, H, V = 23, 16, 1301
 TRANSFORMS = [LogitTransform(), LogitTransform(0.5), LogitTransform(2.0, 3.0)]
@@ -166,7 +170,7 @@ def test_no_positions_give_empty_results_and_zero_gradients() -> None:
 
 def test_entropy_functional_equals_the_tiled_one_and_the_closed_form() -> None:
     hidden, weight, bias, targets = _draw(bias=True)
-    again = Functional("again", head.compute_entropy)
+    again = Functional("again", compute_entropy)
     tiled = compute_token_logprobs(hidden, weight, targets, bias=bias, want_entropy=True, temperature=1.3)
     blocks = compute_token_logprobs(hidden, weight, targets, bias=bias, functionals=[again], temperature=1.3, block=5)
     _, expected = _plain(hidden, weight, bias, targets, LogitTransform(), 1.3)
@@ -255,3 +259,29 @@ def test_products_are_kept_only_for_a_backward_pass(monkeypatch) -> None:
     monkeypatch.setattr(head, "_KEEP", S * V * 4 - 1)
     compute_token_logprobs(hidden, weight, targets)
     assert made == [True, False, False, False]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradients_in_closed_form_equal_autograd(transform, temperature, monkeypatch) -> None:
+    """With and without `pull`, in parts of a few rows, with a bias: the same gradients; unread functionals are not pulled."""
+    monkeypatch.setattr(whole_rows, "_AREA", 3 * V)
+    hidden, weight, bias, targets = _draw(bias=True)
+    other = HeadInput(torch.randn(S, 9).double(), torch.randn(V, 9).double())
+    (kl,) = build_tdpo(None)
+    found = []
+    for functional in (kl, replace(kl, pull=None)):
+        asked = Functional("unread", _refuse_grad), functional
+        monkeypatch.setattr(head, "LOGPROBS", LOGPROBS if functional.pull else replace(LOGPROBS, pull=None))
+        out = compute_token_logprobs(
+            hidden, weight, targets, bias=bias, transform=transform, temperature=temperature, functionals=asked,
+            against=other, block=7,
+        )  # fmt: skip
+        loss = _weigh(out["logprobs"]) + _weigh(out[kl.name]).square()
+        found.append((loss, *torch.autograd.grad(loss, [hidden, weight, bias])))
+    assert all((a - b).norm() <= 1e-11 * b.norm() for a, b in zip(*found, strict=True))
+
+
+def _refuse_grad(logits: Tensor, targets: Tensor, against: Tensor | None) -> Tensor:
+    assert not logits.requires_grad, "its gradient is not wanted"
+    return logits.sum(-1)

@@ -12,6 +12,7 @@ import torch
 from burnish.losses.pairs import Pairs
 from burnish.losses.tdpo import (
     SEQUENTIAL_KL,
+    _find_neighbours,
     build_radpo,
     build_risk,
     build_tdpo,
@@ -76,6 +77,15 @@ def test_the_quantile_is_that_of_numpy(q: float, size: int) -> None:
     np.testing.assert_allclose(
         compute_quantile(torch.from_numpy(values), q), np.quantile(values, q, axis=-1), rtol=1e-7
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("low", [0, 3, 10])
+def test_neighbours_in_order_by_both_ways_of_selection(dtype: torch.dtype, low: int) -> None:
+    values = torch.randn(4, 11, generator=torch.Generator().manual_seed(1)).to(dtype)
+    ordered = values.sort(-1).values
+    floor, above = _find_neighbours(values, low)
+    assert torch.equal(floor, ordered[:, low]) and torch.equal(above, ordered[:, min(low + 1, 10)])
 
 
 def test_the_quantile_takes_blocks_that_torch_refuses() -> None:

@@ -22,6 +22,8 @@ from burnish.core.bmm_attention import attend, attend_backward, may_keep, repeat
 from burnish.core.group_attention import GroupedRow, attend_grouped, attend_grouped_backward, find_grouped
 from burnish.core.plan import AttentionPlan
 
+_KEEP = 1 << 19  # numbers of a norm or activation that may be kept for backward instead of being computed again
+
 
 @dataclass(frozen=True, slots=True)
 class BlockSpec:
@@ -66,7 +68,8 @@ class AttentionHalf(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         rstd = compute_rstd(x, spec.eps, spec.wide)
         bias = None if bq is None or bk is None or bv is None else _stack((bq, bk, bv), spec.low)
-        qkv = F.linear(_normalise(x, rstd, norm, spec.low), _stack((wq, wk, wv), spec.low), bias)
+        n = _normalise(x, rstd, norm, spec.low)
+        qkv = F.linear(n, _stack((wq, wk, wv), spec.low), bias)
         row = find_grouped(plan, spec.heads, spec.kv_heads) if spec.window is None else None
         if row is not None:
             rows = _build_rows(qkv, q_norm, k_norm, cos, sin, spec)
@@ -78,13 +81,13 @@ class AttentionHalf(torch.autograd.Function):
             heads, kept = attend(*_operands(qkv, q_norm, k_norm, cos, sin, spec), plan, spec.window, keeps)
         taken = F.linear(_rows(heads.flatten(1), keep), wo.to(spec.low), None if bo is None else bo.to(spec.low))
         weights = norm, wq, wk, wv, bq, bk, bv, q_norm, k_norm, wo, bo
-        ctx.save_for_backward(x, rstd, qkv, heads, *weights, cos, sin, keep, *kept)
+        ctx.save_for_backward(x, rstd, _if_short(n, spec), qkv, heads, *weights, cos, sin, keep, *kept)
         ctx.plan, ctx.spec, ctx.row = plan, spec, row
         return _add(taken, _rows(x, keep))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, rstd, qkv, heads, norm, wq, wk, wv, bq, bk, bv, q_norm, k_norm, wo, bo, cos, sin, keep, *kept = (
+        x, rstd, n, qkv, heads, norm, wq, wk, wv, bq, bk, bv, q_norm, k_norm, wo, bo, cos, sin, keep, *kept = (
             ctx.saved_tensors
         )
         spec: BlockSpec = ctx.spec
@@ -102,7 +105,8 @@ class AttentionHalf(torch.autograd.Function):
             )  # fmt: skip
         d_weights: list[Tensor | None] = [None] * 3
         if any(need[2:5]):
-            d_weights = _split_gradient(d_qkv.t() @ _normalise(x, rstd, norm, spec.low), (wq, wk, wv), need[2:5])
+            n = _normalise(x, rstd, norm, spec.low) if n is None else n
+            d_weights = _split_gradient(d_qkv.t() @ n, (wq, wk, wv), need[2:5])
         d_biases: list[Tensor | None] = [None] * 3
         if any(need[5:8]):
             d_biases = _split_gradient(d_qkv.sum(0, dtype=spec.wide), (bq, bk, bv), need[5:8])
@@ -121,27 +125,32 @@ class MlpHalf(torch.autograd.Function):
         rstd = compute_rstd(x, spec.eps, spec.wide)
         n = _normalise(x, rstd, norm, spec.low)
         left, right = (F.linear(n, w.to(spec.low)) for w in (gate, up))  # two: the halves of one would lie scattered
-        ctx.save_for_backward(x, rstd, left, right, norm, gate, up, down)
+        act = F.silu(left)
+        short = _if_short(act, spec)
+        ctx.save_for_backward(x, rstd, _if_short(n, spec), left, right, short, norm, gate, up, down)
         ctx.spec = spec
-        return _add(F.linear(F.silu(left).mul_(right), down.to(spec.low)), x)
+        product = act.mul_(right) if short is None else act * right
+        return _add(F.linear(product, down.to(spec.low)), x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, rstd, left, right, norm, gate, up, down = ctx.saved_tensors
+        x, rstd, n, left, right, act, norm, gate, up, down = ctx.saved_tensors
         spec: BlockSpec = ctx.spec
         need = ctx.needs_input_grad
         low = grad.to(spec.low)
         d_act = low @ down.to(spec.low)
-        act = F.silu(left)
+        kept = act is not None
+        act = act if kept else F.silu(left)
         d_both = left.new_empty(left.shape[0], 2 * left.shape[1])
         to_gate, to_up = d_both.chunk(2, 1)
         torch.mul(d_act, act, out=to_up)
-        d_down = _weight_gradient(low, act.mul_(right), down) if need[4] else None
+        d_down = _weight_gradient(low, act * right if kept else act.mul_(right), down) if need[4] else None
         torch.ops.aten.silu_backward.grad_input(d_act.mul_(right), left, grad_input=to_gate)
         d_gate: Tensor | None = None
         d_up: Tensor | None = None
         if need[2] or need[3]:
-            d_gate, d_up = _split_gradient(d_both.t() @ _normalise(x, rstd, norm, spec.low), (gate, up), need[2:4])
+            n = _normalise(x, rstd, norm, spec.low) if n is None else n
+            d_gate, d_up = _split_gradient(d_both.t() @ n, (gate, up), need[2:4])
         dx, d_norm = None, None
         if need[0] or need[1]:
             dx, d_norm = _norm_backward(d_both @ _stack((gate, up), spec.low), x, rstd, norm, need[1], spec.wide)
@@ -166,12 +175,12 @@ def _norm_backward(
     grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, need_weight: bool, wide: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of an RMS norm over the last axis: at least fp32 for x, the weight's type for the weight."""
-    g = grad.to(wide, copy=True)
+    g = grad.to(wide)
     unit = x * rstd
-    d_weight = (g * unit).flatten(0, -2).sum(0).to(weight.dtype) if need_weight else None
-    g.mul_(weight)
-    share = (g * unit).sum(-1, keepdim=True).div_(-x.shape[-1])
-    return g.addcmul_(unit, share).mul_(rstd), d_weight
+    pulled = g * unit
+    d_weight = pulled.flatten(0, -2).sum(0).to(weight.dtype) if need_weight else None
+    share = (pulled @ weight.to(wide)).unsqueeze(-1).div_(-x.shape[-1])
+    return (g * weight).addcmul_(unit, share).mul_(rstd), d_weight
 
 
 # ---- heads --------------------------------------------------------------------------------------------------------
@@ -329,6 +338,11 @@ def _split_gradient(grad: Tensor, parts: Sequence[Tensor | None], need: Sequence
     sizes = [0 if p is None else p.shape[0] for p in parts]
     pieces = grad.split(sizes)
     return [g.to(p.dtype) if n and p is not None else None for g, p, n in zip(pieces, parts, need, strict=True)]
+
+
+def _if_short(x: Tensor, spec: BlockSpec) -> Tensor | None:
+    """x, if it is small enough to be kept for backward."""
+    return x if spec.keeps and x.numel() <= _KEEP else None
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:

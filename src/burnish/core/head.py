@@ -1,9 +1,9 @@
 """The language-model head without logits: log-probabilities and functionals, tile by tile, recomputed in backward.
 
 Log-probabilities and entropy walk the vocabulary in tiles (all rows × some columns), keeping a running log-sum-exp, so
-that the gradient of each weight row is one matrix product. Functionals need whole rows and walk blocks of positions.
-Neither ever holds a (positions, vocabulary) tensor, unless the products of all positions are few (64 MiB): then the tiles keep
-them for backward.
+that the gradient of each weight row is one matrix product. Functionals need whole rows and walk blocks of positions
+(`core.rows`). Neither ever holds a (positions, vocabulary) tensor, unless the products of all positions are few (64 MiB): then
+the tiles keep them for backward.
 
 Shapes: S positions, h hidden size, V vocabulary.
 """
@@ -16,98 +16,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from burnish.core.logits import (
+    ENTROPY,
+    IDENTITY,
+    LOGPROBS,
+    BlockFunction,
+    Functional,
+    HeadInput,
+    LogitTransform,
+    compute_dtype,
+)
+from burnish.core.rows import compute_functionals
 from burnish.errors import UsageError
 
-BlockFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 _TILE = 1 << 21  # elements of a logits tile; 8 MB in fp32 stays in the last-level cache
 _ROWS = 4096  # positions of a tile at most
 _KEEP = 1 << 26  # bytes of products kept from forward to backward at most; more of them are computed again
-
-
-@dataclass(frozen=True, slots=True)
-class LogitTransform:
-    """What a model does to its logits after the matrix product: z → c·tanh(scale·z / c), without softcap scale·z."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @property
-    def is_identity(self) -> bool:
-        return self.scale == 1.0 and self.softcap is None
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
-
-
-@dataclass(frozen=True)
-class Functional:
-    """A number per position from the distribution over the vocabulary.
-
-    Attributes:
-        name: Its key in the result.
-        fn: fn(logits (B, V), targets (B,), against (B, V) or None) → (B,); at least fp32, differentiable in `logits`.
-        needs_against: It reads a second model's logits.
-    """
-
-    name: str
-    fn: BlockFunction
-    needs_against: bool = False
-
-
-@dataclass(frozen=True)
-class HeadInput:
-    """Hidden states at the scored positions with the head that reads them.
-
-    Attributes:
-        hidden: (S, h). weight: (V, h). bias: (V,) or None.
-        module: Called on (B, h) in place of weight and bias (adapters or quantisation on the head).
-    """
-
-    hidden: Tensor
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    transform: LogitTransform = LogitTransform()
-    module: Callable[[Tensor], Tensor] | None = None
-
-    def logits(self, start: int, stop: int, temperature: float = 1.0) -> Tensor:
-        """(stop − start, V) logits, at least fp32, divided by the temperature."""
-        hidden = self.hidden[start:stop]
-        if self.module is not None:
-            raw = self.module(hidden)
-        else:
-            assert self.weight is not None
-            dtype = _compute_dtype(hidden, self.weight)
-            raw = hidden.to(dtype) @ self.weight.to(dtype).t()
-            if self.bias is not None:
-                raw = raw + self.bias.to(dtype)
-        logits = self.transform(raw.to(torch.promote_types(raw.dtype, torch.float32)))
-        return logits if temperature == 1.0 else logits / temperature
-
-
-def compute_entropy(logits: Tensor, targets: Tensor, against: Tensor | None) -> Tensor:
-    """(B, V) → (B,) entropy in nats."""
-    logp = torch.log_softmax(logits, dim=-1)
-    return -(logp.exp() * logp).sum(-1)
-
-
-def _compute_target_logprob(logits: Tensor, targets: Tensor, against: Tensor | None) -> Tensor:
-    return logits.gather(1, targets[:, None])[:, 0] - torch.logsumexp(logits, dim=-1)
-
-
-def _compute_against_logprob(logits: Tensor, targets: Tensor, against: Tensor | None) -> Tensor:
-    assert against is not None
-    return _compute_target_logprob(against, targets, None)
-
-
-ENTROPY = Functional("entropy", compute_entropy)
-AGAINST_LOGPROBS = Functional("against_logprobs", _compute_against_logprob, needs_against=True)
-_LOGPROBS = Functional("logprobs", _compute_target_logprob)
 
 
 def compute_token_logprobs(
@@ -116,7 +41,7 @@ def compute_token_logprobs(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
-    transform: LogitTransform = LogitTransform(),
+    transform: LogitTransform = IDENTITY,
     want_logprobs: bool = True,
     want_entropy: bool = False,
     temperature: float = 1.0,
@@ -152,20 +77,12 @@ def compute_token_logprobs(
         once = torch.is_grad_enabled() and hidden.requires_grad and frozen and not want_entropy
         once = once and transform.softcap is None
         keep = torch.is_grad_enabled() and not once and (hidden.requires_grad or not frozen)
-        settings = _Tiling(transform, temperature, want_entropy, _compute_dtype(hidden, weight), once, keep)
+        settings = _Tiling(transform, temperature, want_entropy, compute_dtype(hidden, weight), once, keep)
         logprobs, entropy = _TiledHead.apply(hidden, weight, bias, targets, settings)  # type: ignore[misc]
         return {"logprobs": logprobs, "entropy": entropy} if want_entropy else {"logprobs": logprobs}
-    wanted = ([_LOGPROBS] if want_logprobs else []) + ([ENTROPY] if want_entropy else []) + list(functionals)
-    columns = _run_blocks(source, targets, wanted, temperature, against, block)
+    wanted = ([LOGPROBS] if want_logprobs else []) + ([ENTROPY] if want_entropy else []) + list(functionals)
+    columns = compute_functionals(source, targets, wanted, temperature, against, block)
     return {f.name: column for f, column in zip(wanted, columns, strict=True)}
-
-
-def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of the head's matrix product: autocast's where it is on, else the wider of the two."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return torch.promote_types(hidden.dtype, weight.dtype)
 
 
 def _check_against(source: HeadInput, functionals: Sequence[Functional], against: HeadInput | None) -> None:
@@ -389,42 +306,3 @@ class _TiledHead(torch.autograd.Function):
             None,
             None,
         )
-
-
-# ---- whole rows, a block of positions at a time -------------------------------------------------------------------
-
-
-def _run_blocks(
-    source: HeadInput,
-    targets: Tensor,
-    wanted: Sequence[Functional],
-    temperature: float,
-    against: HeadInput | None,
-    block: int,
-) -> list[Tensor]:
-    """(S,) per functional; each block of logits is freed after use and recomputed in backward."""
-
-    def run(hidden: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
-        part = HeadInput(hidden, source.weight, source.bias, source.transform, source.module)
-        logits = part.logits(0, stop - start, temperature)
-        other = None
-        if against is not None:
-            with torch.no_grad():
-                other = against.logits(start, stop, temperature)
-            if other.shape != logits.shape:
-                raise UsageError(
-                    f"vocabularies differ: {logits.shape[1]} and {other.shape[1]} tokens", where="head",
-                    remedy="use a reference or teacher with the same vocabulary",
-                )  # fmt: skip
-        return tuple(f.fn(logits, targets[start:stop], other) for f in wanted)
-
-    count = source.hidden.shape[0]
-    pieces = []
-    for start in range(0, max(count, 1), block):
-        stop = min(start + block, count)
-        hidden = source.hidden[start:stop]
-        if torch.is_grad_enabled():
-            pieces.append(checkpoint(run, hidden, start, stop, use_reentrant=False, preserve_rng_state=False))
-        else:
-            pieces.append(run(hidden, start, stop))
-    return [torch.cat([piece[i] for piece in pieces]) for i in range(len(wanted))]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from burnish.core.batch import Outputs, Table
 from burnish.core.group import Group
-from burnish.core.head import Functional
+from burnish.core.logits import Functional
 from burnish.engine.observe import Observed, StepRecord
 from burnish.losses.terms import LossResult
 

@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 from burnish.core.batch import Outputs, PackedBatch, Table, build_packed_batch
 from burnish.core.concat import concat_steps, is_per_token
 from burnish.core.group import Group
-from burnish.core.head import AGAINST_LOGPROBS, Functional, HeadInput
+from burnish.core.logits import AGAINST_LOGPROBS, Functional, HeadInput
 from burnish.engine.fetch import fetch_numbers
 from burnish.engine.method import Method
 from burnish.engine.observe import Observation, Observed, StepRecord

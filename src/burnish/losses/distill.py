@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from burnish.core.head import Functional
+from burnish.core.logits import Functional
 
 
 def build_divergence(loss_type: str, *, jsd_beta: float = 0.5, temperature: float = 1.0) -> Functional:

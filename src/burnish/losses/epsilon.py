@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from burnish.core.head import Functional
+from burnish.core.logits import Functional
 from burnish.losses.pairs import PairLoss, Pairs
 
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from burnish.config.losses import find_entry, find_unread, get_loss_names
 from burnish.config.registry import LOSS_TYPES, LossEntry, load_object
-from burnish.core.head import Functional
+from burnish.core.logits import Functional
 from burnish.errors import ConfigError
 from burnish.losses.pairs import PairLoss, Pairs
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from burnish.core.head import Functional
+from burnish.core.logits import Functional
 from burnish.losses.pairs import PairLoss, Pairs
 
 SEQUENTIAL_KL = "sequential_kl"
@@ -24,6 +25,12 @@ def compute_sequential_kl(logits: Tensor, targets: Tensor, against: Tensor | Non
     """(B, V), (B, V) → (B,): KL(π_ref ‖ π) = Σ_v π_ref(v) d_v of each position, nats."""
     weight, gap = _compare(logits, against)
     return (weight * gap).sum(-1)
+
+
+def _pull_sequential_kl(p: Tensor, targets: Tensor, against: Tensor | None, grad: Tensor) -> Tensor:
+    """d/d logits of `compute_sequential_kl`: π − π_ref."""
+    assert against is not None
+    return torch.sub(p, torch.softmax(against.to(p.dtype), -1)).mul_(grad[:, None])
 
 
 def build_risk(confidence: float) -> Functional:
@@ -61,15 +68,23 @@ def compute_quantile(values: Tensor, q: float) -> Tensor:
     place = q * (values.shape[-1] - 1)
     low = math.floor(place + 1e-9)
     share = min(max(place - low, 0.0), 1.0)
+    floor, ceiling = _find_neighbours(values, low)
+    return floor if share < 1e-9 else torch.lerp(floor, ceiling, share)
+
+
+def _find_neighbours(values: Tensor, low: int) -> tuple[Tensor, Tensor]:
+    """(B, V) → two (B,): the entries number `low` and `low` + 1 (the last one again, if there is none) in ascending order."""
+    if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):  # NumPy selects faster
+        parted = torch.from_numpy(np.partition(values.numpy(), low, axis=-1))
+        floor, above = parted[:, low], parted[:, low + 1 :]
+        return floor, above.amin(-1) if above.shape[1] else floor
     floor = torch.kthvalue(values, low + 1, dim=-1).values
-    if share < 1e-9:
-        return floor
-    return torch.lerp(floor, torch.kthvalue(values, low + 2, dim=-1).values, share)
+    return floor, torch.kthvalue(values, min(low + 2, values.shape[-1]), dim=-1).values
 
 
 def build_tdpo(settings: Any) -> tuple[Functional, ...]:
     """What tdpo1 and tdpo2 read."""
-    return (Functional(SEQUENTIAL_KL, compute_sequential_kl, needs_against=True),)
+    return (Functional(SEQUENTIAL_KL, compute_sequential_kl, needs_against=True, pull=_pull_sequential_kl),)
 
 
 def build_radpo(settings: Any) -> tuple[Functional, ...]:

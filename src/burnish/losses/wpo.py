@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from burnish.core.batch import Table
-from burnish.core.head import Functional
+from burnish.core.logits import Functional
 
 
 def compute_log_square_sum(logits: Tensor, targets: Tensor, against: Tensor | None) -> Tensor:

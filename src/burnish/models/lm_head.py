@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from burnish.core.head import HeadInput, LogitTransform
+from burnish.core.logits import HeadInput, LogitTransform
 
 # Configuration fields that change logits after the head's matrix product, found by reading every causal model of
 # transformers 5.23. The load-time self-check compares the result with the model's own logits.

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from burnish.core.batch import PackedBatch, build_packed_batch
 from burnish.core.group import Completion, Group
-from burnish.core.head import Functional
+from burnish.core.logits import Functional
 from burnish.errors import ConfigError
 from burnish.models.adapters import attach_adapter, merge_attached
 from burnish.models.export import export_model

@@ -30,7 +30,8 @@ from burnish.core.batch import (
     build_packed_batch,
 )
 from burnish.core.group import Completion, Group
-from burnish.core.head import Functional, HeadInput, compute_token_logprobs
+from burnish.core.head import compute_token_logprobs
+from burnish.core.logits import Functional, HeadInput
 from burnish.core.plan import AttentionPlan, build_attention_plan
 from burnish.errors import UsageError
 from burnish.models.fuse import fuse_blocks, split_blocks
@@ -189,7 +190,7 @@ class Policy(nn.Module):
             source = HeadInput(logits, module=_identity)
             return self._read(source, batch, want, against, temperature, functionals)
         if self.head == "lm":
-            tied = None if functionals or self.backend != "sdpa" else find_tied_embedding(self.inner)
+            tied = None if self.backend != "sdpa" else find_tied_embedding(self.inner)
             source, _ = self._hidden(batch, source=True, tied=tied)
             head = build_head_input(self.inner, source)
             if tied is not None and tied.head is not None:
@@ -221,7 +222,7 @@ class Policy(nn.Module):
     ) -> Outputs:
         other = against.head_input(batch) if isinstance(against, Policy) else against
         hidden, targets, count = source.hidden, batch.target_ids, len(batch.target_ids)
-        spare = 0 if functionals or source.module is not None else self._spare(count)
+        spare = 0 if other is not None or source.module is not None else self._spare(count)
         if spare:
             hidden, targets = F.pad(hidden, (0, 0, 0, spare)), F.pad(targets, (0, spare))
         with self._autocast():

@@ -28,7 +28,7 @@ from burnish.artifacts.folder import DamagedFolder, FolderWriter, NewerFormat, v
 from burnish.config.data import DataSettings
 from burnish.core.batch import PackedBatch, build_packed_batch
 from burnish.core.group import Group
-from burnish.core.head import HeadInput
+from burnish.core.logits import HeadInput
 from burnish.disk import disk_error
 from burnish.errors import ConfigError
 from burnish.faults import fault_point
