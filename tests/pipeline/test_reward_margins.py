@@ -29,6 +29,7 @@ from burnish.pipeline.train_stage import StageInputs, load_inputs
 from tests.forkserver import ForkServer
 from tests.pipeline.test_kill import compute_digest, run_until_done
 from tests.pipeline.test_live_reference import load_weights, read_rows
+from tests.reliability.test_runs_processes import start
 
 FAST: dict[str, Any] = {"batch_size": 6, "learning_rate": 1e-2, "precision": "fp32", "seed": 3}
 
@@ -39,7 +40,7 @@ def write_recipe(folder: Path, inputs: Path, *, reward: dict[str, Any] | None = 
         "name": "small", "model": str(inputs / "model"), "output_dir": str(folder / "runs"), **FAST,
         "data": str(inputs / "pairs.jsonl"), "validation_split": 0.25,
         "stages": [
-            {"kind": "reward", "max_steps": 6, "num_train_epochs": 9.0} | (reward or {}),
+            {"kind": "reward", "max_steps": 6, "num_train_epochs": 9.0, "head_init_std": 1.0} | (reward or {}),
             {"kind": "madpo", "reward_model": "reward", "max_steps": 4, "num_train_epochs": 9.0, "madpo_tau": 0.5,
              "madpo_c_max": 4.0} | changes,
         ],
@@ -169,7 +170,7 @@ def test_each_way_to_keep_the_reference(scorer: Path, inputs: Path, tmp_path: Pa
     )  # fmt: skip
     assert main(["run", str(recipe)]) == 0
     row = read_rows(stage_of(tmp_path))[-1]
-    assert {"madpo_weights", "wpo_weights", "beta", "loss/dpo/sft"} <= set(row)
+    assert {"madpo_weights", "wpo_weights", "dpo/beta", "loss/dpo/sft"} <= set(row)
 
 
 def test_a_kill_keeps_every_bit(server: ForkServer, inputs: Path, tmp_path: Path) -> None:
@@ -188,6 +189,19 @@ def test_a_kill_keeps_every_bit(server: ForkServer, inputs: Path, tmp_path: Path
     assert compute_digest(tmp_path / "killed" / "run") == compute_digest(tmp_path / "calm" / "run")
 
 
+@pytest.mark.dist
+def test_two_processes_score_and_train_as_one(weighed: Path, tmp_path: Path) -> None:
+    """Each scores a share; margins, weights and losses of every step are those of one process, held-out pairs too."""
+    status, text, _ = start(["run", str(weighed / "small.yaml"), "--output-dir", str(tmp_path / "runs")], tmp_path)
+    assert status == 0, text[-3000:]
+    names = ("loss", "madpo_weights", "madpo_margins", "rewards/margins")
+    for kind, prefix in (("train", ""), ("eval", "eval_")):
+        one, two = (read_rows(stage_of(folder), kind) for folder in (weighed, tmp_path))
+        assert len(one) == len(two) > 0
+        for a, b in zip(one, two, strict=True):
+            assert [b[prefix + n] for n in names] == pytest.approx([a[prefix + n] for n in names], rel=1e-4, abs=1e-5)
+
+
 def test_cells_of_a_grid_share_the_reward_stage_and_its_scores(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,7 +217,7 @@ def test_cells_of_a_grid_share_the_reward_stage_and_its_scores(
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(recipe | {"grid": {"madpo.madpo_tau": [0.5, 2.0]}}))
     assert main(["run", str(tmp_path / "grid.yaml"), "--run-name", "grid"]) == 0
     grid = tmp_path / "runs" / "grid"
-    assert [p.name for p in (grid / "shared").iterdir()] == ["01-reward"]
+    assert sorted(p.name for p in (grid / "shared").iterdir()) == ["01-reward", "reference"]
     weights = [load_weights(p / "02-madpo") for p in sorted((grid / "cells").iterdir())]
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert calls == [24], "scored once, for both cells"
