@@ -142,7 +142,7 @@ def test_nested_flags(pipeline: Pipeline):
 
 @pytest.mark.parametrize("word", [*KINDS, *ALIASES])
 def test_every_verb(pipeline: Pipeline, word: str):
-    needed = ["--teacher", "b/t"] if word == "distill" else []
+    needed = {"distill": ["--teacher", "b/t"], "madpo": ["--reward-model", "b/r"]}.get(word, [])
     assert main([word, "--model", "a/m", "--data", "d", "--seed", "5", "--output-dir", "out", "--fresh", *needed]) == 0
     assert pipeline.loaded is not None and pipeline.options is not None and pipeline.options.fresh
     recipe = pipeline.loaded.recipe

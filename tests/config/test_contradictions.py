@@ -62,6 +62,20 @@ CONTRADICTIONS: list[tuple[str, dict, str]] = [
     ("dpo", {"f_alpha_divergence_coef": 0.3}, "f_alpha_divergence_coef"),
     ("dpo", {"discopop_tau": 0.3}, "discopop_tau"),
     ("aot", {"use_weighting": True}, "use_weighting"),
+    ("aot", {"reward_model": "./rm"}, "reward_model"),
+    ("dpo", {"loss_type": ["sigmoid", "aot_unpaired"], "reward_model": "./rm"}, "reward_model"),
+    ("dpo", {"madpo_c_max": 3.0}, "madpo_c_max"),
+    ("dpo", {"madpo_c_min": 0.5}, "madpo_c_min"),
+    ("dpo", {"madpo_lambda": 2.0}, "madpo_lambda"),
+    ("dpo", {"madpo_tau": 3.0}, "madpo_tau"),
+    ("dpo", {"reward_model": "./rm", "madpo_c_max": 1.0}, "madpo_c_max"),
+    ("dpo", {"reward_model": "./rm", "madpo_c_min": 1.0}, "madpo_c_min"),
+    ("dpo", {"reward_model": "./rm", "madpo_c_min": 0.0}, "madpo_c_min"),
+    ("dpo", {"reward_model": "./rm", "madpo_lambda": 0.0}, "madpo_lambda"),
+    ("dpo", {"reward_model": "./rm", "madpo_tau": 0.0}, "madpo_tau"),
+    ("dpo", {"reward_model": "rm"}, "reward_model"),
+    ("madpo", {}, "reward_model"),
+    ("cpo", {"reward_model": "./rm"}, "reward_model"),
     ("dpo", {"reference_mode": "adapter"}, "reference_mode"),
     ("dpo", {"reference_mode": "adapter", "lora": LORA, "reference": "gpt2"}, "reference_mode"),
     ("dpo", {"dynamic_beta": {"delta": 0.1}}, "dynamic_beta.delta"),
@@ -110,6 +124,8 @@ def test_there_are_at_least_twelve():
         {"loss_type": "exo_pair"},
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 0.2], "ld_alpha": 0.5},
         {"loss_type": "ipo", "use_weighting": True},
+        {"reward_model": "owner/name", "madpo_c_max": 4.0, "madpo_c_min": 0.2, "madpo_lambda": 0.5, "madpo_tau": 3.0},
+        {"reward_model": "./rm", "use_weighting": True, "loss_type": ["bco_pair", "sft"]},
         {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
         {"dynamic_beta": {"type": "risk", "unit": {"pairs": 4}, "lambda": 0.1, "estimator": "ema", "beta_warmup": 0}},
         {"dynamic_beta": {"type": "beta_dpo", "rho": 1.0}, "margin_records": False},
@@ -181,6 +197,19 @@ SFT, REWARD, DPO = {"kind": "sft"}, {"kind": "reward"}, {"kind": "dpo"}
             ["is 'sft', which is no reward stage", "judge with reward"],
         ),
         (stages(REWARD, {"kind": "evaluate", "judge": "reward"}), ["no task needs a judge"]),
+        (
+            stages(SFT, REWARD, {**DPO, "reward_model": "sft"}),
+            ["dpo.reward_model: is 'sft', which is no reward stage", "weigh by reward"],
+        ),
+        (stages(SFT, {**DPO, "reward_model": "sft"}), ["which is no reward stage", "add a stage {kind: reward"]),
+        (stages({**DPO, "reward_model": "reward"}, REWARD), ["is 'reward', which comes later", "move reward before dpo"]),
+        (stages({**DPO, "reward_model": "dpo"}), ["is 'dpo', the stage itself"]),
+        (
+            stages(REWARD, {**DPO, "reward_model": "rewrad"}),
+            ["there is no stage 'rewrad'", "did you mean reward?", "a folder is written ./rewrad"],
+        ),
+        (stages({**DPO, "reward_model": "rm"}), ["no reward stage comes before it", "a hub id owner/name"]),
+        (stages(REWARD, {"kind": "madpo"}), ["madpo.reward_model: is missing: kind madpo is kind dpo with it"]),
         ({"model": "m", "stages": [SFT]}, ["stages.sft.data: the stage has no data"]),
         ({"data": "d", "stages": [SFT]}, ["the stage has no model to start from"]),
         ({"model": "m", "data": "d", "stages": []}, ["stages: is empty"]),
@@ -207,6 +236,8 @@ def test_good_references_between_stages():
         "judge": "reward",
         "tasks": ["win_rate", "pocket/maths"],
     }
+    weighted = load({**stages(REWARD, {"kind": "madpo"}), "reward_model": "reward"}).recipe.stage("madpo")
+    assert (weighted.kind, weighted.reward_model, weighted.loss_type) == ("dpo", "reward", "sigmoid")
     recipe = load(
         stages(SFT, reward, {**REWARD, "init_from": "reward"}, {**DPO, "init_from": "sft"}, evaluation)
     ).recipe
@@ -229,6 +260,7 @@ def test_missing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert "stages.dpo.data" in machine_problems(data=["pairs.jsonl", {"source": "./x/*.jsonl"}])
     assert "stages.dpo.model" in machine_problems(model="./nothing")
     assert "stages.dpo.reference" in machine_problems(reference="/nothing/at/all")
+    assert "stages.dpo.reward_model" in machine_problems(reward_model="/nothing/at/all")
     assert "stages.dpo.chat_template" in machine_problems(chat_template="t.jinja")
     assert "init_from" in machine_problems(model="./runs/a/01-sft/final")
     load_recipe({**PAIRS, "stages": [{"kind": "dpo", "data": "*.jsonl", "model": "some/hub-id"}]}, env={})

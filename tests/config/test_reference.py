@@ -36,7 +36,11 @@ def test_examples_are_recipes_and_complete(kind: str, tmp_path: Path):
     text = render_example(kind)
     recipe = load(write(tmp_path, text)).recipe
     stage = recipe.stages[0]
-    needed = {name: getattr(stage, name) for name in ("data", "teacher") if getattr(stage, name, None) is not None}
+    needed = {
+        name: getattr(stage, name)
+        for name in ("data", "teacher", "reward_model")
+        if getattr(stage, name, None) is not None
+    }
     plain = load({"model": "pocket", "stages": [{"kind": kind, **needed}]})
     assert stage == plain.recipe.stages[0], "the example means the defaults"
     written = set(re.findall(r"^ *(?:# |- )? *([a-z_0-9]+):", text, re.MULTILINE))

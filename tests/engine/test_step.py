@@ -21,6 +21,7 @@ from tests.engine.tiny import CONTROLLED, MIXES, build_groups, build_method, bui
 
 # Methods that two processes are tried with too, and every loss type beside them; "dpo aot" is a kind and its loss type.
 METHODS = ["sft", "reward", "sigmoid", "coupled", "dpo aot", "dpo bco_pair", "orpo orpo", "rpo", "wpo", "kto"]
+METHODS += ["madpo", "madpo, wpo, bco + sft"]
 METHODS += CONTROLLED
 LOSSES = [f"{kind} {name}" for kind, types in LOSS_TYPES.items() for name in types]
 EVERY = [*METHODS, *(name for name in [*LOSSES, *MIXES] if name not in METHODS)]

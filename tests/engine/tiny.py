@@ -20,6 +20,21 @@ MIXES: dict[str, dict[str, Any]] = {
     "bco + sft": {"loss_type": ["bco_pair", "sft"]},
     "wpo": {"use_weighting": True},
     "wpo, bco": {"loss_type": "bco_pair", "use_weighting": True},
+    "madpo": {"reward_model": "./rm", "madpo_tau": 2.0},
+    "madpo, wpo, bco + sft": {
+        "reward_model": "./rm",
+        "madpo_c_max": 3.0,
+        "use_weighting": True,
+        "loss_type": ["bco_pair", "sft"],
+    },
+    "madpo, risk": {
+        "reward_model": "./rm",
+        "dynamic_beta": DynamicBetaSettings(type="risk", warmup=0, alpha=0.3),
+    },
+    "madpo, filter": {
+        "reward_model": "./rm",
+        "dynamic_beta": DynamicBetaSettings(type="beta_dpo", alpha=0.05),
+    },
     "ld": {"ld_alpha": 0.3},
     "f-divergence": {"f_divergence_type": "js_divergence"},
 }
@@ -45,7 +60,9 @@ def build_groups(n: int, *, seed: int = 0, k: int = 2, reference: bool = False, 
                 f"row:{i}",
                 prompt,
                 tuple(completions),
-                columns={"margin": 0.0} if k == 2 else {"label": float(i % 3 > 0)},
+                columns={"margin": 0.0, "reward_margin": 4.0 * np.sin(2.0 * i)}
+                if k == 2
+                else {"label": float(i % 3 > 0)},
             )
         )
     return groups

@@ -25,8 +25,8 @@ from burnish.models.reference import (
     check_same_vocabulary,
     compute_reference_table,
     compute_start_gap,
-    plan_batches,
 )
+from burnish.models.stored import plan_batches
 from tests.models.small import build_groups, build_tokenizer, save_small, shake
 
 GROUPS = build_groups(8)

@@ -76,6 +76,22 @@ def test_the_identity_holds_all_that_a_result_depends_on():
         assert {at for at, (a, b) in enumerate(zip(plain, identify(words), strict=True)) if a != b} == changed, words
 
 
+def test_the_identity_holds_the_other_stages_that_one_reads():
+    """A reward model that weighs the pairs, or a teacher, makes another stage when it is trained otherwise."""
+    reward = {"kind": "reward", "data": "pocket/preferences"}
+    weighted = {"kind": "madpo", "data": "pocket/preferences", "reward_model": "reward"}
+    taught = {"kind": "distill", "data": "pocket/chat", "teacher": "madpo"}
+    recipe = {**RECIPE, "model": "pocket", "grid": {}, "stages": [reward, weighted, taught]}
+    del recipe["models"]
+    plain = identify_stages(load(recipe).recipe)
+    changed = identify_stages(load(recipe, "reward.learning_rate=1e-3").recipe)
+    assert [a != b for a, b in zip(plain, changed, strict=True)] == [True, True, True]
+    grid = {**recipe, "grid": {"reward.learning_rate": [1e-3, 2e-3], "madpo.madpo_tau": [2.0, 3.0]}}
+    found = folders(grid)
+    assert len({x[0] for x in found.values()}) == 2 and all(x[0].startswith("shared/") for x in found.values())
+    assert len({x[1] for x in found.values()}) == len({x[2] for x in found.values()}) == 4
+
+
 def test_relevant_axes_are_the_fewest_that_decide():
     grid = load(RECIPE).grid
     assert grid is not None

@@ -250,7 +250,7 @@ DEFECTS: dict[str, Defect] = {
     ),
     "reference_cache_of_other_data": Defect(
         "cached reference log-probs are used for other data",
-        "burnish.models.reference:build_reference_key",
+        "burnish.models.stored:build_stored_key",
         (('"data": fingerprint_groups(groups)', '"data": ""'),),
         ("tests/models/test_reference.py::test_key_holds_every_input",),
     ),

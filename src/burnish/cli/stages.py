@@ -25,12 +25,14 @@ def build_verb(word: str) -> click.Command:
     alias = ALIASES.get(word)
     kind = alias.kind if alias else word
     fixed: Mapping[str, Any] = alias.fixed if alias else {}
+    requires = alias.requires if alias else ()
     cls = settings_class(kind)
 
     summary = KINDS[kind].summary
     described = f"{summary[0].upper()}{summary[1:]}"
-    if fixed:
-        described += " with " + ", ".join(f"{key} {format_yaml(value)}" for key, value in fixed.items())
+    if fixed or requires:
+        parts = [*(f"{key} {format_yaml(value)}" for key, value in fixed.items()), *(f"a {name}" for name in requires)]
+        described += " with " + ", ".join(parts)
     text = (
         f"{described}: one stage without a recipe file.\n\nEvery setting is a flag (--learning_rate or "
         "--learning-rate); --x, --no-x and --x true/false for switches."

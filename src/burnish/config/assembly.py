@@ -31,12 +31,13 @@ from burnish.config.problems import Problem, format_value
 from burnish.config.recipe import Recipe
 from burnish.config.run_name import build_run_name
 from burnish.config.secrets import check_word
+from burnish.config.stages import NAMING
 from burnish.config.train import TrainSettings
 from burnish.config.tree import Layer, Node, Place, build_node, merge_nodes
 from burnish.config.values import SettingsReader, build_settings, unknown_key
 from burnish.errors import ConfigError
 
-_PATH_KEYS = frozenset({"data", "eval_data", "model", "models", "reference", "output_dir", "chat_template"})
+_PATH_KEYS = frozenset({"data", "eval_data", "model", "models", "reference", *NAMING, "output_dir", "chat_template"})
 
 
 class Assembly:
@@ -214,7 +215,7 @@ class Assembly:
                 continue
             stage, broken = self._build_stage(draft, bool(top.get("models")))
             stages.append(stage)
-            found = check_stage(stage, draft.path, processes=processes)
+            found = [*check_stage(stage, draft.path, processes=processes), *_find_missing(draft, stage)]
             if check_machine:
                 found += find_machine_problems(stage, draft.path, Path(self.origin).parent)
             self._add_located(found, draft, broken)
@@ -382,6 +383,19 @@ class Assembly:
             if own.partition(".")[0] not in broken:
                 where = self._locate(problem.key, draft)
                 self.problems.append(Problem(problem.key, problem.message, problem.remedy, where))
+
+
+def _find_missing(draft: Draft, stage: Settings) -> list[Problem]:
+    """What the alias of a kind needs and the stage does not have."""
+    return [
+        Problem(
+            f"{draft.path}.{name}",
+            f"is missing: kind {draft.written_kind} is kind {draft.kind} with it",
+            "name an earlier stage, a folder or a hub id",
+        )
+        for name in draft.requires
+        if getattr(stage, name) is None
+    ]
 
 
 def _top_keys() -> list[str]:

@@ -33,6 +33,7 @@ Check = Callable[[Any], Found]
 
 CHECKS: list[tuple[type[Settings], Check]] = []
 EVALUATION_TASKS = ("loss", "preferences", "win_rate")
+MADPO = ("madpo_c_max", "madpo_c_min", "madpo_lambda", "madpo_tau")
 
 
 def check_stage(settings: Settings, path: str, *, processes: int = 1) -> list[Problem]:
@@ -281,13 +282,21 @@ def _check_pair_weights(s: DpoSettings) -> Found:
             f"is {s.f_alpha_divergence_coef:g}, but f_divergence_type is {s.f_divergence_type}",
             "set f_divergence_type: alpha_divergence, or remove it",
         )
+    for name in MADPO:
+        if s.reward_model is None and _is_changed(s, name):
+            yield (
+                name,
+                f"is {getattr(s, name):g}, but no reward_model gives the margins that it is about",
+                "set reward_model: an earlier reward stage, a folder or a hub id, or remove it",
+            )
     sorting = [word for word in get_loss_names(s.loss_type) if not find_entry("dpo", word).aligned]
-    if s.use_weighting and sorting:
-        yield (
-            "use_weighting",
-            f"is on, but loss_type {', '.join(sorting)} compares answers of different pairs, which have no weight",
-            "remove it, or choose another loss_type",
-        )
+    for name, given in (("use_weighting", "on" if s.use_weighting else ""), ("reward_model", s.reward_model)):
+        if given and sorting:
+            yield (
+                name,
+                f"is {given}, but loss_type {', '.join(sorting)} compares answers of different pairs, which have no weight",
+                "remove it, or choose another loss_type",
+            )
 
 
 def _check_weights(weights: list[float], types: list[str], is_list: bool) -> Found:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from burnish.config.base import Settings
 from burnish.config.problems import Problem
 from burnish.config.spelling import describe_suggestions, suggest
-from burnish.config.stages import DistillSettings, EvaluateSettings, RewardSettings
+from burnish.config.stages import DistillSettings, DpoSettings, EvaluateSettings, RewardSettings
 from burnish.config.train import TrainSettings
 
 BASE = "base"
@@ -64,6 +64,10 @@ def _check_training(stage: TrainSettings, order: dict[str, int], by_name: dict[s
             )
         if problem is not None:
             problems.append(problem)
+    if isinstance(stage, DpoSettings) and stage.reward_model is not None:
+        problem = _check_reward_model(stage, stage.reward_model, order, by_name)
+        if problem is not None:
+            problems.append(problem)
     if stage.data is None:
         problems.append(
             Problem(
@@ -73,6 +77,30 @@ def _check_training(stage: TrainSettings, order: dict[str, int], by_name: dict[s
             )
         )
     return problems
+
+
+def _check_reward_model(
+    stage: DpoSettings, target: str, order: dict[str, int], by_name: dict[str, Settings]
+) -> Problem | None:
+    """A plain word is the name of a stage; folders and hub ids have a mark in them."""
+    key, name = f"stages.{stage.name}.reward_model", str(stage.name)
+    if target not in order and any(mark in target for mark in "/\\~."):
+        return None
+    rewards = [n for n in _earlier(name, order, by_name) if _is_reward(by_name[n])]
+    problem = _check_earlier(key, target, name, order, by_name)
+    if problem is not None and target not in order:
+        near = describe_suggestions(suggest(target, rewards))
+        choices = (
+            f"the reward stages before it are {', '.join(rewards)}" if rewards else "no reward stage comes before it"
+        )
+        remedy = f"{near or choices}; a folder is written ./{target}, a hub id owner/name"
+        problem = Problem(key, problem.message, remedy)
+    if problem is None and not _is_reward(by_name[target]):
+        add = "add a stage {kind: reward, …} before it, or give a reward model's folder or hub id"
+        problem = Problem(
+            key, f"is {target!r}, which is no reward stage", _list_choices("weigh by", rewards) if rewards else add
+        )
+    return problem
 
 
 def check_models(stages: Sequence[Settings], has_models: bool) -> list[Problem]:

@@ -26,6 +26,7 @@ class Draft:
         kind: Canonical kind; None if it has none that exists.
         written_kind: Kind as written (`ipo`).
         fixed: Settings that an alias of a kind fixes.
+        requires: Settings that it needs.
         name: Name, given or made.
         named: Whether the recipe gives the name.
     """
@@ -36,6 +37,7 @@ class Draft:
     kind: str | None = None
     written_kind: str = ""
     fixed: dict[str, Any] = field(default_factory=dict)
+    requires: tuple[str, ...] = ()
     name: str = ""
     named: bool = False
 
@@ -90,7 +92,7 @@ def identify(drafts: list[Draft], problems: list[Problem]) -> None:
 def _read_kind(draft: Draft, problems: list[Problem]) -> None:
     node = draft.own("kind")
     path = f"stages.{draft.index}.kind"
-    draft.kind, draft.written_kind, draft.fixed = None, "", {}
+    draft.kind, draft.written_kind, draft.fixed, draft.requires = None, "", {}, ()
     if node is None or node.value is None:
         problems.append(
             Problem(path, "the stage has no kind", f"add kind: one of {', '.join(kind_names())}", str(draft.place))
@@ -101,7 +103,8 @@ def _read_kind(draft: Draft, problems: list[Problem]) -> None:
         draft.kind, draft.written_kind = word, word
     elif word in ALIASES:
         alias = ALIASES[word]
-        draft.kind, draft.written_kind, draft.fixed = alias.kind, word, dict(alias.fixed)
+        draft.kind, draft.written_kind = alias.kind, word
+        draft.fixed, draft.requires = dict(alias.fixed), alias.requires
     else:
         near = describe_suggestions(suggest(word, kind_names()))
         allowed = f"the kinds are {', '.join(kind_names())}"

@@ -17,6 +17,8 @@ from burnish.config.recipe import Recipe
 from burnish.config.registry import ALIASES, KINDS, SECTIONS
 from burnish.config.train import TrainSettings
 
+# What an example names where a kind cannot do without.
+NEEDED = {"teacher": "pocket", "reward_model": "./reward-model"}
 SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -74,13 +76,14 @@ def render_example(kind: str) -> str:
     if canonical != "evaluate":
         source = "pocket/chat" if canonical in ("sft", "distill") else "pocket/preferences"
         lines.append(f"    data: {source}{' ' * 10}# {cls.model_fields['data'].description}")
-    if "teacher" in cls.model_fields:
-        lines.append(f"    teacher: pocket{' ' * 12}# {cls.model_fields['teacher'].description}")
+    needed = ("teacher",) if canonical == "distill" else ALIASES[kind].requires if kind in ALIASES else ()
+    for name in needed:
+        lines.append(f"    {name}: {NEEDED[name]}".ljust(30) + f" # {cls.model_fields[name].description}")
     for owner, names in group_fields(cls):
         lines += ["", f"    # {_title(owner)}"]
         for name in names:
             if (
-                name in ("kind", "model", "teacher")
+                name in ("kind", "model", *needed)
                 or name in _fixed(kind)
                 or (name == "data" and canonical != "evaluate")
             ):
@@ -150,7 +153,8 @@ def _resolved_lines(
 def format_yaml(value: Any) -> str:
     """A value as one line of YAML."""
     if isinstance(value, float):
-        return f"{value:g}"
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)  # what is shown can be written down and means the same
     text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True).strip()
     return text.removesuffix("...").strip()
 

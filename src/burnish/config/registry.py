@@ -20,10 +20,15 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """Another name for a kind with some settings fixed: `kind: ipo` means `{kind: dpo, loss_type: ipo}`."""
+    """Another name for a kind with some settings fixed: `kind: ipo` means `{kind: dpo, loss_type: ipo}`.
+
+    Attributes:
+        requires: Settings, off by default, that must be given with it.
+    """
 
     kind: str
     fixed: dict[str, Any] = field(default_factory=dict)
+    requires: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,7 @@ ALIASES: dict[str, Alias] = {
     "radpo": Alias("dpo", {"loss_type": "radpo2"}),
     "epsilon-dpo": Alias("dpo", {"loss_type": "epsilon"}),
     "rpo": Alias("dpo", {"loss_type": ["sigmoid", "sft"]}),
+    "madpo": Alias("dpo", requires=("reward_model",)),
 }
 
 # Settings that are mappings of settings of their own.

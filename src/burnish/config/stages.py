@@ -32,6 +32,8 @@ class RewardSettings(TrainSettings):
     head_init_std: float = setting(0.02, "Standard deviation of the new head's weights.", gt=0)
 
 
+# Settings that may name an earlier stage beside the one that a stage starts from.
+NAMING = ("teacher", "reward_model")
 _MOVING = "Let β move while training; default: beta is constant."
 _RECORDS = "Write the margins of each step to margins.jsonl; false = do not."
 
@@ -91,6 +93,21 @@ class DpoSettings(ReferenceSettings):
     )
     use_weighting: bool = setting(
         False, "Weigh each pair by how likely the policy is to write it (WPO, arXiv 2406.11827)."
+    )
+    reward_model: str | None = setting(
+        None,
+        "Weigh each pair by the margin of its scores under this reward model (MADPO, arXiv 2510.05342): "
+        "an earlier reward stage, a folder or hub id with the policy's tokenizer.",
+    )
+    madpo_c_max: float = setting(2.0, "reward_model: coefficient of the hardest pairs.", gt=1)
+    madpo_c_min: float | None = setting(
+        None, "reward_model: coefficient of the easiest pairs; default 1 / madpo_c_max.", gt=0, lt=1
+    )
+    madpo_lambda: float = setting(
+        1.0, "reward_model: how fast the coefficient falls as the reward model's margin grows.", gt=0
+    )
+    madpo_tau: float = setting(
+        6.906754778648554, "reward_model: margin at which a pair weighs 1; ln(0.999/0.001).", gt=0
     )
 
     @model_validator(mode="before")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,26 +113,24 @@ def build_loader(settings: EvaluateSettings, device: torch.device) -> Loader:
     """A function (folder, head) → Loaded with the precision and attention of the settings."""
 
     def load(folder: Path, head: Head, /, *, like: Path | None = None) -> Loaded:
-        from burnish.models.folder import read_text_config
-        from burnish.models.load import load_model
-        from burnish.models.policy import Policy
+        from burnish.models.folder import read_hidden_size
+        from burnish.models.frozen import load_frozen
         from burnish.models.precision import resolve_precision
         from burnish.models.quantise import read_quantization
 
-        text: Mapping[str, Any] = read_text_config(folder)
-        hidden = int(text.get("hidden_size") or text.get("n_embd") or text.get("d_model") or 4096)
-        precision = resolve_precision(settings.precision, device, hidden, training=False)
+        precision = resolve_precision(settings.precision, device, read_hidden_size(folder), training=False)
         quantization = read_quantization(like or folder)
-        model, _ = load_model(
-            str(folder), head=head, dtype=precision.frozen if precision.compute else torch.float32, disable_dropout=True,
-            need_trained_head=head == "score", quantization=quantization, attach=quantization is not None,
-        )  # fmt: skip
-        module: Any = model
-        module.to(device)
-        policy = Policy(model, head=head, attention=settings.attention, compute_dtype=precision.compute).eval()
-        policy.requires_grad_(False)
+        policy = load_frozen(
+            folder,
+            head=head,
+            precision=precision,
+            device=device,
+            attention=settings.attention,
+            quantization=quantization,
+        )
         tokenizer = TextTokenizer.load(str(folder))
-        limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
+        config = policy.inner.config.get_text_config()
+        limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
         context = min((int(n) for n in limits if n), default=None)
         stored = f", base in {quantization}" if quantization else ""
         log.info("evaluating %s: %s%s", folder, precision.why, stored)

@@ -14,9 +14,9 @@ from burnish.engine.observe import Observed, StepRecord
 from burnish.losses.mix import LossType, build_mix, collect_functionals
 from burnish.losses.pairs import PairLoss, Pairs, compute_pairs, compute_wins
 from burnish.losses.terms import LossResult, Metric, Term
-from burnish.losses.wpo import LOG_SQUARE_SUM, compute_pair_weights
 from burnish.methods.dynamic_beta import BetaControl
 from burnish.methods.margins import describe_margins, observe_pairs
+from burnish.methods.pair_weights import PairWeights
 from burnish.methods.pairwise import count_pairs
 from burnish.methods.stateless import Stateless
 
@@ -42,9 +42,9 @@ class Dpo(Stateless):
         self.settings = settings
         self.mix = self.build_mix()
         self.ld_alpha: float | None = getattr(settings, "ld_alpha", None)
-        self._weighted = bool(getattr(settings, "use_weighting", False))
+        self.weights = PairWeights(settings)
         self._read = collect_functionals(self.mix, settings)
-        self.functionals = (*self._read, *((LOG_SQUARE_SUM,) if self._weighted else ()))
+        self.functionals = (*self._read, *self.weights.functionals)
         self.needs_reference_head = any(f.needs_against for f in self._read)
         self._single = len(self.mix) == 1
         self.control = BetaControl(settings.dynamic_beta, settings.beta, settings.seed)
@@ -93,11 +93,12 @@ class Dpo(Stateless):
         Args:
             outputs: `logprobs`, (S,); with `use_weighting` also the functional `log_square_sum`, (S,), and those of the loss
                 types.
-            table: `token_columns["ref_logprobs"]`, (S,), if the method has a reference.
+            table: `token_columns["ref_logprobs"]`, (S,), if the method has a reference; with `reward_model` also
+                `group_columns["reward_margin"]`, (G,).
             state: Of the controller of β, and the running states of loss types, by name; `frozen` in evaluation.
         """
         pairs = self._compute_pairs(outputs, table)
-        weights = self._compute_weights(outputs, table)
+        weights, measured = self.weights.compute(outputs, table)
         betas = self.control.find(pairs.margin, table.group_ids, state)
         n, tokens = float(pairs.chosen.shape[0]), float(table.slot_scored.get(0, 0))
         terms: list[Term] = []
@@ -113,9 +114,7 @@ class Dpo(Stateless):
             terms.append(Term(name, loss.sum(), count, loss_type.entry.unit, loss_type.weight))
             if by_pair:
                 metrics += _measure_rewards(result, n, suffix=f"/{loss_type.name}" if metrics else "")
-        if weights is not None:
-            metrics.append(Metric("wpo_weights", weights.sum(), n))
-        return LossResult(tuple(terms), (*metrics, *_measure_logprobs(pairs, n)))
+        return LossResult(tuple(terms), (*metrics, *measured, *_measure_logprobs(pairs, n)))
 
     def _compute_pairs(self, outputs: Outputs, table: Table) -> Pairs:
         if outputs.logprobs is None:
@@ -123,13 +122,6 @@ class Dpo(Stateless):
         reference = _get_reference(outputs.logprobs, table) if self.needs_reference else None
         read = {f.name: outputs.functionals[f.name] for f in self._read}
         return compute_pairs(outputs.logprobs, reference, table, ld_alpha=self.ld_alpha, functionals=read)
-
-    def _compute_weights(self, outputs: Outputs, table: Table) -> Tensor | None:
-        """(G,) weights of the pairs (WPO), or None."""
-        if not self._weighted:
-            return None
-        assert outputs.logprobs is not None
-        return compute_pair_weights(outputs.logprobs, outputs.functionals[LOG_SQUARE_SUM.name], table)
 
     def _read_state(self, state: Mapping[str, Any], loss_type: LossType) -> Mapping[str, Any] | None:
         if not loss_type.entry.state:

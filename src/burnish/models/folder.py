@@ -143,6 +143,18 @@ def read_context(folder: str | Path) -> int | None:
     return int(found) if found else None
 
 
+def read_hidden_size(folder: str | Path) -> int:
+    """Width of the model's hidden states; 4096, that of a large one, where its configuration does not say."""
+    config = read_text_config(folder)
+    return int(config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 4096)
+
+
+def is_reward_model(folder: str | Path) -> bool:
+    """Whether the model has a trained score head."""
+    found = inspect_model_folder(folder)
+    return found.config.get("task_type") == "SEQ_CLS" if found.kind == "adapter" else found.kind == "score"
+
+
 def find_kind(config: dict[str, Any], path: Path) -> Kind:
     """The kind of a full model, from config.json's architecture."""
     names = [str(n) for n in config.get("architectures") or []]

@@ -22,7 +22,7 @@ from burnish.models.folder import find_adapter_base, inspect_model_folder
 from burnish.models.load import BuiltModel, Head, LoadedFrom, fetch_model_folder, load_model, resolve_model_path
 from burnish.models.policy import Policy
 from burnish.models.quantise import Quantization
-from burnish.models.reference import plan_batches
+from burnish.models.stored import plan_batches
 
 LIMIT = 1e-4  # of a logit, between merged and base + adapter
 CHECK_TOKENS = 512  # positions that are compared, in rows of at most 128

@@ -7,10 +7,6 @@ and cached on disk. Always without gradient, in evaluation mode, with every drop
 from __future__ import annotations
 
 import copy
-import hashlib
-import io
-import json
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -19,26 +15,22 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from burnish.artifacts.folder import DamagedFolder, FolderWriter, NewerFormat, verify_folder
 from burnish.config.data import DataSettings
 from burnish.core.batch import PackedBatch, build_packed_batch
 from burnish.core.group import Group
 from burnish.core.logits import HeadInput
-from burnish.disk import disk_error
 from burnish.errors import ConfigError
 from burnish.faults import fault_point
 from burnish.models.adapters import ADAPTER, adapter_off, is_peft
 from burnish.models.load import fetch_model_folder, load_model, load_tokenizer
 from burnish.models.policy import Policy
 from burnish.models.quantise import describe_storage, read_quantization
+from burnish.models.stored import StoredNumbers, build_stored_key, plan_batches
 from burnish.track.whereabouts import enter_phase
-
-log = logging.getLogger("burnish")
 
 COLUMN = "ref_logprobs"
 WANT = frozenset({"logprobs"})
@@ -202,20 +194,6 @@ def compute_start_gap(policy: Policy, reference: Reference, batch: PackedBatch) 
     return float((ours - reference.logprobs(batch)).abs().max()) if len(ours) else 0.0
 
 
-def plan_batches(groups: Sequence[Group], budget: int) -> list[list[int]]:
-    """Positions of the groups, longest first, in batches of at most `budget` tokens (a longer group is alone)."""
-    order = sorted(range(len(groups)), key=lambda i: -groups[i].tokens)
-    batches: list[list[int]] = []
-    room = 0
-    for i in order:
-        if not batches or groups[i].tokens > room:
-            batches.append([])
-            room = budget
-        batches[-1].append(i)
-        room -= groups[i].tokens
-    return batches
-
-
 def compute_reference_table(
     reference: Reference, groups: Sequence[Group], *, budget: int = 8192,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
@@ -257,19 +235,6 @@ def attach_table(groups: Sequence[Group], table: ReferenceTable) -> list[Group]:
     return out
 
 
-def fingerprint_groups(groups: Sequence[Group]) -> str:
-    """SHA-256 of what a reference log-prob depends on: every prompt, completion and mask, in order."""
-    total = hashlib.sha256(b"burnish groups 1\n")
-    for group in groups:
-        total.update(np.array([len(group.prompt), len(group.completions)], dtype=np.int64).tobytes())
-        total.update(np.ascontiguousarray(group.prompt, dtype=np.int32).tobytes())
-        for c in group.completions:
-            total.update(np.array([len(c.ids)], dtype=np.int64).tobytes())
-            total.update(np.ascontiguousarray(c.ids, dtype=np.int32).tobytes())
-            total.update(np.ascontiguousarray(c.mask, dtype=np.bool_).tobytes())
-    return total.hexdigest()
-
-
 def build_reference_key(
     *, model: str, groups: Sequence[Group], settings: DataSettings, template: str | None, policy: Policy
 ) -> dict[str, Any]:
@@ -281,27 +246,19 @@ def build_reference_key(
         template: The chat template in use.
         policy: Its types, attention backend and device.
     """
-    return {
-        "model": model,
-        "data": fingerprint_groups(groups),
-        "template": hashlib.sha256((template or "").encode()).hexdigest(),
-        "max_length": settings.max_length,
-        "max_prompt_length": settings.max_prompt_length,
-        "max_completion_length": settings.max_completion_length,
-        "truncation": settings.truncation,
+    form = {
         "compute": str(policy.compute_dtype or torch.float32),
         "weights": sorted({str(p.dtype) for p in policy.parameters()}),
         "quantization": describe_storage(policy),
         "attention": policy.backend,
         "device": policy.device.type,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "format": 1,
     }
+    return build_stored_key(model=model, groups=groups, settings=settings, template=template, form=form)
 
 
 @dataclass(frozen=True)
 class ReferenceCache:
-    """Reference log-probs on disk: a sealed folder for each key, written at once or not at all.
+    """Reference log-probs on disk: the numbers of each completion are those of its scored tokens.
 
     Attributes:
         folder: Where the caches lie.
@@ -312,26 +269,19 @@ class ReferenceCache:
     key: Mapping[str, Any]
 
     @property
+    def store(self) -> StoredNumbers:
+        return StoredNumbers(self.folder, self.key, "reference", "logprobs.npy", "reference log-probs")
+
+    @property
     def path(self) -> Path:
-        digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
-        return self.folder / f"reference-{digest[:24]}"
+        return self.store.path
 
     def load(self, groups: Sequence[Group]) -> ReferenceTable | None:
         """The table of exactly these groups; None if there is none or it is damaged (said aloud)."""
-        if not self.path.exists():
+        found = self.store.load([c.scored for g in groups for c in g.completions])
+        if found is None:
             return None
-        try:
-            meta = verify_folder(self.path).meta
-            values = np.load(self.path / "logprobs.npy", allow_pickle=False)
-            counts = np.load(self.path / "counts.npy", allow_pickle=False)
-        except (DamagedFolder, NewerFormat, ValueError, OSError) as e:
-            log.warning("the cached reference log-probs are damaged and are computed again: %s", str(e).splitlines()[0])
-            return None
-        flat = [c for g in groups for c in g.completions]
-        if meta.get("key") != json.loads(json.dumps(self.key)) or counts.tolist() != [c.scored for c in flat]:
-            log.warning("the cached reference log-probs in %s are not of these data and are computed again", self.path)
-            return None
-        rows = iter(np.split(values, np.cumsum(counts)[:-1]) if flat else [])
+        rows = iter(found)
         table: ReferenceTable = []
         for group in groups:
             table.append([])
@@ -344,16 +294,7 @@ class ReferenceCache:
     def save(self, groups: Sequence[Group], table: ReferenceTable) -> None:
         """Write the table, replacing what is there."""
         pairs = [zip(g.completions, rows, strict=True) for g, rows in zip(groups, table, strict=True)]
-        flat = [row[c.mask] for pair in pairs for c, row in pair]
-        values = np.concatenate(flat) if flat else np.zeros(0, dtype=np.float32)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise disk_error(exc, self.folder, doing="keep the reference's log-probs") from exc
-        size = values.nbytes + 8 * len(flat)
-        with FolderWriter(self.path, kind="reference", meta={"key": dict(self.key)}, expected=size) as writer:
-            writer.write_bytes("logprobs.npy", _to_npy(values.astype(np.float32)))
-            writer.write_bytes("counts.npy", _to_npy(np.array([len(r) for r in flat], dtype=np.int64)))
+        self.store.save([row[c.mask] for pair in pairs for c, row in pair])
 
     def attach(self, groups: Sequence[Group], compute: Callable[[], ReferenceTable]) -> list[Group]:
         """The groups with their reference log-probs: from the cache, else computed and stored."""
@@ -362,9 +303,3 @@ class ReferenceCache:
             table = compute()
             self.save(groups, table)
         return attach_table(groups, table)
-
-
-def _to_npy(values: NDArray[Any]) -> bytes:
-    out = io.BytesIO()
-    np.save(out, values, allow_pickle=False)
-    return out.getvalue()

@@ -30,6 +30,7 @@ HARMLESS = frozenset(
         "data",
         "eval_data",
         "reference",
+        "reward_model",
         "samples",
     }
 )
@@ -71,7 +72,7 @@ def decide(
     if record is None:
         return Decision("run", "not run yet")
     if "code" not in record:  # written before these inputs and the code were recorded
-        inputs = {k: v for k, v in inputs.items() if k in record.get("inputs", {})}
+        inputs = {k: v for k, v in inputs.items() if k in record.get("inputs", {}) or k == "reward_model"}
         code = {}
     if record["state"] == "done":
         lines = _changes(record, settings, inputs)

@@ -18,12 +18,13 @@ from burnish.models.fingerprint import fingerprint_model
 from burnish.pipeline.decide import compute_key, decide
 from burnish.pipeline.inputs import (
     StageResult,
+    check_reward_model,
     find_code,
     fingerprint_evaluation,
     fingerprint_inputs,
     fingerprint_result,
 )
-from burnish.pipeline.naming import find_other_model
+from burnish.pipeline.naming import find_named, find_other_model, find_reward_model
 
 Row = dict[str, str]
 
@@ -47,7 +48,11 @@ class Forecast:
         Args:
             model: The model at the root of the stage's chain.
         """
-        before = [n for n in (stage.init_from, getattr(stage, "teacher", None)) if n is not None and n in self.results]
+        named = find_named(stage, self.results)
+        before = [stage.init_from, *named] if stage.init_from in self.results else named
+        lasting = None if named else find_local_model(find_reward_model(stage, {}))
+        if lasting is not None:
+            check_reward_model(lasting, tokenizer, data)
 
         def find_inputs() -> dict[str, str]:
             start = self.results.get(stage.init_from) if stage.init_from is not None else None
@@ -57,10 +62,11 @@ class Forecast:
             def fingerprint(folder: Path) -> str:
                 return fingerprint_result(folder) if folder in finals.values() else fingerprint_model(folder)
 
+            judge = find_local_model(find_reward_model(stage, finals))
             if start is None:
-                return fingerprint_inputs(stage, model, tokenizer, data, fingerprint, other)
+                return fingerprint_inputs(stage, model, tokenizer, data, fingerprint, other, judge)
             own = TextTokenizer.load(str(start.folder))
-            return fingerprint_inputs(stage, start.folder, own, data, fingerprint, other)
+            return fingerprint_inputs(stage, start.folder, own, data, fingerprint, other, judge)
 
         return self._foresee(stage, folder, before, find_inputs)
 

@@ -19,7 +19,8 @@ from burnish.data.prepare import PreparedData, prepare_data, want_of
 from burnish.data.prompts import load_prompts
 from burnish.data.template import load_template
 from burnish.data.tokenizer import TextTokenizer
-from burnish.models.folder import read_context
+from burnish.errors import ConfigError
+from burnish.models.folder import is_reward_model, read_context
 
 PLAIN_TASKS = ("loss", "preferences", "win_rate")
 
@@ -62,14 +63,15 @@ def fingerprint_result(final: Path) -> str:
 
 def fingerprint_inputs(
     settings: TrainSettings, folder: Path, tokenizer: TextTokenizer, data: PreparedData,
-    fingerprint: Callable[[Path], str], reference: Path | None = None,
+    fingerprint: Callable[[Path], str], reference: Path | None = None, reward_model: Path | None = None,
 ) -> dict[str, str]:  # fmt: skip
-    """Fingerprints of a training stage's inputs: model, tokenizer, chat template, data, reference, own loss functions.
+    """Fingerprints of a training stage's inputs: model, tokenizer, chat template, data, other models, own loss functions.
 
     Args:
         folder: The model's folder.
         fingerprint: Fingerprint of a model folder.
         reference: Folder of another reference model than the policy itself.
+        reward_model: Folder of the reward model that weighs the pairs.
     """
     template = load_template(settings.chat_template, tokenizer, settings.chat_template_kwargs)
     found = {
@@ -80,12 +82,47 @@ def fingerprint_inputs(
     }
     if reference is not None:
         found["reference"] = fingerprint(reference)
+    if reward_model is not None:
+        found["reward_model"] = fingerprint(reward_model)
     for name in get_loss_names(getattr(settings, "loss_type", [])):
         module, colon, _ = name.partition(":")
         source = find_source(module) if colon else None
         if source is not None:
             found[name] = hashlib.sha256(source.read_bytes()).hexdigest()
     return found
+
+
+def check_reward_model(folder: Path, tokenizer: TextTokenizer, data: PreparedData) -> None:
+    """The reward model reads the very token ids that the policy reads.
+
+    Args:
+        folder: The reward model's.
+        tokenizer: The policy's.
+        data: The stage's pairs.
+
+    Raises:
+        ConfigError: It has no trained score head, calls a token by another id, or takes fewer tokens than a pair has.
+    """
+    if not is_reward_model(folder):
+        raise ConfigError(
+            "this is a language model without a trained score head; a reward model is needed here", where="reward_model",
+            found=str(folder), remedy="name an earlier stage of kind reward, or the folder of a reward model",
+        )  # fmt: skip
+    theirs = TextTokenizer.load(str(folder)).backend.get_vocab(with_added_tokens=True)
+    for token, i in sorted(tokenizer.backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]):
+        if theirs.get(token) != i:
+            raise ConfigError(
+                f"the reward model has another tokenizer: token {token!r} is {i} here and {theirs.get(token)} there",
+                where="reward_model", found=str(folder),
+                remedy="use a reward model that was trained from the same base model, e.g. by a stage of kind reward",
+            )  # fmt: skip
+    context = read_context(folder)
+    long = [g.id for g in (*data.train, *data.held_out) if context is not None and g.longest > context]
+    if long:
+        raise ConfigError(
+            f"the reward model takes {context} tokens at most, and {len(long)} pairs are longer: {', '.join(long[:5])}",
+            where="reward_model", found=str(folder), remedy=f"set max_length: {context}",
+        )  # fmt: skip
 
 
 def choose_held_out(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from burnish.config.load import LoadedRecipe
 from burnish.config.options import RunOptions
 from burnish.config.recipe import Recipe
 from burnish.config.spelling import describe_suggestions, suggest
+from burnish.config.stages import NAMING
 from burnish.config.train import TrainSettings
 from burnish.errors import UsageError
 
@@ -43,6 +44,22 @@ def find_other_model(settings: TrainSettings, finals: Mapping[str, Path]) -> str
         return str(finals.get(teacher, teacher))
     reference = getattr(settings, "reference", "same")
     return None if reference == "same" else reference
+
+
+def find_reward_model(settings: TrainSettings, finals: Mapping[str, Path]) -> str | None:
+    """The reward model whose margins weigh a stage's pairs; None where they are not weighed so.
+
+    Args:
+        finals: Name → result of the stages before it.
+    """
+    name = getattr(settings, "reward_model", None)
+    return None if name is None else str(finals.get(name, name))
+
+
+def find_named(settings: TrainSettings, names: Container[str]) -> list[str]:
+    """Those of the stages before it that a stage reads beside the one that it starts from."""
+    found = [getattr(settings, key, None) for key in NAMING]
+    return [name for name in found if name is not None and name in names]
 
 
 def find_folder(loaded: LoadedRecipe, options: RunOptions) -> Path:

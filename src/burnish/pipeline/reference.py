@@ -33,7 +33,7 @@ from burnish.models.reference import (
     compute_start_gap,
     evaluating,
 )
-from burnish.track.progress import Progress
+from burnish.pipeline.stored import load_or_compute
 
 if TYPE_CHECKING:
     from burnish.pipeline.train_stage import StageInputs
@@ -158,26 +158,12 @@ def _attach_cached(
     key = build_reference_key(
         model=model, groups=groups, settings=settings, template=inputs.tokenizer.chat_template, policy=policy
     )
-    cache = ReferenceCache(cache_dir, key)
     budget = choose_budget(settings, runtime.device.type)
-    found = runtime.gather(cache.load(groups) is not None if runtime.is_main else None)[0]
-    if not found:
-        share = range(runtime.rank, len(groups), runtime.world)
-        with Progress("reference log-probs", len(share), quiet=not runtime.is_main) as progress:
-            mine = compute_reference_table(
-                reference, [groups[i] for i in share], budget=budget,
-                on_batch=lambda done, total: progress.advance({}, steps=done - progress.done),
-            )  # fmt: skip
-        every = runtime.gather(mine)
-        table = [every[i % runtime.world][i // runtime.world] for i in range(len(groups))]
-        if runtime.is_main:
-            cache.save(groups, table)
-        return attach_table(groups, table)
-    table = cache.load(groups)
-    if table is None:
-        raise BurnishError(
-            "the cached reference log-probs vanished", where=str(cache.path), remedy="give the command again"
-        )
+    table = load_or_compute(
+        ReferenceCache(cache_dir, key), groups,
+        lambda mine, on_batch: compute_reference_table(reference, mine, budget=budget, on_batch=on_batch), runtime,
+        label="reference log-probs",
+    )  # fmt: skip
     return attach_table(groups, table)
 
 

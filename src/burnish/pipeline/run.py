@@ -28,7 +28,7 @@ from burnish.faults import fault_point
 from burnish.pipeline.decide import Decision, compute_key, decide
 from burnish.pipeline.folder import close_run, describe_run, open_together
 from burnish.pipeline.inputs import StageResult, find_code, fingerprint_evaluation, fingerprint_result
-from burnish.pipeline.naming import choose_models, find_folder, find_other_model
+from burnish.pipeline.naming import choose_models, find_folder, find_other_model, find_reward_model
 from burnish.pipeline.space import check_run_space
 from burnish.track.log import attach_log_file, check_log_file, setup_logging, success
 from burnish.track.whereabouts import enter_stage, here, start_beat
@@ -362,8 +362,10 @@ def _prepare(state: RunState, settings: Any) -> tuple[Any, dict[str, Any], dict[
     from burnish.pipeline.train_stage import load_inputs
 
     model = find_model(state, settings)
-    other = find_other_model(settings, {name: result.folder for name, result in state.results.items()})
-    prepared = load_inputs(settings, model, lambda folder: _fingerprint(state, folder), other)
+    finals = {name: result.folder for name, result in state.results.items()}
+    other = find_other_model(settings, finals)
+    reward_model = find_reward_model(settings, finals)
+    prepared = load_inputs(settings, model, lambda folder: _fingerprint(state, folder), other, reward_model)
     for line in prepared.data.report.lines():
         log.info("%s: %s", settings.name, line)
     return prepared, values, prepared.fingerprints

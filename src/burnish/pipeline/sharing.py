@@ -14,6 +14,7 @@ from burnish.config.grid import Axis, Cell
 from burnish.config.recipe import Recipe
 from burnish.config.train import TrainSettings
 from burnish.data.bundled import resolve_model
+from burnish.pipeline.naming import find_named
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,8 @@ def identify_stages(recipe: Recipe) -> list[str]:
         values: dict[str, Any] = stage.model_dump(mode="json")
         name = str(values.get("name"))
         if isinstance(stage, TrainSettings):
-            before: Any = found[stage.init_from] if stage.init_from is not None else _name_model(stage.model)
+            start = found[stage.init_from] if stage.init_from is not None else _name_model(stage.model)
+            before: Any = [start, *(found[other] for other in find_named(stage, found))]
         else:  # an evaluation may read every result before it, and the base
             before = [*found.items(), _name_model(recipe.model)]
         text = json.dumps([index, values, before], sort_keys=True, ensure_ascii=False)

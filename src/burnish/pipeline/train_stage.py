@@ -25,14 +25,15 @@ from burnish.engine.method import Method
 from burnish.engine.runtime import Runtime
 from burnish.faults import fault_point
 from burnish.models.export import export_model
-from burnish.models.folder import read_context, read_text_config
+from burnish.models.folder import read_context, read_hidden_size
 from burnish.models.freeze import compute_share
 from burnish.models.load import BuiltModel, build_model, fetch_model_folder, resolve_model_path
 from burnish.models.policy import Policy
 from burnish.models.precision import PrecisionPlan, resolve_precision
 from burnish.models.quantise import Footprint, measure_footprint
-from burnish.pipeline.inputs import fingerprint_inputs
+from burnish.pipeline.inputs import check_reward_model, fingerprint_inputs
 from burnish.pipeline.reference import Referenced, attach_reference
+from burnish.pipeline.reward_margins import attach_reward_margins
 from burnish.pipeline.space import estimate_export
 from burnish.track.sinks import SinkContext, build_sinks
 from burnish.track.whereabouts import enter_phase, note_budget
@@ -53,6 +54,7 @@ class StageInputs:
         data: Training and held-out groups.
         other: The model that serves as reference or teacher: a local folder or hub id; None where it is the policy, or none.
         fingerprints: name → fingerprint of every input, for the stage's key.
+        reward_model: Folder of the reward model that weighs the pairs, if there is one.
     """
 
     path: str
@@ -61,17 +63,23 @@ class StageInputs:
     data: PreparedData
     fingerprints: dict[str, str]
     other: str | None = None
+    reward_model: Path | None = None
 
 
 def load_inputs(
-    settings: TrainSettings, model: str, fingerprint: Callable[[Path], str], other: str | None = None
-) -> StageInputs:
+    settings: TrainSettings, model: str, fingerprint: Callable[[Path], str], other: str | None = None,
+    reward_model: str | None = None,
+) -> StageInputs:  # fmt: skip
     """Resolve the model, tokenise the data; torch is not touched.
 
     Args:
         model: Bundled name, folder or hub id: the stage's own model or the result of the stage it starts from.
         fingerprint: Fingerprint of a model folder.
         other: Bundled name, folder or hub id of the reference or teacher, where it is another model.
+        reward_model: Folder or hub id of the reward model that weighs the pairs.
+
+    Raises:
+        ConfigError: The reward model is none, or cannot read what the policy reads.
     """
     path = resolve_model_path(model, revision=settings.revision)
     folder = fetch_model_folder(path, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
@@ -79,8 +87,11 @@ def load_inputs(
     data = prepare_data(settings, tokenizer, context=read_context(folder))
     second = None if other is None else resolve_model_path(other)
     beside = None if second is None else fetch_model_folder(second)
-    found = fingerprint_inputs(settings, folder, tokenizer, data, fingerprint, beside)
-    return StageInputs(path, folder, tokenizer, data, found, second)
+    judge = None if reward_model is None else fetch_model_folder(resolve_model_path(reward_model))
+    if judge is not None:
+        check_reward_model(judge, tokenizer, data)
+    found = fingerprint_inputs(settings, folder, tokenizer, data, fingerprint, beside, judge)
+    return StageInputs(path, folder, tokenizer, data, found, second, judge)
 
 
 def run_train_stage(
@@ -90,12 +101,19 @@ def run_train_stage(
     """Train and write `final/`; returns what goes into stage.json.
 
     Args:
-        reference_dir: Folder for the reference's cached log-probs; default: `reference` in the stage's folder.
+        reference_dir: Folder for the reference's cached log-probs and a reward model's scores; default: `reference` in
+            the stage's folder.
     """
     method: Method = load_object(KINDS[settings.kind].runner)(settings)
     for note in method.examine(inputs.data.train):
         log.warning("%s", note)
-    precision = resolve_precision(settings.precision, runtime.device, _hidden_size(inputs.folder))
+    train, held_out = inputs.data.train, inputs.data.held_out
+    kept = reference_dir or stage_dir / "reference"
+    note_budget(choose_budget(settings, runtime.device.type))
+    if inputs.reward_model is not None:
+        train, held_out = attach_reward_margins(settings, method, inputs, kept, runtime)
+        enter_phase("load")
+    precision = resolve_precision(settings.precision, runtime.device, read_hidden_size(inputs.folder))
     log.info("precision: %s", precision.why)
     built = build_model(settings, inputs.path, head=method.head, seed=settings.seed, compute_dtype=precision.compute)
     built.model.to(runtime.device)
@@ -106,11 +124,9 @@ def run_train_stage(
         log.info("%s", footprint.describe(built.loaded.quantization))
     policy = Policy(built.model, head=method.head, attention=settings.attention, compute_dtype=precision.compute)
     log.info("attention: %s%s", policy.backend, f" ({policy.why_padded})" if policy.why_padded else "")
-    data = Referenced(inputs.data.train, method.arrange(inputs.data.held_out))
-    note_budget(choose_budget(settings, runtime.device.type))
+    data = Referenced(train, method.arrange(held_out))
     if method.needs_reference or method.needs_reference_head:
         enter_phase("reference")
-        kept = reference_dir or stage_dir / "reference"
         data = attach_reference(settings, method, inputs, built, policy, data.train, data.held_out, kept, runtime)
     with ExitStack() as stack:
         sinks = _open_sinks(settings, stage_dir, runtime, run, label, stack)
@@ -192,11 +208,6 @@ def _describe_weights(built: BuiltModel, footprint: Footprint) -> dict[str, Any]
             "bytes_in_fp32": footprint.plain,
         }  # fmt: skip
     return found
-
-
-def _hidden_size(folder: Path) -> int:
-    config = read_text_config(folder)
-    return int(config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 4096)
 
 
 def _name_data(settings: TrainSettings) -> str:

@@ -31,7 +31,8 @@ class Whereabouts:
     Attributes:
         stage: The stage's label; "" before the first.
         step: Optimizer steps done in it.
-        phase: "start", "load", "reference", "forward", "backward", "optimizer", "save", "evaluate", "generate", "export".
+        phase: "start", "load", "scores", "reference", "forward", "backward", "optimizer", "save", "evaluate", "generate",
+            "export".
         tokens: Tokens of the micro-batch at hand; 0 where there is none.
         budget: `micro_batch_tokens` of the stage; 0 where it has none.
         rows: Completions in that micro-batch, or prompts answered together; a single one cannot be cut.
