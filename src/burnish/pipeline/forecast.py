@@ -11,7 +11,6 @@ from burnish.config.recipe import Recipe
 from burnish.config.stages import EvaluateSettings
 from burnish.config.train import TrainSettings
 from burnish.data.bundled import resolve_model
-from burnish.data.prepare import PreparedData
 from burnish.data.tokenizer import TextTokenizer
 from burnish.errors import BurnishError, UsageError
 from burnish.models.fingerprint import fingerprint_model
@@ -24,6 +23,7 @@ from burnish.pipeline.inputs import (
     fingerprint_result,
 )
 from burnish.pipeline.naming import find_other_model
+from burnish.pipeline.summaries import DataSummaries
 
 Row = dict[str, str]
 
@@ -32,20 +32,22 @@ class Forecast:
     """One model's way through the stages, foreseen in order.
 
     Attributes:
+        summaries: Of the data that stages read.
         results: Stage → its result as it is on disk, or None when the stage would be made again first.
     """
 
-    def __init__(self, recipe: Recipe, options: RunOptions) -> None:
-        self.recipe, self.options = recipe, options
+    def __init__(self, recipe: Recipe, options: RunOptions, summaries: DataSummaries) -> None:
+        self.recipe, self.options, self.summaries = recipe, options, summaries
         self.results: dict[str, StageResult | None] = {}
 
     def foresee_training(
-        self, stage: TrainSettings, folder: Path, model: Path, tokenizer: TextTokenizer, data: PreparedData
+        self, stage: TrainSettings, folder: Path, model: Path, tokenizer: TextTokenizer, data: str
     ) -> Row:
         """{"action", "why"} of a training stage, from its record and the fingerprints of its inputs.
 
         Args:
             model: The model at the root of the stage's chain.
+            data: Fingerprint of its data.
         """
         before = [n for n in (stage.init_from, getattr(stage, "teacher", None)) if n is not None and n in self.results]
 
@@ -71,7 +73,7 @@ class Forecast:
             found = {n: r for n, r in self.results.items() if r is not None}
             firsts = [r.settings.model for r in found.values() if getattr(r.settings, "init_from", None) is None]
             name = stage.model or self.recipe.model or next((m for m in firsts if m), None)
-            return fingerprint_evaluation(stage, found, find_local_model(name), fingerprint_model)
+            return fingerprint_evaluation(stage, found, find_local_model(name), fingerprint_model, self.summaries)
 
         return self._foresee(stage, folder, list(self.results), find_inputs)
 

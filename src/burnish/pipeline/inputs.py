@@ -15,11 +15,12 @@ from burnish.artifacts.folder import load_manifest
 from burnish.config.losses import find_source, get_loss_names
 from burnish.config.stages import DpoSettings, EvaluateSettings, SftSettings
 from burnish.config.train import TrainSettings
-from burnish.data.prepare import PreparedData, prepare_data, want_of
+from burnish.data.prepare import want_of
 from burnish.data.prompts import load_prompts
 from burnish.data.template import load_template
 from burnish.data.tokenizer import TextTokenizer
 from burnish.models.folder import read_context
+from burnish.pipeline.summaries import DataSummaries
 
 PLAIN_TASKS = ("loss", "preferences", "win_rate")
 
@@ -61,13 +62,14 @@ def fingerprint_result(final: Path) -> str:
 
 
 def fingerprint_inputs(
-    settings: TrainSettings, folder: Path, tokenizer: TextTokenizer, data: PreparedData,
+    settings: TrainSettings, folder: Path, tokenizer: TextTokenizer, data: str,
     fingerprint: Callable[[Path], str], reference: Path | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """Fingerprints of a training stage's inputs: model, tokenizer, chat template, data, reference, own loss functions.
 
     Args:
         folder: The model's folder.
+        data: Fingerprint of the prepared data.
         fingerprint: Fingerprint of a model folder.
         reference: Folder of another reference model than the policy itself.
     """
@@ -76,7 +78,7 @@ def fingerprint_inputs(
         "model": fingerprint(folder),
         "tokenizer": _hash([tokenizer.backend.to_str(), tokenizer.special_tokens, sorted(tokenizer.eos_ids)]),
         "chat_template": template.fingerprint,
-        "data": data.fingerprint,
+        "data": data,
     }
     if reference is not None:
         found["reference"] = fingerprint(reference)
@@ -108,8 +110,14 @@ def fingerprint_evaluation(
     results: Mapping[str, StageResult],
     base: Path | None,
     fingerprint: Callable[[Path], str],
+    summaries: DataSummaries | None = None,
 ) -> dict[str, str]:
-    """Fingerprints of an evaluation's inputs: the results before it, the base, and the items that it measures on."""
+    """Fingerprints of an evaluation's inputs: the results before it, the base, and the items that it measures on.
+
+    Args:
+        summaries: Of data that are known already.
+    """
+    summaries = summaries or DataSummaries()
     trained = {n: r for n, r in results.items() if r.kind != "evaluate"}
     found = {n: fingerprint_result(r.folder) for n, r in trained.items()}
     if base is not None:
@@ -126,7 +134,7 @@ def fingerprint_evaluation(
         for place in sorted({wanted[t] for t in settings.tasks if t in wanted}):
             stage = stages[place]
             assert stage is not None
-            found[f"data of {stage.kind}"] = prepare_data(stage, tokenizer, context=context).fingerprint
+            found[f"data of {stage.kind}"] = summaries.find(stage, tokenizer, context=context).fingerprint
     for task in (t for t in settings.tasks if t not in PLAIN_TASKS):
         rows = load_prompts(task, tokenizer, seed=settings.seed, chat_template=settings.chat_template)
         found[task] = _hash([[r.id, r.prompt_ids, r.answer, r.reference] for r in rows])

@@ -79,7 +79,7 @@ def load_inputs(
     data = prepare_data(settings, tokenizer, context=read_context(folder))
     second = None if other is None else resolve_model_path(other)
     beside = None if second is None else fetch_model_folder(second)
-    found = fingerprint_inputs(settings, folder, tokenizer, data, fingerprint, beside)
+    found = fingerprint_inputs(settings, folder, tokenizer, data.fingerprint, fingerprint, beside)
     return StageInputs(path, folder, tokenizer, data, found, second)
 
 
