@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ import torch
 from burnish.artifacts.checkpoints import list_checkpoints
 from burnish.config.stages import DpoSettings, SftSettings
 from burnish.core.batch import Outputs, PackedBatch
+from burnish.core.group import Group
 from burnish.engine.job import TrainJob
 from burnish.engine.loop import Trainer, run_training
 from burnish.engine.runtime import Runtime
+from burnish.engine.source import extend_ledger
 from burnish.engine.state import TrainState
 from burnish.errors import InterruptedRun, NumericStop, ResourceError
 from burnish.models.reference import Reference
@@ -30,11 +33,19 @@ from tests.engine.tiny import CONTROLLED, MIXES, build_groups, build_method, bui
 from tests.losses.drawn import REGISTRY
 
 
-def make_job(folder: Path | None, name: str = "sigmoid", *, n: int = 20, held_out: int = 6, **changes) -> TrainJob:
+def make_job(
+    folder: Path | None,
+    name: str = "sigmoid",
+    *,
+    n: int = 20,
+    held_out: int = 6,
+    dtype: torch.dtype = torch.float32,
+    **changes,
+) -> TrainJob:
     options = {"learning_rate": 1e-2, "batch_size": 4, "num_train_epochs": 2.0, "seed": 5, "save_steps": 3} | changes
     method, head, k, reference = build_method(name)
     settings = DpoSettings(**options) if k == 2 else SftSettings(**options)
-    policy = build_policy(head, dtype=torch.float32)
+    policy = build_policy(head, dtype=dtype)
     needs = method.needs_reference_head or (method.needs_reference and not reference)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +58,7 @@ def make_job(folder: Path | None, name: str = "sigmoid", *, n: int = 20, held_ou
         trainable=trainable(policy),
         runtime=Runtime(torch.device("cpu")),
         stage_dir=folder,
-        reference=Reference(build_policy(head, dtype=torch.float32, seed=1), "copy") if needs else None,
+        reference=Reference(build_policy(head, dtype=dtype, seed=1), "copy") if needs else None,
     )
 
 
@@ -184,6 +195,50 @@ def test_s1_11_a_resumed_stage_ends_with_the_same_bits(tmp_path, name, step, arm
     resumed = make_job(tmp_path / "b", name, eval_steps=2)
     resumed.resume = True
     assert finish(resumed) == expected
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "kto kto", "dpo bco_pair"])
+def test_r31_other_micro_batches_read_the_same_samples(tmp_path, name, monkeypatch, caplog, arm_fault):
+    """R-31: 8 to 4 in a micro-batch at a global batch of 8, after step 4 of 9: the ledger is that of a calm run.
+
+    Each sample exactly once an epoch, the same global batches in the same order, equal parameters up to the rounding of fp64,
+    and a warning that their bits may differ.
+    """
+    options = {
+        "n": 20,
+        "batch_size": 8,
+        "num_train_epochs": 3.0,
+        "save_steps": 4,
+        "dtype": torch.float64,
+        "held_out": 0,
+    }
+    batches: list[list[str]] = []
+
+    def note(ledger: str, groups: Sequence[Group]) -> str:
+        batches.append([group.id for group in groups])
+        return extend_ledger(ledger, groups)
+
+    monkeypatch.setattr("burnish.engine.loop.extend_ledger", note)
+    calm = make_job(tmp_path / "calm", name, per_device_train_batch_size=8, **options)
+    expected, want = run_training(calm), batches.copy()
+    assert [len(b) for b in want] == [8, 8, 4] * 3
+    batches.clear()
+    arm_fault("loop.after_step:5:raise")
+    with pytest.raises(RuntimeError, match="fault injected"):
+        run_training(make_job(tmp_path / "cut", name, per_device_train_batch_size=8, **options))
+    arm_fault("")
+    second = make_job(tmp_path / "cut", name, per_device_train_batch_size=4, **options)
+    second.resume = True
+    found = run_training(second)
+    assert found.resumed_from == 4 and found.ledger == expected.ledger
+    assert batches == want
+    for epoch in range(3):
+        rows = [row for batch in batches[3 * epoch : 3 * epoch + 3] for row in batch]
+        assert sorted(rows) == sorted(group.id for group in calm.train)
+    for key, parameter in calm.trainable.items():
+        torch.testing.assert_close(second.trainable[key], parameter, rtol=0, atol=1e-8)
+    text = "resuming with 8192 tokens, 4 examples in a micro-batch, not 8192 tokens, 8 examples: results will not be bit-equal"
+    assert [r.message for r in caplog.records if "bit-equal" in r.message] == [text]
 
 
 def test_r12_logging_evaluating_and_saving_move_nothing(tmp_path):
