@@ -2,14 +2,17 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from burnish.config.data import DataSource
+from burnish.config.stages import CpoSettings, OrpoSettings, SimpoSettings
 from burnish.core.group import Group
 from burnish.data import cache
 from burnish.data.cache import build_key, cache_root, clear_cache, list_entries, load_entry, save_entry
-from burnish.data.prepare import PreparedData, prepare_data
+from burnish.data.prepare import PreparedData, find_data_key, prepare_data
 from tests.data.toys import chat_folder, chat_tokenizer, dpo, pair, plain_tokenizer, reward, sft, write_lines
 
 
@@ -76,6 +79,49 @@ def test_everything_that_matters_makes_a_new_entry(tmp_path: Path, monkeypatch: 
     assert not prepare_data(dpo(file), plain_tokenizer(), cache_dir=folder).report.from_cache
     monkeypatch.setattr(cache, "code_version", lambda: "another")
     assert not prepare_data(dpo(file), plain_tokenizer(), cache_dir=folder).report.from_cache
+
+
+@pytest.mark.parametrize("kind", [CpoSettings, OrpoSettings, SimpoSettings])
+def test_kinds_that_read_pairs_share_an_entry(tmp_path: Path, kind: type) -> None:
+    file, folder = write_lines(tmp_path / "a.jsonl", [pair(i) for i in range(12)]), tmp_path / "cache"
+    first = prepare_data(dpo(file), plain_tokenizer(), cache_dir=folder)
+    again = prepare_data(kind(data=file), plain_tokenizer(), cache_dir=folder)
+    assert again.report.from_cache and equal(first.train, again.train)
+    assert len(list_entries(folder / "data")) == 1
+
+
+SEEDED: dict[str, dict[str, Any]] = {
+    "a held-out share": {"validation_split": 0.5},
+    "a sample": {"max_samples": 5},
+    "a sample of one source": {},
+    "held-out rows": {"max_eval_samples": 2},
+    "a mixture": {},
+}
+
+
+@pytest.mark.parametrize("name", ["nothing", *SEEDED])
+def test_the_seed_is_part_of_the_key_exactly_where_rows_are_drawn(tmp_path: Path, name: str) -> None:
+    """Where it is not, the groups really are the same; where it is, they really are others."""
+    (tmp_path / "b").mkdir()
+    one = write_lines(tmp_path / "a.jsonl", [pair(i) for i in range(12)])
+    test = write_lines(tmp_path / "b" / "test.jsonl", [pair(i) for i in range(20, 30)])
+    other = write_lines(tmp_path / "b" / "train.jsonl", [pair(i) for i in range(40, 60)])
+    data: Any = one
+    if name == "a sample of one source":
+        data = [DataSource(source=one, max_samples=5)]
+    elif name == "held-out rows":
+        data = str(Path(test).parent)
+    elif name == "a mixture":
+        data = [DataSource(source=one, weight=3.0), DataSource(source=other)]
+    keys, groups = set(), []
+    for seed in (1, 2):
+        settings = dpo(data, seed=seed, **SEEDED.get(name, {}))
+        keys.add(find_data_key(settings, plain_tokenizer()))
+        made = prepare_data(settings, plain_tokenizer(), cache_dir=tmp_path / f"cache-{seed}")
+        assert not made.report.from_cache
+        groups.append(made)
+    same = equal(groups[0].train, groups[1].train) and equal(groups[0].held_out, groups[1].held_out)
+    assert (len(keys) == 1) == same == (name == "nothing")
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "zeros", "json", "other"])

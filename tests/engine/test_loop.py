@@ -4,29 +4,49 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from burnish.artifacts.checkpoints import list_checkpoints
 from burnish.config.stages import DpoSettings, SftSettings
+from burnish.core.batch import Outputs, PackedBatch
+from burnish.core.group import Group
 from burnish.engine.job import TrainJob
-from burnish.engine.loop import run_training
+from burnish.engine.loop import Trainer, run_training
 from burnish.engine.runtime import Runtime
+from burnish.engine.source import extend_ledger
+from burnish.engine.state import TrainState
 from burnish.errors import InterruptedRun, NumericStop, ResourceError
+from burnish.models.reference import Reference
 from burnish.track.metrics import read_metrics
-from tests.engine.tiny import build_groups, build_method, build_policy, trainable
+from tests.engine.tiny import CONTROLLED, MIXES, build_groups, build_method, build_policy, trainable
+from tests.losses.drawn import REGISTRY
 
 
-def make_job(folder: Path | None, name: str = "sigmoid", *, n: int = 20, held_out: int = 6, **changes) -> TrainJob:
+def make_job(
+    folder: Path | None,
+    name: str = "sigmoid",
+    *,
+    n: int = 20,
+    held_out: int = 6,
+    dtype: torch.dtype = torch.float32,
+    **changes,
+) -> TrainJob:
     options = {"learning_rate": 1e-2, "batch_size": 4, "num_train_epochs": 2.0, "seed": 5, "save_steps": 3} | changes
     method, head, k, reference = build_method(name)
     settings = DpoSettings(**options) if k == 2 else SftSettings(**options)
-    policy = build_policy(head, dtype=torch.float32)
+    policy = build_policy(head, dtype=dtype)
+    needs = method.needs_reference_head or (method.needs_reference and not reference)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     return TrainJob(
@@ -38,7 +58,114 @@ def make_job(folder: Path | None, name: str = "sigmoid", *, n: int = 20, held_ou
         trainable=trainable(policy),
         runtime=Runtime(torch.device("cpu")),
         stage_dir=folder,
+        reference=Reference(build_policy(head, dtype=dtype, seed=1), "copy") if needs else None,
     )
+
+
+class Poisoned:
+    """A policy that writes a number into one output of one row: its first scored token, or its first score."""
+
+    def __init__(self, policy: Any, number: float = float("nan")) -> None:
+        self.policy, self.number = policy, number
+        self.row, self.output, self.slot = "", "", 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.policy, name)
+
+    def __call__(self, batch: PackedBatch, want: frozenset[str], **more: Any) -> Outputs:
+        outputs = self.policy(batch, want, **more)
+        table = batch.table
+        if self.row in table.group_ids:
+            own = (table.completion_group == table.group_ids.index(self.row)) & (table.completion_slot == self.slot)
+            rows = torch.nonzero(own if self.output == "scores" else own[table.token_completion])[:1, 0]
+            if len(rows):
+                values = outputs.named()[self.output]
+                spoilt = values + torch.zeros_like(values).index_fill(0, rows, self.number)
+                outputs = Outputs.from_named(outputs.named() | {self.output: spoilt})
+        return outputs
+
+
+def find_outputs(name: str) -> list[str]:
+    """What a method reads of the policy."""
+    method = build_method(name)[0]
+    return [*sorted(method.want), *(f"functionals.{f.name}" for f in method.functionals)]
+
+
+def snapshot(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(tensors, JSON values) of everything that changes, copied."""
+    model, moments, meta = state.to_tree()
+    tensors = {n: t.clone() for n, t in {**model, **{f"moment/{n}": t for n, t in moments.items()}}.items()}
+    return tensors, json.loads(json.dumps(meta))
+
+
+def are_same(one: tuple[dict[str, Any], dict[str, Any]], other: tuple[dict[str, Any], dict[str, Any]]) -> bool:
+    tensors = one[0].keys() == other[0].keys() and all(torch.equal(t, other[0][n]) for n, t in one[0].items())
+    return tensors and one[1] == other[1]
+
+
+SPOILS = [(10_000, math.nan), (30, math.nan), (30, math.inf), (10_000, -math.inf)]  # micro_batch_tokens, number
+
+
+@pytest.mark.parametrize(
+    ("name", "output"), [(name, output) for name in [*REGISTRY, *MIXES, *CONTROLLED] for output in find_outputs(name)]
+)
+def test_t11_a_non_finite_row_is_named_and_moves_nothing(name, output):
+    """T-11, R-05: for every loss, and every number that it reads of the policy, in one micro-batch or several.
+
+    Infinities too, which a loss that saturates would hide. That row alone is named, whichever rows it is compared with; parameters, moments, schedule, controller and running state
+    are those of the step before. The same step without it moves them.
+    """
+    job = make_job(None, name, n=8, held_out=0, num_train_epochs=1.0)
+    job.policy = policy = Poisoned(job.policy)
+    trainer = Trainer(job)
+    assert trainer._apply(trainer._gradient(trainer.source.step(0))).applied
+    before, data = snapshot(trainer.state), trainer.source.step(1)
+    assert before[0] and any(n.startswith("moment/") for n in before[0])
+    policy.row, policy.output = data.groups[2].id, output
+    for trainer.budget, policy.number in SPOILS:
+        gradient = trainer._gradient(data)
+        assert (gradient.bad, gradient.figures, gradient.state) == ([policy.row], {}, None)
+        assert gradient.terms
+        assert not trainer._apply(gradient).applied
+        assert are_same(snapshot(trainer.state), before)
+    policy.row = ""
+    assert trainer._apply(trainer._gradient(data)).applied
+    after = snapshot(trainer.state)
+    assert not are_same(after, before)
+    assert not job.method.stateful or after[1]["method"] != before[1]["method"]
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+def test_t11_a_kto_row_is_named_also_where_only_its_partner_is_not_finite(slot):
+    """A partner enters the baseline of all rows; TRL's NaN-skipping mean gives a normal loss and a NaN gradient."""
+    job = make_job(None, "kto kto", n=8, held_out=0)
+    job.policy = policy = Poisoned(job.policy)
+    trainer = Trainer(job)
+    data, before = trainer.source.step(0), snapshot(trainer.state)
+    policy.row, policy.output, policy.slot = data.groups[1].id, "logprobs", slot
+    for trainer.budget, policy.number in SPOILS:
+        gradient = trainer._gradient(data)
+        assert (gradient.bad, gradient.figures) == ([policy.row], {})
+        assert not trainer._apply(gradient).applied and are_same(snapshot(trainer.state), before)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "dpo aot", "kto kto"])
+def test_t11_a_row_whose_reference_is_not_finite_is_named(name):
+    """Stored log-probs of a reference are watched like the policy's own, in one micro-batch or several."""
+    job = make_job(None, name, n=8, held_out=0)
+    trainer = Trainer(job)
+    data = trainer.source.step(0)
+    own = data.groups[2].completions[-1]
+    columns = {"ref_logprobs": np.full(len(own.ids), np.nan, np.float32)}
+    for group in data.groups:
+        for completion in group.completions:
+            completion.token_columns.setdefault("ref_logprobs", np.full(len(completion.ids), -3.0, np.float32))  # type: ignore[attr-defined]
+    spoilt = replace(
+        data.groups[2], completions=(*data.groups[2].completions[:-1], replace(own, token_columns=columns))
+    )
+    data = replace(data, groups=[*data.groups[:2], spoilt, *data.groups[3:]])
+    for trainer.budget in (10_000, 30):
+        assert trainer._gradient(data).bad == [spoilt.id]
 
 
 def digest(job: TrainJob) -> str:
@@ -68,6 +195,50 @@ def test_s1_11_a_resumed_stage_ends_with_the_same_bits(tmp_path, name, step, arm
     resumed = make_job(tmp_path / "b", name, eval_steps=2)
     resumed.resume = True
     assert finish(resumed) == expected
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "kto kto", "dpo bco_pair"])
+def test_r31_other_micro_batches_read_the_same_samples(tmp_path, name, monkeypatch, caplog, arm_fault):
+    """R-31: 8 to 4 in a micro-batch at a global batch of 8, after step 4 of 9: the ledger is that of a calm run.
+
+    Each sample exactly once an epoch, the same global batches in the same order, equal parameters up to the rounding of fp64,
+    and a warning that their bits may differ.
+    """
+    options = {
+        "n": 20,
+        "batch_size": 8,
+        "num_train_epochs": 3.0,
+        "save_steps": 4,
+        "dtype": torch.float64,
+        "held_out": 0,
+    }
+    batches: list[list[str]] = []
+
+    def note(ledger: str, groups: Sequence[Group]) -> str:
+        batches.append([group.id for group in groups])
+        return extend_ledger(ledger, groups)
+
+    monkeypatch.setattr("burnish.engine.loop.extend_ledger", note)
+    calm = make_job(tmp_path / "calm", name, per_device_train_batch_size=8, **options)
+    expected, want = run_training(calm), batches.copy()
+    assert [len(b) for b in want] == [8, 8, 4] * 3
+    batches.clear()
+    arm_fault("loop.after_step:5:raise")
+    with pytest.raises(RuntimeError, match="fault injected"):
+        run_training(make_job(tmp_path / "cut", name, per_device_train_batch_size=8, **options))
+    arm_fault("")
+    second = make_job(tmp_path / "cut", name, per_device_train_batch_size=4, **options)
+    second.resume = True
+    found = run_training(second)
+    assert found.resumed_from == 4 and found.ledger == expected.ledger
+    assert batches == want
+    for epoch in range(3):
+        rows = [row for batch in batches[3 * epoch : 3 * epoch + 3] for row in batch]
+        assert sorted(rows) == sorted(group.id for group in calm.train)
+    for key, parameter in calm.trainable.items():
+        torch.testing.assert_close(second.trainable[key], parameter, rtol=0, atol=1e-8)
+    text = "resuming with 8192 tokens, 4 examples in a micro-batch, not 8192 tokens, 8 examples: results will not be bit-equal"
+    assert [r.message for r in caplog.records if "bit-equal" in r.message] == [text]
 
 
 def test_r12_logging_evaluating_and_saving_move_nothing(tmp_path):

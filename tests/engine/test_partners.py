@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from burnish.config.stages import KtoSettings
-from burnish.core.batch import Outputs, PackedBatch
+from burnish.core.batch import Outputs, PackedBatch, build_packed_batch
 from burnish.core.group import Group
 from burnish.engine.evaluation import run_evaluation
 from burnish.engine.plan import build_plan
 from burnish.engine.runtime import Runtime
+from burnish.engine.source import OfflineSource
 from burnish.engine.step import StepContext, compute_gradient
 from burnish.methods.kto import Kto
 from tests.engine.tiny import build_groups, build_policy, trainable
@@ -109,11 +110,79 @@ def test_with_dropout_both_passes_run_whole() -> None:
 
 
 def test_t11_a_non_finite_row_is_named_and_stops_the_step() -> None:
+    """The partner's log-probs of one row: the baseline of all rows is NaN, and that row alone is named."""
     groups = build_rows(6)
     groups[4].completions[1].token_columns["ref_logprobs"][:] = float("nan")
     for budget in (10_000, 40):
         found, _, _, _ = run_step(groups, budget)
-        assert found.bad and found.figures == {} and found.terms == ["kto"]
+        assert (found.bad, found.figures, found.terms) == ([groups[4].id], {}, ["kto"])
+
+
+def take_apart(pairs: int) -> list[Group]:
+    """Pairs as rows: good and bad side by side, as the data come."""
+    rows = []
+    for i, group in enumerate(build_groups(pairs, k=2, seed=4)):
+        for side, completion in enumerate(group.completions):
+            columns = {"label": float(side == 0)}
+            rows.append(replace(group, id=f"{i}/{side}", completions=(completion,), columns=columns))
+    return rows
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_t12_both_labels_are_in_every_step(shuffle: bool) -> None:
+    """100 pairs taken apart, 16 rows a step, 8 epochs: TRL's steps have one label each, these have both.
+
+    Unshuffled, half of each whole step is good. Shuffled, the share in a step scatters around one half as a draw does, and
+    stretches of one label stay as short as chance makes them.
+    """
+    method, rows = Kto(KtoSettings()), take_apart(100)
+    source = OfflineSource(
+        rows, batch_size=16, epochs=8, max_steps=-1, seed=5, shuffle=shuffle, arrange=method.arrange
+    )  # fmt: skip
+    shares, longest = [], 0
+    for epoch in range(8):
+        labels: list[float] = []
+        for n in range(source.steps_per_epoch):
+            step = [group.columns["label"] for group in source.step(epoch * source.steps_per_epoch + n).groups]
+            shares += [float(np.mean(step))] * (len(step) == 16)
+            labels += step
+        assert sum(labels) == 100 and len(labels) == 200
+        edges = np.flatnonzero(np.diff(labels))
+        longest = max(longest, int(np.diff([-1, *edges, 199]).max()))
+    assert min(shares) > 0 and max(shares) < 1
+    if not shuffle:
+        assert set(shares) == {0.5} and longest == 1
+        return
+    assert np.std(shares) == pytest.approx(0.5 / 4 * (1 - 15 / 199) ** 0.5, rel=0.2)
+    assert 4 < longest < 20
+
+
+def test_t12_an_odd_last_row_has_a_partner_of_its_own() -> None:
+    """Nine rows in steps of four: the last step is one row, whose partner answers another prompt; TRL's is the row itself."""
+    rows = [*take_apart(4), replace(build_groups(1, k=1, seed=77)[0], id="odd")]
+    source = OfflineSource(
+        rows, batch_size=4, epochs=1, max_steps=-1, seed=1, shuffle=True, arrange=Kto(KtoSettings()).arrange
+    )  # fmt: skip
+    (last,) = source.step(2).groups
+    own, lent = last.completions
+    owners = [row for row in rows if np.array_equal(row.completions[0].ids[: len(lent.ids)], lent.ids)]
+    assert last.id not in {row.id for row in owners} and not np.array_equal(own.ids, lent.ids)
+    assert all(not np.array_equal(row.prompt, last.prompt) for row in owners)
+    groups = [
+        replace(
+            last,
+            completions=tuple(
+                replace(c, token_columns={"ref_logprobs": np.full(len(c.ids), -5.0)}) for c in last.completions
+            ),
+        )
+    ]
+    found, _, _, _ = run_step(groups, 10_000)
+    batch = build_packed_batch(groups)
+    with torch.no_grad():
+        logprobs = build_policy().eval()(batch, frozenset({"logprobs"})).logprobs
+    assert logprobs is not None
+    ratio = batch.table.sum_tokens(logprobs + 5.0)
+    assert found.figures["kl"] == pytest.approx(max(float(ratio[1]), 0.0), rel=1e-9) and ratio[0] != ratio[1]
 
 
 def test_t33_evaluation_is_the_same_for_every_batch_size() -> None:

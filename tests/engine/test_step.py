@@ -12,19 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from burnish.config.registry import LOSS_TYPES
+from burnish.core.batch import Outputs, build_packed_batch
 from burnish.engine.plan import build_plan
 from burnish.engine.runtime import Runtime
 from burnish.engine.step import StepContext, Stopped, compute_gradient
 from burnish.models.reference import Reference
 from tests.engine.tiny import CONTROLLED, MIXES, build_groups, build_method, build_policy, flatten, trainable
+from tests.losses.drawn import REGISTRY
 
 # Methods that two processes are tried with too, and every loss type beside them; "dpo aot" is a kind and its loss type.
-METHODS = ["sft", "reward", "sigmoid", "coupled", "dpo aot", "dpo bco_pair", "orpo orpo", "rpo", "wpo", "kto"]
+METHODS = ["sft", "reward", "sigmoid", "coupled", "dpo aot", "dpo bco_pair", "orpo orpo", "rpo", "wpo", "kto kto"]
 METHODS += ["madpo", "madpo, wpo, bco + sft"]
-METHODS += CONTROLLED
-LOSSES = [f"{kind} {name}" for kind, types in LOSS_TYPES.items() for name in types]
-EVERY = [*METHODS, *(name for name in [*LOSSES, *MIXES] if name not in METHODS)]
+# A live reference in each step: every loss that reads its distribution.
+LIVE = [name for name in REGISTRY if build_method(name)[0].needs_reference_head]
+METHODS += [*LIVE, *CONTROLLED]
+EVERY = [*METHODS, *(name for name in [*REGISTRY, *MIXES] if name not in METHODS)]
 CUTS = [(10_000, None), (10_000, 1), (10_000, 3), (60, None), (30, None), (12, None)]
 
 
@@ -38,7 +40,8 @@ def run_step(
     groups = method.arrange(build_groups(n + method.arranges, k=k, reference=reference))[:n]
     parameters = trainable(policy)
     stored = reference and not method.needs_reference_head
-    live = Reference(build_policy(head, seed=1), "copy") if method.needs_reference and not stored else None
+    needs = method.needs_reference_head or (method.needs_reference and not stored)
+    live = Reference(build_policy(head, seed=1), "copy") if needs else None
     ctx = StepContext(
         policy, method, runtime or Runtime(torch.device("cpu")), list(parameters.values()), seed=0, reference=live
     )
@@ -71,46 +74,67 @@ def test_r11_fp32_within_its_precision(name):
     assert (gradient - expected).norm() / expected.norm() < 1e-5
 
 
-def _two_ranks(n: int) -> dict:
+def _two_ranks() -> list[dict]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     root = Path(__file__).resolve().parents[2]
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "tests.engine.two_ranks", str(n)]
+    command = [sys.executable, "-m", "tests.engine.two_ranks"]
     children = [
         subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, cwd=root)
         for r in range(2)
     ]
     outputs = [child.communicate(timeout=240)[0] for child in children]
     assert [child.returncode for child in children] == [0, 0]
-    return json.loads(outputs[0].splitlines()[-1])
+    return json.loads(outputs[0].splitlines()[-1])["rows"]
 
 
 @pytest.fixture(scope="module")
 def on_two_ranks() -> list[dict]:
-    """Steps of seven uneven groups on two processes, compared with one."""
-    return _two_ranks(7)["rows"]
+    """Steps of seven uneven groups, and of a single one, on two processes, compared with one."""
+    return _two_ranks()
 
 
 @pytest.mark.dist
 def test_r23_two_processes_give_the_gradient_of_one(on_two_ranks):
-    """R-23: uneven sizes, and a rank with nothing (n = 1); for each method and the coupled toy loss."""
+    """R-23: uneven sizes, and a rank with nothing (n = 1); for each method, those with a live reference, a coupled toy loss."""
+    assert {"dpo tdpo1", "dpo tdpo2", "dpo radpo1", "dpo radpo2", "dpo epsilon"} <= set(LIVE)
+    assert {"distill forward_kl", "distill reverse_kl", "distill jsd"} <= set(LIVE)
+    assert {(line["method"], line["n"]) for line in on_two_ranks} == {(name, n) for name in METHODS for n in (7, 1)}
     for line in on_two_ranks:
         assert line["error"] < 1e-10, line
         assert line["figures"] < 1e-10, line
+        assert line["state"] < 1e-9, line
         assert line["equal_on_ranks"], line
-    assert len(_two_ranks(1)["rows"]) == len(METHODS)
+    factors = {line["factor"] for line in on_two_ranks if line["method"] == "dpo epsilon" and line["n"] == 7}
+    assert len(factors) == 1 and factors != {1.0}, "the running beta of epsilon has moved, alike under every cut"
 
 
 @pytest.mark.dist
 def test_s0_10_one_beta_on_two_processes(on_two_ranks):
     """S0-10, S0-23: state, β, filter and record are equal on both, every bit, and those of one process; n is the whole step's."""
-    lines = [line for line in on_two_ranks if line["method"] in CONTROLLED]
+    lines = [line for line in on_two_ranks if line["method"] in CONTROLLED and line["n"] == 7]
     assert len(lines) == 3 * len(CONTROLLED)
     for line in lines:
         assert line["equal_on_ranks"] and line["state"] < 1e-9, line
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_t03_terms_that_are_added_up_are_logged_apart(name):
+    """T-03: the loss is the weighted sum of its terms, and each of several has its own figure."""
+    method = build_method(name)[0]
+    figures = run_step(name, 10_000)[0].figures
+    batch = build_packed_batch([])
+    outputs = Outputs(logprobs=torch.zeros(0)) if "logprobs" in method.want else Outputs(scores=torch.zeros(0))
+    outputs.functionals = {f.name: torch.zeros(0) for f in method.functionals}
+    terms = {t.name: t.weight for t in method.compute_loss(outputs, batch.table, method.initial_state()).terms}
+    apart = {n for n in figures if n.startswith("loss/")}
+    assert apart == ({f"loss/{n}" for n in terms} if len(terms) > 1 else set())
+    if len(terms) > 1:
+        assert figures["loss"] == pytest.approx(sum(w * figures[f"loss/{n}"] for n, w in terms.items()), rel=1e-12)
+        assert all(figures[n] != 0 for n in apart)
 
 
 def test_r05_non_finite_rows_are_named(monkeypatch):

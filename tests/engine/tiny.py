@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from burnish.config.dynamic_beta import DynamicBetaSettings
-from burnish.config.stages import DpoSettings, KtoSettings, RewardSettings, SftSettings
+from burnish.config.stages import DistillSettings, DpoSettings, KtoSettings, RewardSettings, SftSettings
 from burnish.core.batch import Outputs, Table
 from burnish.core.group import Completion, Group
 from burnish.losses.terms import LossResult, Metric, Term
@@ -142,7 +142,11 @@ def flatten(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def build_method(name: str):
-    """(method, policy head, groups per pair, needs reference columns)"""
+    """(method, policy head, completions of a group, needs reference columns)
+
+    A name is a kind ("sft"), a kind and its loss type ("dpo aot", "distill jsd"), a loss type of dpo, or of the tables above.
+    """
+    from burnish.methods.distill import Distill
     from burnish.methods.dpo import Dpo
     from burnish.methods.kto import Kto
     from burnish.methods.reward import Reward
@@ -159,12 +163,15 @@ def build_method(name: str):
         return Dpo(DpoSettings(dynamic_beta=controlled)), "lm", 2, True
     if name in MIXES:
         return Dpo(DpoSettings(**MIXES[name])), "lm", 2, True
+    kind, _, loss_type = name.partition(" ")
+    if kind == "distill":
+        return Distill(DistillSettings(loss_type=loss_type, alpha=0.7, temperature=1.5)), "lm", 1, False  # type: ignore[arg-type]
+    if kind == "kto":
+        return Kto(KtoSettings(beta=0.3, loss_type=loss_type or "kto")), "lm", 1, False  # type: ignore[arg-type]
     if " " in name:
         from tests.losses.drawn import Case
         from tests.losses.drawn import build_method as build_case
 
         method = build_case(Case(*name.split()))
         return method, "lm", 2, method.needs_reference
-    if name == "kto":
-        return Kto(KtoSettings(beta=0.3)), "lm", 1, False
     return Dpo(DpoSettings(loss_type=name)), "lm", 2, True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import torch
 
@@ -14,10 +13,9 @@ from tests.engine.tiny import flatten
 
 def main() -> None:
     torch.set_num_threads(1)
-    n = int(sys.argv[1])
     runtime = build_runtime()
     rows = []
-    for name in METHODS:
+    for n, name in ((n, name) for n in (7, 1) for name in METHODS):
         expected, alone = run_step(name, 10_000, n=n)
         for budget, cap in ((10_000, None), (30, None), (10_000, 1))[: 1 if n == 1 else 3]:
             found, gradient = run_step(name, budget, cap, n=n, world=2, runtime=runtime)
@@ -27,12 +25,14 @@ def main() -> None:
             rows.append(
                 {
                     "method": name,
+                    "n": n,
                     "budget": budget,
                     "error": float((gradient - alone).norm() / alone.norm()),
                     "figures": max(abs(found.figures[k] - v) for k, v in expected.figures.items()),
                     "state": max([abs(two[k] - v) for k, v in one.items() if isinstance(v, float)], default=0.0)
                     if one.keys() == two.keys()
                     else 1.0,
+                    "factor": ((found.state or {}).get("losses") or {}).get("epsilon", {}).get("factor"),
                     "equal_on_ranks": torch.equal(ranks[0][0], ranks[1][0]) and ranks[0][1:] == ranks[1][1:],
                 }
             )

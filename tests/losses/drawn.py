@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -58,7 +58,18 @@ def build_method(case: Case, **settings: Any) -> Any:
     return load_object(KINDS[case.kind].runner)(cls(**(chosen | read | case.settings)))
 
 
+def find_loss_types(kind: str) -> list[str]:
+    """The loss types of a kind; one without a name where there is nothing to choose, none where nothing is trained."""
+    if not KINDS[kind].trains:
+        return []
+    field = load_object(KINDS[kind].settings).model_fields.get("loss_type")
+    choice = [] if field is None else [name for name in get_args(field.annotation) if isinstance(name, str)]
+    return choice or list(LOSS_TYPES.get(kind, {})) or [""]
+
+
 REGISTERED = [Case(kind, name) for kind, types in LOSS_TYPES.items() for name in types]
+# Every loss that can be trained, by kind and loss type: of the registry, and of kinds that are no losses on pairs.
+REGISTRY = [" ".join(filter(None, [kind, name])) for kind in KINDS for name in find_loss_types(kind)]
 VARIANTS = [
     Case("dpo", "sigmoid", {"label_smoothing": 0.2}),
     Case("dpo", "sigmoid_norm", {"label_smoothing": 0.2}),

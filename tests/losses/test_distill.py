@@ -56,6 +56,41 @@ def test_gradcheck_and_no_gradient_to_the_teacher(name: str, beta: float) -> Non
 
 
 @pytest.mark.parametrize(("name", "beta"), CASES)
+def test_the_gradient_pulls_towards_the_teacher(name: str, beta: float) -> None:
+    """Of two words, the one that the teacher likes better than the student does rises, and the other falls."""
+    student = torch.linspace(-3, 3, 4, dtype=torch.float64)[:, None] * torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    teacher = torch.tensor([[0.4, -0.4]], dtype=torch.float64).expand(4, 2)
+    leaf = student.clone().requires_grad_()
+    build_divergence(name, jsd_beta=beta, temperature=1.3).fn(leaf, TARGETS, teacher).sum().backward()
+    assert leaf.grad is not None
+    behind = teacher > student
+    assert bool(((leaf.grad < 0) == behind).all()) and bool((leaf.grad != 0).all())
+
+
+def test_exchanging_teacher_and_student_exchanges_the_divergences() -> None:
+    """KL(p ‖ q) for KL(q ‖ p), and a share β of the teacher for one of 1 − β."""
+    student, teacher = draw(7)
+    student = student.detach()
+    for name, beta, mirrored, other in (
+        ("forward_kl", 0.5, "reverse_kl", 0.5), ("reverse_kl", 0.5, "forward_kl", 0.5), ("jsd", 0.2, "jsd", 0.8),
+    ):  # fmt: skip
+        there = build_divergence(name, jsd_beta=beta).fn(student, TARGETS, teacher)
+        back = build_divergence(mirrored, jsd_beta=other).fn(teacher, TARGETS, student)
+        torch.testing.assert_close(there, back, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("name", "beta"), CASES)
+def test_any_split_of_the_tokens_adds_up(name: str, beta: float) -> None:
+    """Each token alone gives its own number, and no token gives none."""
+    student, teacher = draw(8)
+    fn = build_divergence(name, jsd_beta=beta).fn
+    whole = fn(student, TARGETS, teacher)
+    parts = [fn(student[s], TARGETS[s], teacher[s]) for s in (slice(0, 1), slice(1, 1), slice(1, 4))]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-13, atol=0)
+    assert parts[1].shape == (0,)
+
+
+@pytest.mark.parametrize(("name", "beta"), CASES)
 def test_equal_models_are_at_the_minimum(name: str, beta: float) -> None:
     student, _ = draw(2)
     found = build_divergence(name, jsd_beta=beta).fn(student, TARGETS, student.detach())

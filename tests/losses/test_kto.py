@@ -77,9 +77,29 @@ def test_good_rows_are_lifted_and_bad_rows_lowered() -> None:
 def test_swapping_a_label_mirrors_the_loss_around_its_middle() -> None:
     ratio, label = draw()
     baseline = torch.tensor(0.3, dtype=torch.float64)
-    one = compute_kto_loss(ratio, label, baseline, beta=0.2, desirable_weight=1.0, undesirable_weight=1.0)
-    other = compute_kto_loss(ratio, 1 - label, baseline, beta=0.2, desirable_weight=1.0, undesirable_weight=1.0)
-    torch.testing.assert_close(one + other, torch.ones_like(one), rtol=0, atol=1e-14)
+    plain = {"beta": 0.2, "desirable_weight": 1.0, "undesirable_weight": 1.0}
+    for loss in (
+        lambda y: compute_kto_loss(ratio, y, baseline, **plain),
+        lambda y: compute_apo_zero_unpaired_loss(ratio, y, **plain),
+    ):
+        torch.testing.assert_close(loss(label) + loss(1 - label), torch.ones_like(ratio), rtol=0, atol=1e-14)
+
+
+def test_any_split_adds_up_once_the_baseline_is_known() -> None:
+    """Rows are coupled by the baseline alone; no rows are a sum of 0 with a graph."""
+    ratio, label = draw()
+    for loss in (
+        lambda s: compute_kto_loss(ratio[s], label[s], torch.tensor(0.3), beta=0.2, **WEIGHTS),
+        lambda s: compute_apo_zero_unpaired_loss(ratio[s], label[s], beta=0.2, **WEIGHTS),
+    ):
+        parts = torch.stack([loss(slice(a, b)).sum() for a, b in ((0, 2), (2, 2), (2, 9))]).sum()
+        whole = loss(slice(None)).sum()
+        assert parts.item() == pytest.approx(whole.item(), rel=1e-13)
+        (one,), (other,) = (torch.autograd.grad(x, ratio) for x in (whole, parts))
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=0)
+        nothing = loss(slice(0, 0)).sum()
+        nothing.backward()
+        assert nothing.item() == 0.0
 
 
 def test_far_rows_stay_finite_and_types_are_kept() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -154,6 +155,35 @@ def test_gradcheck(case: Case) -> None:
     leaves = tuple(getattr(pairs, name) for name in LEAVES)
     rest = (pairs.chosen_tokens, pairs.rejected_tokens, pairs.reference_gap, pairs.sums)
     assert torch.autograd.gradcheck(lambda *x: case.compute(Pairs(*x, *rest)).loss, leaves)
+
+
+@over(CASES)
+def test_t11_a_nan_that_is_read_makes_the_loss_nan(case: Case) -> None:
+    """No comparison, cut or mean may take a NaN for a number. An input that changes nothing is not read, and is left out."""
+    pairs = detach(draw_pairs(5, seed=2))
+    read = []
+    for name in (*LEAVES, *pairs.sums):
+        others = [case.compute(put(pairs, name, 2, value)).loss for value in (-60.0, -0.1, 60.0)]
+        if all(torch.equal(loss, case.compute(pairs).loss) for loss in others):
+            continue
+        read.append(name)
+        found = case.compute(put(pairs, name, 2, math.nan)).loss
+        assert bool((found[2] if case.entry.aligned else found.sum()).isnan()), name
+    assert read
+    if case.entry.functionals:
+        assert set(read) & set(pairs.sums), "what it reads of the distribution is among them"
+
+
+def put(pairs: Pairs, name: str, row: int, value: float) -> Pairs:
+    """Pairs in which one number is another one; of a functional, the chosen answer's."""
+
+    def change_one(x: Tensor) -> Tensor:
+        return x.index_fill(0, torch.tensor([row]), value)
+
+    if name not in pairs.sums:
+        return replace(pairs, **{name: change_one(getattr(pairs, name))})
+    chosen, rejected = pairs.sums[name]
+    return replace(pairs, sums={**pairs.sums, name: (change_one(chosen), rejected)})
 
 
 @over(CASES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 import torch
 
 from burnish.config.losses import find_family, find_unread, read_parameters
-from burnish.config.registry import LOSS_TYPES, load_object
+from burnish.config.registry import KINDS, LOSS_TYPES, load_object
 from burnish.config.stages import DpoSettings
 from burnish.errors import ConfigError
 from burnish.losses.dpo import compute_sigmoid_loss
 from burnish.losses.mix import build_mix, load_loss_type
 from burnish.losses.pairs import PairLoss, Pairs
+from tests.config.recipes import one, problems_of
+from tests.losses.drawn import REGISTRY, draw_pairs
 
 HERE = "tests.losses.test_mix"
 
@@ -59,18 +62,61 @@ CHANGED: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("setting", sorted(find_family("dpo") - {"state"}))
-@pytest.mark.parametrize("name", LOSS_TYPES["dpo"])
-def test_t01_a_setting_is_read_or_refused(name: str, setting: str) -> None:
-    """Every setting of the family beside every loss type: its value changes the loss, or the stage is refused."""
-    function = load_object(LOSS_TYPES["dpo"][name].function)
-    changed = DpoSettings(loss_type=name, **{setting: CHANGED[setting]})
-    if setting in inspect.signature(function).parameters:
-        assert build_mix("dpo", name, None, changed)[0].settings[setting] == CHANGED[setting]
-    else:
+# What has to be chosen too before a setting can matter.
+BESIDE: dict[str, dict[str, Any]] = {"f_alpha_divergence_coef": {"f_divergence_type": "alpha_divergence"}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "setting"),
+    [(k, n, s) for k, names in LOSS_TYPES.items() for n in names for s in sorted(find_family(k) - {"state"})],
+)
+def test_t01_a_setting_is_read_or_refused(kind: str, name: str, setting: str) -> None:
+    """Every setting of the family beside every loss type of every kind: it changes the loss, or the stage is refused."""
+    cls = load_object(KINDS[kind].settings)
+    chosen = {"loss_type": name} if "loss_type" in cls.model_fields else {}
+    changed = cls(**chosen, **{setting: CHANGED[setting]})
+    if setting not in inspect.signature(load_object(LOSS_TYPES[kind][name].function)).parameters:
         with pytest.raises(ConfigError, match=f"{setting} is {CHANGED[setting]}") as caught:
-            build_mix("dpo", name, None, changed)
+            build_mix(kind, name, None, changed)
         assert caught.value.exit_code == 2
+        return
+    assert build_mix(kind, name, None, changed)[0].settings[setting] == CHANGED[setting]
+    values = []
+    for settings in (
+        cls(**chosen, **BESIDE.get(setting, {})),
+        cls(**chosen, **BESIDE.get(setting, {}), **{setting: CHANGED[setting]}),
+    ):
+        (loss_type,) = build_mix(kind, name, None, settings)
+        pairs = move_up(draw_pairs(6, seed=3), loss_type.settings)
+        found = loss_type.compute(pairs, loss_type.initial_state() or None)
+        values.append((found.loss.sum() + found.chosen_reward.sum()).item())
+    assert values[0] != pytest.approx(values[1], rel=1e-6)
+
+
+def move_up(pairs: Pairs, settings: dict[str, Any]) -> Pairs:
+    """Pairs with what a loss with these settings reads of the distribution; each β of ε-DPO has a reason to rise."""
+    sums = dict(pairs.sums)
+    if "radpo_confidence" in settings:
+        c = settings["radpo_confidence"]
+        sums[f"risk_{c:g}"] = (c * torch.ones_like(pairs.chosen), c * c * torch.ones_like(pairs.chosen))
+    for sign in (1, -1):
+        moved = (pairs.chosen + sign, pairs.rejected)
+        sums[f"logprobs_{sign * settings.get('epsilon', 0.01):+g}"] = moved
+    return replace(pairs, sums=sums)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_t01_label_smoothing_is_read_or_refused_by_a_recipe(name: str) -> None:
+    """Before anything is loaded, for every loss that can be trained; TRL's sigmoid takes it and changes nothing."""
+    kind, _, loss_type = name.partition(" ")
+    chosen = {"loss_type": loss_type} if loss_type and loss_type not in ("simpo", "orpo") else {}
+    entry = LOSS_TYPES.get(kind, {}).get(loss_type)
+    if entry is not None and "label_smoothing" in (read_parameters(entry.function) or ()):
+        assert one(kind, label_smoothing=0.1, **chosen).label_smoothing == 0.1
+        return
+    stage = {"kind": kind, "label_smoothing": 0.1, **chosen} | ({"teacher": "pocket"} if kind == "distill" else {})
+    text = problems_of({"model": "pocket", "data": "pocket/preferences", "stages": [stage]})
+    assert "label_smoothing" in text and text.count("label_smoothing") <= 3
 
 
 @pytest.mark.parametrize("kind", LOSS_TYPES)

@@ -59,6 +59,32 @@ def test_t12_a_partner_is_the_next_row_with_another_prompt_going_round() -> None
     assert find_partners(groups) == by_force
 
 
+@pytest.mark.parametrize("pairs", [1, 2, 17])
+@pytest.mark.parametrize("odd", [0, 1])
+def test_t12_no_row_gets_its_own_answer_nor_one_to_its_own_prompt(pairs: int, odd: int) -> None:
+    """Pairs taken apart, good and bad side by side or shuffled, with an odd last row: 200 orders of each."""
+    groups = [
+        build_row(f"{i}/{side}", [3, 4 + i], [100 + 2 * i + side], float(side == 0))
+        for i in range(pairs)
+        for side in (0, 1)
+    ]
+    groups += [build_row("odd", [3, 4 + pairs], [99])] * odd
+    if pairs + odd == 1:
+        with pytest.raises(DataError, match="all 2 rows have the same prompt"):
+            Kto(KtoSettings()).arrange(groups)
+        return
+    answers = {group.id: (group.prompt.tobytes(), int(group.completions[0].ids[0])) for group in groups}
+    by_answer = {answer: prompt for prompt, answer in answers.values()}
+    for seed in range(200):
+        order = np.random.default_rng(seed).permutation(len(groups)) if seed else np.arange(len(groups))
+        arranged = Kto(KtoSettings()).arrange([groups[i] for i in order])
+        assert [g.id for g in arranged] == [groups[i].id for i in order]
+        for group in arranged:
+            own, lent = (int(c.ids[0]) for c in group.completions)
+            assert own == answers[group.id][1], "a row keeps its own answer, and its label"
+            assert lent != own and by_answer[lent] != group.prompt.tobytes()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_partners_agree_with_a_plain_search(seed: int) -> None:
     prompts = np.random.default_rng(seed).integers(0, 3, 23).tolist()
@@ -86,7 +112,7 @@ def test_a_partner_is_a_second_completion_and_never_longer_than_the_data() -> No
     assert (first.id, first.columns, len(groups[0].completions)) == ("a", {"label": 1.0}, 1)
 
 
-def test_partners_follow_the_order_of_each_epoch() -> None:
+def test_t12_partners_follow_the_order_of_each_epoch() -> None:
     method = Kto(KtoSettings())
     source = OfflineSource(
         rows(6), batch_size=4, epochs=2, max_steps=-1, seed=3, shuffle=True, arrange=method.arrange

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,34 +14,81 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from burnish.config.stages import CpoSettings, DpoSettings, RewardSettings, SftSettings
+from burnish.config.registry import KINDS, load_object
+from burnish.config.stages import CpoSettings, DistillSettings, DpoSettings, RewardSettings
 from burnish.core.batch import Outputs, build_packed_batch
 from burnish.core.group import Completion, Group
 from burnish.engine.evaluation import run_evaluation
 from burnish.engine.runtime import Runtime
 from burnish.engine.step import StepContext, call_policy
 from burnish.methods.cpo import Cpo
+from burnish.methods.distill import Distill
 from burnish.methods.dpo import Dpo
 from burnish.methods.reward import Reward
-from burnish.methods.sft import Sft
 from burnish.models.policy import Policy
 from burnish.models.reference import Reference
-from tests.losses.drawn import REGISTERED, build_method
+from tests.losses.drawn import REGISTERED, REGISTRY, Case, build_method
 from tests.losses.tiny import build_model
 
+
+def build_registered(name: str) -> Any:
+    """The method of a kind and loss type, with the defaults of the kind."""
+    kind, _, loss_type = name.partition(" ")
+    if (kind, loss_type) in {(case.kind, case.name) for case in REGISTERED}:
+        return build_method(Case(kind, loss_type))
+    cls = load_object(KINDS[kind].settings)
+    return load_object(KINDS[kind].runner)(cls(**({"loss_type": loss_type} if loss_type else {})))
+
+
 METHODS: dict[str, Any] = {
-    "sft": Sft(SftSettings()),
-    "reward": Reward(RewardSettings(center_rewards_coefficient=0.02)),
+    "reward, centred": Reward(RewardSettings(center_rewards_coefficient=0.02)),
+    "distill, mixed": Distill(DistillSettings(alpha=0.6)),
     "dpo": Dpo(DpoSettings()),
-    **{str(case): build_method(case) for case in REGISTERED},
+    **{name: build_registered(name) for name in REGISTRY},
     "cdpo": Dpo(DpoSettings(label_smoothing=0.2)),
     "rpo": Dpo(DpoSettings(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5])),
     "ld": Dpo(DpoSettings(ld_alpha=0.3)),
     "cpo without nll": Cpo(CpoSettings(cpo_alpha=0.0)),
     "mix": Dpo(DpoSettings(loss_type=["sigmoid", "ipo", "hinge"], loss_weights=[1.0, 0.3, 0.1])),
 }
-SUMS = [name for name, method in METHODS.items() if not method.coupled]
+COUPLED = {
+    "dpo aot": "sorts the whole step",
+    "dpo aot_unpaired": "sorts the whole step",
+    "dpo bco_pair": "moves its shift by the whole step before it uses it",
+    "kto kto": "its baseline is that of the whole step",
+}  # that a cut changes nothing for them either is a law of the engine: engine/test_step.py
+SUMS = [name for name in METHODS if name not in COUPLED]
+WITHOUT_SIGN = {
+    "dpo discopop": "at a margin of 0 it rises with the margin, as its paper says: losses/test_laws.py",
+    **dict.fromkeys(
+        ("distill forward_kl", "distill reverse_kl", "distill jsd"),
+        "its gradient is one of logits, not of log-probs: losses/test_distill.py has the law",
+    ),
+}
+SIGNED = [name for name in REGISTRY if name not in WITHOUT_SIGN]
+WITHOUT_SWAP = {
+    "sft": "has one answer",
+    "dpo sft": "reads the chosen answer alone",
+    "dpo epsilon": "a swapped pair has another beta; losses/test_laws.py swaps with beta at rest",
+    **dict.fromkeys(
+        ("distill forward_kl", "distill reverse_kl", "distill jsd"),
+        "has one answer; teacher and student are exchanged in losses/test_distill.py",
+    ),
+}
+SWAPPED = [name for name in REGISTRY if name not in WITHOUT_SWAP]
 N = 10
+
+
+@pytest.mark.parametrize(
+    ("tested", "left_out"), [(SUMS, COUPLED), (list(METHODS), {}), (SIGNED, WITHOUT_SIGN), (SWAPPED, WITHOUT_SWAP)]
+)
+def test_every_registered_loss_is_in_each_law_or_left_out_with_a_reason(
+    tested: list[str], left_out: dict[str, str]
+) -> None:
+    """Split, nothing scored, sign of the gradient, swap; a new entry is in all of them or fails."""
+    assert set(REGISTRY) == (set(tested) & set(REGISTRY)) | set(left_out)
+    assert not set(tested) & set(left_out) and all(left_out.values())
+    assert {name for name, method in METHODS.items() if method.coupled} == set(COUPLED)
 
 
 def build_groups(k: int, seed: int = 0, n: int = N) -> list[Group]:
@@ -56,17 +104,17 @@ def build_groups(k: int, seed: int = 0, n: int = N) -> list[Group]:
             ids, reference = rng.integers(3, 90, size).astype(np.int32), rng.normal(-4, 1, size).astype(np.float32)
             completions.append(Completion(ids, mask, token_columns={"ref_logprobs": reference}))
         prompt = rng.integers(3, 90, int(rng.integers(1, 6))).astype(np.int32)
-        columns = {"margin": float(rng.uniform(0, 1))} if k == 2 else {}
+        columns = {"margin": float(rng.uniform(0, 1))} if k == 2 else {"label": float(i % 3 > 0)}
         groups.append(Group(f"row:{i}", prompt, tuple(completions), columns=columns))
     return groups
 
 
 def draw_outputs(method: Any, batch: Any, seed: int) -> Outputs:
-    """Random fp64 outputs as leaves, the same for the same rows."""
+    """Random fp64 outputs, the same for the same rows: a leaf, and functionals that are functions of it."""
     rng = np.random.default_rng(seed)
     size = len(batch.target_ids) if "logprobs" in method.want else len(batch.last_index)
     tensor = torch.from_numpy(rng.normal(-3, 1, size)).requires_grad_()
-    further = {f.name: torch.from_numpy(rng.normal(-3, 1, size)) for f in method.functionals}
+    further = {f.name: torch.from_numpy(rng.normal(-3, 1, size)) + 0.1 * tensor for f in method.functionals}
     return Outputs(logprobs=tensor, functionals=further) if "logprobs" in method.want else Outputs(scores=tensor)
 
 
@@ -81,8 +129,21 @@ def cut(outputs: Outputs, batch: Any, groups: Sequence[Group], start: int, stop:
     return Outputs(logprobs=outputs.logprobs[tokens], functionals=further)
 
 
+def attach(groups: Sequence[Group], number: float) -> list[Group]:
+    """The groups with one reference log-prob for every token."""
+    return [
+        replace(
+            g,
+            completions=tuple(
+                replace(c, token_columns={"ref_logprobs": np.full(len(c.ids), number)}) for c in g.completions
+            ),
+        )
+        for g in groups
+    ]
+
+
 def k_of(method: Any) -> int:
-    return 1 if method.name == "sft" else 2
+    return 1 if method.name in ("sft", "kto", "distill") else 2
 
 
 @pytest.mark.parametrize("name", SUMS)
@@ -126,6 +187,113 @@ def test_zero_groups_give_zero_with_a_graph(name: str) -> None:
         term.sum.backward(retain_graph=True)
     assert method.counts([]) == {t.name: 0.0 for t in result.terms}
     assert all(p.grad is None or not p.grad.any() for p in policy.parameters())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_groups_without_a_scored_token_run_backward(name: str) -> None:
+    """The number of tokens is 0, that of pairs is not: nothing is divided by it, and no gradient is lost to a NaN."""
+    method = METHODS[name]
+    policy = Policy(build_model("score" if method.head == "score" else "lm", 0), head=method.head)
+    whole = attach(method.arrange(build_groups(k_of(method), n=3)), -3.0)
+    groups = [
+        replace(g, completions=tuple(replace(c, mask=np.zeros_like(c.mask)) for c in g.completions)) for g in whole
+    ]
+    batch = build_packed_batch(groups)
+    ctx = StepContext(policy=policy, method=method, runtime=Runtime(torch.device("cpu")), parameters=[], seed=0)
+    ctx.reference = Reference(policy, "copy") if method.needs_reference_head else None
+    result = method.compute_loss(call_policy(ctx, batch), batch.table, method.initial_state())
+    assert {t.name: t.count for t in result.terms} == method.counts(groups)
+    assert all(t.count == (0 if t.unit == "token" else 3) for t in result.terms)
+    total = torch.stack([t.weight * t.sum for t in result.terms]).sum()
+    assert bool(torch.isfinite(total))
+    total.backward()
+    grads = [p.grad for p in policy.parameters() if p.grad is not None]
+    assert all(bool(torch.isfinite(g).all()) for g in grads)
+    assert any(bool(g.any()) for g in grads) == (method.head == "score"), (
+        "a score is read at the end, whatever is masked"
+    )
+
+
+def build_level(method: Any) -> tuple[list[Group], Outputs]:
+    """Answers of three tokens that are all equally likely under the policy, as they are under the reference."""
+    groups = []
+    for i in range(6):
+        answers = tuple(
+            Completion(np.full(3, 5 + i + slot, np.int32), np.ones(3, bool)) for slot in range(k_of(method))
+        )
+        columns = {"label": float(i % 2), "margin": 0.0}
+        groups.append(Group(f"row:{i}", np.asarray([3 + i], np.int32), answers, columns=columns))
+    groups = attach(method.arrange(groups), -2.0)
+    batch = build_packed_batch(groups)
+    if method.head == "score":
+        return groups, Outputs(scores=torch.full(batch.last_index.shape, 0.3, dtype=torch.float64, requires_grad=True))
+    flat = torch.full(batch.target_ids.shape, -2.0, dtype=torch.float64)
+    further = {f.name: torch.ones_like(flat) for f in method.functionals}
+    return groups, Outputs(logprobs=flat.requires_grad_(), functionals=further)
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_the_first_gradient_lifts_what_is_wanted_and_lowers_what_is_not(name: str) -> None:
+    """From the start, where the policy is the reference: chosen and desirable up, rejected and undesirable down."""
+    method = METHODS[name]
+    groups, outputs = build_level(method)
+    table = build_packed_batch(groups).table
+    leaf = outputs.scores if outputs.logprobs is None else outputs.logprobs
+    assert leaf is not None
+    result = method.compute_loss(outputs, table, method.initial_state())
+    torch.stack([t.weight * t.sum for t in result.terms]).sum().backward()
+    wanted = 1.0 - 2.0 * table.completion_slot.double()
+    if method.name == "kto":
+        wanted = torch.where(
+            table.completion_slot == 0, 2.0 * table.group_columns["label"][table.completion_group] - 1.0, 0.0
+        )
+    wanted = wanted if outputs.logprobs is None else wanted[table.token_completion]
+    assert leaf.grad is not None
+    assert bool((leaf.grad[wanted == 0] == 0).all()), "a partner has no gradient"
+    assert bool((leaf.grad * wanted <= 0).all()) and float((leaf.grad * wanted).sum()) < -1e-3
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_swapped_answers_or_labels_mirror_the_method(name: str) -> None:
+    """Chosen for rejected: every margin that is logged changes its sign. Good for bad: the two losses of a row add up to 1."""
+    method = METHODS[name]
+    groups = attach(method.arrange(build_groups(k_of(method), seed=3)), -3.0)
+    if method.name == "kto":
+        other = [replace(g, columns={"label": 1 - g.columns["label"]}) for g in groups]
+    else:
+        other = [replace(g, completions=g.completions[::-1]) for g in groups]
+    one, two = (build_packed_batch(g) for g in (groups, other))
+    there = draw_outputs(method, one, 5)
+    order = torch.arange(len(one.last_index))
+    if method.name != "kto":
+        order = order.view(-1, 2).flip(1).reshape(-1)
+    tokens = torch.cat([torch.nonzero(one.table.token_completion == c)[:, 0] for c in order.tolist()])
+    rows = order if there.logprobs is None else tokens
+    back = Outputs.from_named({n: t.detach()[rows] for n, t in there.named().items()})
+    first, second = (
+        method.compute_loss(outputs, batch.table, method.initial_state())
+        for outputs, batch in ((there, one), (back, two))
+    )
+    if method.name == "kto":
+        assert first.terms[0].sum.item() + second.terms[0].sum.item() == pytest.approx(N, rel=1e-12)
+        return
+    margins = [{m.name: m.sum.item() for m in r.metrics if "margin" in m.name} for r in (first, second)]
+    assert margins[0] and all(value == -margins[1][n] != 0 for n, value in margins[0].items())
+
+
+TERMS = {
+    **{f"cpo {n}": {f"cpo/{n}": 1.0, "cpo/nll": 1.0} for n in ("sigmoid", "hinge", "ipo")},
+    "orpo orpo": {"orpo/orpo": 1.0, "orpo/nll": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_t03_no_loss_brings_a_term_that_its_name_does_not_say(name: str) -> None:
+    """TRL's SimPO keeps CPO's NLL; here the NLL is in CPO and ORPO, whose losses it belongs to, and nowhere else."""
+    method = METHODS[name]
+    groups, outputs = build_level(method)
+    result = method.compute_loss(outputs, build_packed_batch(groups).table, method.initial_state())
+    assert {t.name: t.weight for t in result.terms} == TERMS.get(name, {method.name: 1.0})
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -188,13 +356,15 @@ def build_degenerate() -> tuple[list[Group], np.ndarray]:
                 continue
             completions.append(Completion(ids, np.ones(n, bool), token_columns={"ref_logprobs": reference}))
             logprobs.append(policy)
-        groups.append(Group(f"row:{i}", np.array([5, 6], np.int32), tuple(completions), columns={"margin": 0.0}))
+        groups.append(
+            Group(f"row:{i}", np.array([5, 6], np.int32), tuple(completions), columns={"margin": 0.0, "label": 1.0})
+        )
     return groups, np.concatenate(logprobs)
 
 
 def build_outputs(method: Any, logprobs: torch.Tensor) -> Outputs:
     """These log-probs, with functionals that are equal where the log-probs are."""
-    further = -0.1 * logprobs.detach()
+    further = -0.1 * logprobs
     return Outputs(logprobs=logprobs, functionals={f.name: further for f in method.functionals})
 
 
@@ -219,7 +389,7 @@ def test_degenerate_pairs_are_finite_and_keep_their_digits_in_fp32(name: str) ->
     last = build_outputs(method, torch.from_numpy(policy[-18:]))
     equal = method.compute_loss(last, build_packed_batch(groups[4:]).table, method.initial_state())
     margins = [m for m in equal.metrics if m.name == "rewards/margins"]
-    assert [m.sum.item() for m in margins] == [0.0] * (name != "dpo sft")
+    assert [m.sum.item() for m in margins] == [0.0] * (name != "dpo sft" and method.name not in ("kto", "distill"))
 
 
 def test_evaluation_reads_a_running_shift_and_does_not_move_it() -> None:

@@ -56,24 +56,55 @@ def test_s0_02_dynamic_beta_from_one_recipe_on_hh_rows_or_judged_rollouts(inputs
     assert betas["hh"] != betas["judged"]
 
 
-CONTROLLERS = {
-    "risk": "{type: risk, warmup: 2, window: 8, alpha: 0.3}",
-    "beta_dpo": "{type: beta_dpo, alpha: 0.1, level: instance}",
+UNITS = ["--batch-size", "6"]  # 18 rows: three steps an epoch, each of two units
+CONTROLLERS: dict[str, list[str]] = {
+    "linear": ["dynamic_beta={type: linear, beta_end: 0.5, steps: 8}"],
+    "cosine": ["dynamic_beta={type: cosine, beta_end: 0.5, steps: 8}"],
+    "risk window": ["dynamic_beta={type: risk, warmup: 2, window: 8, alpha: 0.3}"],
+    "risk ema": ["dynamic_beta={type: risk, warmup: 2, estimator: ema, alpha: 0.3}"],
+    "risk robbins_monro": ["dynamic_beta={type: risk, warmup: 2, estimator: robbins_monro, alpha: 0.3}"],
+    "risk, units of pairs": ["dynamic_beta={type: risk, warmup: 2, window: 8, alpha: 0.3, unit: {pairs: 4}}", *UNITS],
+    "beta_dpo batch": ["dynamic_beta={type: beta_dpo, alpha: 0.1}"],
+    "beta_dpo instance": ["dynamic_beta={type: beta_dpo, alpha: 0.1, level: instance}"],
+    "beta_dpo, units of pairs": ["dynamic_beta={type: beta_dpo, alpha: 0.1, unit: {pairs: 4}}", *UNITS],
+    "epsilon": ["--loss-type", "epsilon"],
+    "bco_pair": ["--loss-type", "bco_pair"],
+    "bco_pair, risk": ["--loss-type", "bco_pair", "dynamic_beta={type: risk, warmup: 2, window: 8, alpha: 0.3}"],
 }
+# One kill each in the default suite; all of them, killed in an update and in a save, with the tests that kill.
+IN_THE_DEFAULT_SUITE = ("risk window", "beta_dpo instance", "epsilon")
 
 
-@pytest.mark.parametrize("name", CONTROLLERS)
-def test_s0_15_sigkill_and_the_same_command(server: ForkServer, inputs: Path, tmp_path: Path, name: str):
-    """S0-15: killed in an update and in a save: the same bits of weights, moments, state, metrics and margins."""
-    words = [f"dynamic_beta={CONTROLLERS[name]}", "margin_records={vectors: true}"]
+@pytest.mark.parametrize(
+    ("name", "faults"),
+    [
+        *[(name, ["update.after_optimizer:5:kill"]) for name in IN_THE_DEFAULT_SUITE],
+        *[
+            pytest.param(name, ["update.after_optimizer:5:kill", "folder.write:4:kill"], marks=pytest.mark.kill)
+            for name in CONTROLLERS
+        ],
+    ],
+)
+def test_s0_15_sigkill_and_the_same_command(
+    server: ForkServer, inputs: Path, tmp_path: Path, name: str, faults: list[str]
+):
+    """S0-15: killed in an update and in a save: the same bits of weights, moments, state, metrics and margins.
+
+    With each controller, with units of pairs, and with the losses that have a running state of their own.
+    """
     calm, killed = tmp_path / "calm", tmp_path / "killed"
-    run_until_done(server, [*build_command(inputs, "dpo", False, calm), *words], calm, [{}])
-    faults = [{"fault": "update.after_optimizer:5:kill"}, {"fault": "folder.write:4:kill"}]
-    statuses = run_until_done(server, [*build_command(inputs, "dpo", False, killed), *words], killed, faults)
-    assert statuses == [-9, -9, 0]
+    for folder, points in ((calm, []), (killed, faults)):
+        command = [*build_command(inputs, "dpo", False, folder), *CONTROLLERS[name], "margin_records={vectors: true}"]
+        command += ["--eval-steps", "-1", "--save-total-limit", "0"]
+        statuses = run_until_done(server, command, folder, [{"fault": point} for point in points] or [{}])
+        assert statuses == [*[-9] * len(points), 0]
     assert compute_digest(killed / "run") == compute_digest(calm / "run")
     found = [_digest_margins(folder / "run" / "01-dpo") for folder in (calm, killed)]
     assert found[0] == found[1] and len(found[0]) == 11
+    states = [
+        json.loads((calm / "run" / "01-dpo" / f"checkpoint-{n}" / "state.json").read_text())["method"] for n in (3, 10)
+    ]
+    assert states[0] and states[0] != states[1], "the state that is restored is one that moves"
 
 
 def _digest_margins(stage: Path) -> dict[str, str]:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from burnish.cli.main import main
+from burnish.core.group import Group
+from burnish.engine.job import TrainJob, build_source
+from burnish.pipeline import train_stage
 from tests.forkserver import ForkServer
 from tests.pipeline.test_kill import compute_digest, run_until_done
 
@@ -53,6 +58,80 @@ def test_the_reference_is_the_same_cached_and_live(inputs: Path, tmp_path: Path)
     assert any(row["kl"] > 0 for row in read_rows(tmp_path / "cached"))
     folders = list((tmp_path / "cached" / "run" / "01-kto" / "reference").glob("reference-*"))
     assert len(folders) == 3, "one for each epoch and one for the held-out rows"
+
+
+def test_t11_a_nan_row_stops_the_stage_before_anything_moves(
+    inputs: Path, tmp_path: Path, arm_fault: Callable[[str], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In the third step a row's log-prob becomes NaN: exit 4 with its name; the state is that of the second step."""
+    more = (
+        "--per-device-train-batch-size",
+        "1",
+        "--max-bad-steps",
+        "1",
+        "--save-steps",
+        "1",
+        "--save-total-limit",
+        "0",
+    )
+    arm_fault("step.nan_logprobs:33:nan")  # 2 steps of 8 rows, each forwarded for its coefficient and for its gradient
+    assert main(build_command(inputs, tmp_path, *more)) == 4
+    error = capfd.readouterr().err
+    stage = tmp_path / "run" / "01-kto"
+    (row,) = read_rows(tmp_path, "skipped")
+    assert (row["step"], row["what"], row["terms"], len(row["rows"])) == (3, "loss", ["kto"], 1)
+    assert row["rows"][0].startswith("pairs.jsonl:") and row["rows"][0] in error
+    assert [r["step"] for r in read_rows(tmp_path)] == [1, 2]
+    good, stopped = (load_file(stage / f"checkpoint-{n}" / "model.safetensors") for n in (2, 3))
+    moments = [load_file(stage / f"checkpoint-{n}" / "optimizer.safetensors") for n in (2, 3)]
+    assert all(torch.equal(good[n], stopped[n]) for n in good)
+    assert moments[0] and all(torch.equal(moments[0][n], moments[1][n]) for n in moments[0])
+    states = [json.loads((stage / f"checkpoint-{n}" / "state.json").read_text()) for n in (2, 3)]
+    assert [s["counters"]["updates"] for s in states] == [2, 2] and states[0]["method"] == states[1]["method"]
+    assert not (stage / "final").exists()
+
+
+def test_t12_partners_and_labels_of_a_stage(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 pairs taken apart: 36 rows to train on, 12 held out, two epochs, in batches of 8 and of 5.
+
+    Every row is read once an epoch beside an answer to another prompt, anew in each epoch; labels are mixed; held-out rows
+    have the same partners whatever the batch size of the training is.
+    """
+    jobs = {}
+    whole = train_stage.run_training
+    for size in ("8", "5"):
+
+        def run(job: TrainJob, size: str = size) -> Any:
+            jobs[size] = job
+            return whole(job)
+
+        monkeypatch.setattr(train_stage, "run_training", run)
+        command = build_command(inputs, tmp_path / size, "--validation-split", "0.25", "--reference-mode", "copy")
+        assert main([*command, "--batch-size", size]) == 0
+    held_out = [[[c.ids.tolist() for c in g.completions] for g in jobs[size].held_out] for size in ("8", "5")]
+    assert held_out[0] == held_out[1] and len(held_out[0]) == 12
+    for size, job in jobs.items():
+        check_partners(job.held_out)
+        source = build_source(job.settings, job.train, 1, job.method, job.complete)
+        lent = []
+        for epoch in range(2):
+            steps = [source.step(epoch * source.steps_per_epoch + n).groups for n in range(source.steps_per_epoch)]
+            groups = [group for step in steps for group in step]
+            assert sorted(g.id for g in groups) == sorted(g.id for g in job.train) and len(groups) == 36
+            check_partners(groups)
+            assert all(0 < np.mean([g.columns["label"] for g in step]) < 1 for step in steps if len(step) == int(size))
+            lent.append({g.id: g.completions[1].ids.tobytes() for g in groups})
+        assert lent[0] != lent[1]
+
+
+def check_partners(groups: Sequence[Group]) -> None:
+    """No row stands beside an answer to its own prompt."""
+    answers: dict[bytes, set[bytes]] = {}
+    for group in groups:
+        answers.setdefault(group.prompt.tobytes(), set()).add(group.completions[0].ids.tobytes())
+    for group in groups:
+        _, lent = group.completions
+        assert not any(own.startswith(lent.ids.tobytes()) for own in answers[group.prompt.tobytes()]), group.id
 
 
 def test_labelled_rows_train_and_an_unbalanced_set_is_said(

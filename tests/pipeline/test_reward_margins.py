@@ -318,7 +318,7 @@ def test_models_that_cannot_weigh(scorer: Path, inputs: Path, tmp_path: Path) ->
     assert "the reward model has another tokenizer: token" in refused(strange).message
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
-    assert "takes 16 tokens at most, and" in refused(short).message
+    assert "takes 16 tokens at most, but" in refused(short).message
 
 
 def test_a_dry_run_refuses_them_too(inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

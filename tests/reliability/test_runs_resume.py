@@ -1,4 +1,4 @@
-"""R-18, R-30: what is continued, refused, skipped and made again; what a dry run says of it."""
+"""R-18, R-30, R-31: what is continued, refused, skipped and made again; what a dry run says of it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from burnish.cli.main import main
 from burnish.config.stages import DpoSettings, EvaluateSettings, RewardSettings, SftSettings
 from burnish.errors import UsageError
 from burnish.pipeline import inputs as stage_inputs
 from burnish.pipeline.decide import HARMLESS, compute_key, decide
+from tests.pipeline.test_kill import build_command, run_pair
 from tests.pipeline.test_run import write_recipe
 
 STAGES = {"sft": SftSettings, "reward": RewardSettings, "dpo": DpoSettings}
@@ -175,6 +177,37 @@ def test_r18_every_setting_is_either_harmless_or_refused(tmp_path, kind):
     with pytest.raises(UsageError, match=r"code\.burnish"):
         ask(values, found, {"burnish": "1.1"})
     assert set(DpoSettings.model_fields) | set(EvaluateSettings.model_fields) >= HARMLESS
+
+
+# --------------------------------------------------------------------------------------------------------------- R-31
+
+
+@pytest.mark.dist
+def test_r31_a_stage_of_two_processes_goes_on_with_one(server, inputs, tmp_path):
+    """R-31: both killed after step 5, continued by one process: every sample once an epoch, in the same order.
+
+    The ledger is a hash chain over the ids of all samples in the order of the global batches; it is that of a run on one
+    process from the start. Parameters agree up to rounding, and the log says that bits may not.
+    """
+    found = {}
+    for name in ("one", "two"):
+        out = tmp_path / name
+        command = [*build_command(inputs, "dpo", False, out), "--batch-size", "6", "--eval-steps", "-1"]
+        if name == "two":
+            assert run_pair(command, out, "both", "loop.after_step:5") != 0
+            assert list((out / "run" / "01-dpo").glob("checkpoint-*"))
+        out.mkdir(exist_ok=True)
+        assert server.run(command, log=out / "log", cwd=out) == 0, (out / "log").read_text()[-3000:]
+        stage = out / "run" / "01-dpo"
+        rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+        record = json.loads((stage / "stage.json").read_text())
+        found[name] = record["ledger"], [r["step"] for r in rows], load_file(stage / "final" / "model.safetensors")
+        assert record["resumed_from"] == (3 if name == "two" else None)
+        said = "resuming with 1 processes, not 2: results will not be bit-equal" in (out / "log").read_text()
+        assert said == (name == "two")
+    (ledger, steps, weights), (other_ledger, other_steps, other) = found["one"], found["two"]
+    assert (ledger, steps) == (other_ledger, other_steps) and steps[:10] == list(range(1, 11))
+    assert max(float((weights[n] - other[n]).abs().max()) for n in weights) < 1e-4
 
 
 # --------------------------------------------------------------------------------------------------------------- R-30

@@ -70,6 +70,18 @@ def _distinct(sources: list[Source]) -> list[Source]:
     ]
 
 
+def are_rows_drawn(settings: TrainSettings, sources: Sources) -> bool:
+    """Whether the seed decides which rows there are: a sample, a mixture or the held-out share is drawn with it."""
+    counts = [source.settings.max_samples for source in (*sources.train, *sources.explicit)]
+    own = settings.validation_split > 0 and not sources.explicit and not sources.own_held_out
+    limited = any(count is not None for count in (settings.max_samples, settings.max_eval_samples, *counts))
+    return own or limited or _is_mixture(sources.train)
+
+
+def _is_mixture(sources: Sequence[Source]) -> bool:
+    return len(sources) > 1 and any("weight" in source.settings.model_fields_set for source in sources)
+
+
 def load_all(settings: TrainSettings, sources: Sources, reading: Reading, log: ProblemLog) -> Loaded:
     """The examples of both sides, sliced, split and sampled; problems go to the log."""
     report = DataReport({"train": SplitReport()})
@@ -123,8 +135,7 @@ def _read_train(
         inside = [e for e in examples if in_slice(e.opening, settings.slice_share, settings.slice_offset)]
         report.unused += len(examples) - len(inside)
         parts.append(_sample(inside, source.settings.max_samples, settings.seed, report))
-    weighted = any("weight" in source.settings.model_fields_set for source in sources)
-    weights = [source.settings.weight for source in sources] if weighted and len(sources) > 1 else None
+    weights = [source.settings.weight for source in sources] if _is_mixture(sources) else None
     sizes = mixture_sizes([len(part) for part in parts], weights)
     mixed = [_sample(part, size, settings.seed, report) for part, size in zip(parts, sizes)]
     return [example for part in mixed for example in part]

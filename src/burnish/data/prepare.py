@@ -15,7 +15,7 @@ import tokenizers
 from burnish.config.data import DataSettings
 from burnish.config.train import TrainSettings
 from burnish.core.group import Group
-from burnish.data.assemble import Sources, find_sources, load_all
+from burnish.data.assemble import Sources, are_rows_drawn, find_sources, load_all
 from burnish.data.cache import build_key, cache_root, data_folder, load_entry, save_entry
 from burnish.data.example import Reading, Want
 from burnish.data.lengths import Limits
@@ -50,6 +50,11 @@ class PreparedData:
     fingerprint: str
     example: str
     end_ids: frozenset[int] = frozenset()
+
+    @property
+    def longest(self) -> tuple[int, str]:
+        """Tokens of the longest example, its prompt with the longest completion, and its name; (0, "") without any."""
+        return max(((g.longest, g.id) for g in (*self.train, *self.held_out)), default=(0, ""))
 
 
 def prepare_data(
@@ -112,12 +117,13 @@ def _prepare(settings: TrainSettings, sources: Sources, encoding: Encoding) -> P
 
 
 def _cache_key(settings: TrainSettings, sources: Sources, encoding: Encoding) -> str:
-    """Everything that the groups depend on."""
+    """Everything that the groups depend on; kinds and seeds that give the same groups share a key."""
     own = {name: value for name, value in settings.model_dump(mode="json").items() if name in DataSettings.model_fields}
     return build_key(
         {
-            "kind": settings.kind,
-            "seed": settings.seed,
+            "want": want_of(settings.kind),
+            "margins": settings.kind == "reward",
+            "seed": settings.seed if are_rows_drawn(settings, sources) else None,
             "settings": own,
             "strip_control": settings.strip_control,
             "sources": [source.fingerprint(split) for source, split in sources.read_splits()],
@@ -127,6 +133,15 @@ def _cache_key(settings: TrainSettings, sources: Sources, encoding: Encoding) ->
             "libraries": [tokenizers.__version__, jinja2.__version__],
         }
     )
+
+
+def find_data_key(settings: TrainSettings, tokenizer: TextTokenizer, *, context: int | None = None) -> str:
+    """What `prepare_data` names the data by: equal keys, equal groups.
+
+    Raises:
+        DataError, ConfigError: As `prepare_data`, of sources and settings.
+    """
+    return _cache_key(settings, find_sources(settings), build_encoding(settings, tokenizer, context))
 
 
 def want_of(kind: str) -> Want:
@@ -227,4 +242,4 @@ def show_example(group: Group, tokenizer: TextTokenizer) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["PreparedData", "build_encoding", "prepare_data"]
+__all__ = ["PreparedData", "build_encoding", "find_data_key", "prepare_data"]

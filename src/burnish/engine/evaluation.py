@@ -110,4 +110,5 @@ def _watch(result: LossResult, rows: Sequence[tuple[Table, dict[str, Tensor]]], 
     guard = Guard()
     guard.watch(torch.stack([t.sum for t in result.terms]).sum(), result, rows)
     sums.add(result)
-    return guard.name_rows(sums.fetch(guard.flags))
+    found, suspects = guard.name_rows(sums.fetch(guard.flags))
+    return found or suspects

@@ -339,7 +339,7 @@ class Trainer:
             c = self.state.counters
             if self.metrics and self.timing:
                 c.metrics_mark, c.timing_mark = self.metrics.mark(), self.timing.mark()
-            meta = {**self.job.stamp, "threads": torch.get_num_threads(), "ranks": self.job.runtime.world}
+            meta = {**self.job.stamp, **self._find_cut()}
             if self.margins:
                 meta["margins_mark"] = self.margins.mark()
             save_checkpoint(stage_dir, self.state, meta, self._logs())
@@ -349,6 +349,12 @@ class Trainer:
             )
             check_log_file()
         self.job.runtime.barrier()
+
+    def _find_cut(self) -> dict[str, Any]:
+        """How sums are cut into parts, which decides their last bits: threads, processes, micro-batches."""
+        cap = self.job.settings.per_device_train_batch_size
+        size = f"{self.budget} tokens" + (f", {cap} examples" if cap is not None else "")
+        return {"threads": torch.get_num_threads(), "ranks": self.job.runtime.world, "micro_batch": size}
 
     def _resume(self) -> int | None:
         stage_dir = self.job.stage_dir
@@ -363,16 +369,11 @@ class Trainer:
                 if self.margins:
                     self.margins.drop_vectors(0)
                 return None
-            threads = found.manifest.meta.get("threads")
-            if threads != torch.get_num_threads():
-                log.warning(
-                    "resuming with %d threads, not %s: results will not be bit-equal", torch.get_num_threads(), threads
-                )
-            ranks = found.manifest.meta.get("ranks")
-            if ranks != self.job.runtime.world:
-                log.warning(
-                    "resuming with %d processes, not %s: results will not be bit-equal", self.job.runtime.world, ranks
-                )
+            for name, now in self._find_cut().items():
+                before = found.manifest.meta.get(name, now)
+                if before != now:
+                    what = {"ranks": "processes", "micro_batch": "in a micro-batch"}.get(name, name)
+                    log.warning("resuming with %s %s, not %s: results will not be bit-equal", now, what, before)
             load_checkpoint(found.path, self.state)
             if self.metrics and self.timing:
                 restore_log(found.path, self.metrics, self.state.counters.metrics_mark, log.warning)

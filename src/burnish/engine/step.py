@@ -107,15 +107,23 @@ class Guard:
     terms: list[dict[str, Tensor]] = field(default_factory=list)
 
     def watch(self, loss: Tensor, result: LossResult, rows: Sequence[tuple[Table, Mapping[str, Tensor]]]) -> None:
-        """Remember whether `loss` is finite, and the outputs and terms that tell which rows are to blame."""
-        self.flags.append(torch.isfinite(loss.detach()))
+        """Remember whether `loss` and all that it was computed from are finite (one that saturates hides an infinity), and
+        the outputs and terms that tell which rows are to blame.
+        """
+        read = [t for table, outputs in rows for t in (*outputs.values(), *table.token_columns.values())]
+        self.flags.append(torch.stack([torch.isfinite(t.detach()).all() for t in (loss, *read)]).all())
         self.terms.append({t.name: t.sum.detach() for t in result.terms})
         self.rows.append([(table, {n: t.detach() for n, t in outputs.items()}) for table, outputs in rows])
 
-    def name_rows(self, finite: Sequence[float]) -> list[str]:
-        """Ids of the groups to blame, given the flags as fetched."""
+    def name_rows(self, finite: Sequence[float]) -> tuple[list[str], list[str]]:
+        """Ids of the groups that hold a number that is not finite, and of all that a loss at fault was computed from.
+
+        Args:
+            finite: The flags as fetched.
+        """
         broken = [rows for ok, rows in zip(finite, self.rows, strict=True) if not ok]
-        return [name for rows in broken for table, outputs in rows for name in _non_finite_rows(outputs, table)]
+        found = [name for rows in broken for table, outputs in rows for name in _non_finite_rows(outputs, table)]
+        return found, [name for rows in broken for table, _ in rows for name in table.group_ids]
 
     def name_terms(self, finite: Sequence[float]) -> list[str]:
         """Names of the terms to blame; all of a micro-batch if only their total is not finite."""
@@ -238,16 +246,15 @@ def _attach_reference(ctx: StepContext, batch: PackedBatch) -> None:
 
 
 def _non_finite_rows(outputs: Mapping[str, Tensor], table: Table) -> list[str]:
-    """Ids of the groups whose outputs are not finite; all of the table's if none can be told apart."""
+    """Ids of the groups with a number that is not finite, in the policy's outputs or in what the loss reads beside them."""
     bad: set[int] = set()
-    for name, tensor in outputs.items():
-        broken = ~torch.isfinite(tensor.detach())
-        if broken.any():
-            rows = broken.nonzero()[:, 0]
-            completions = rows if name == "scores" else table.token_completion[rows]
-            bad |= set(table.completion_group[completions].tolist())
-    ids = table.group_ids
-    return [ids[g] for g in sorted(bad)] if bad else list(ids)
+    for name, tensor in [*outputs.items(), *table.token_columns.items()]:
+        rows = (~torch.isfinite(tensor.detach())).nonzero()[:, 0]
+        completions = rows if name == "scores" else table.token_completion[rows]
+        bad |= set(table.completion_group[completions].tolist())
+    for column in table.group_columns.values():
+        bad |= set((~torch.isfinite(column)).nonzero()[:, 0].tolist())
+    return [table.group_ids[g] for g in sorted(bad)]
 
 
 def _total(result: LossResult, counts: Mapping[str, float]) -> Tensor:
@@ -300,9 +307,10 @@ def compute_gradient(
     total_norm = _finish_gradients(ctx)
     found = sums.fetch([*guard.flags, total_norm, *seen.tensors()])
     finite, norm, observed = found[: len(guard.flags)], found[len(guard.flags)], found[len(guard.flags) + 1 :]
-    every = ctx.runtime.gather((guard.name_rows(finite), guard.name_terms(finite)))
-    bad = [row for part, _ in every for row in part]
-    terms = sorted({name for _, part in every for name in part})
+    every = ctx.runtime.gather((*guard.name_rows(finite), guard.name_terms(finite)))
+    bad, suspects = ([row for part in every for row in part[i]] for i in (0, 1))
+    bad = bad or suspects
+    terms = sorted({name for *_, part in every for name in part})
     sums.reduce(ctx.runtime)
     next_state = None
     if not bad:

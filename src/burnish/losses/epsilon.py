@@ -39,7 +39,8 @@ def build_epsilon(settings: Any) -> tuple[Functional, ...]:
 
 
 def compute_steps(pairs: Pairs, epsilon: float) -> Tensor:
-    """(G,) +1 where the pair's log-ratio g = log π(y_c) − log π(y_r) rises with ε (g⁺ > g > g⁻), −1 where it falls, else 0.
+    """(G,) +1 where the pair's log-ratio g = log π(y_c) − log π(y_r) rises with ε (g⁺ > g > g⁻), −1 where it falls, else 0;
+    NaN where one of the three is not finite.
 
     Source: ε-DPO (arXiv 2502.13177), the monotonicity of the logits in β.
 
@@ -52,7 +53,7 @@ def compute_steps(pairs: Pairs, epsilon: float) -> Tensor:
         return torch.zeros_like(here)
     up, down = (chosen - rejected for chosen, rejected in (pairs.sums[_name(e)] for e in (epsilon, -epsilon)))
     rises, falls = (up > here) & (here > down), (up < here) & (here < down)
-    return rises.to(here.dtype) - falls.to(here.dtype)
+    return rises.to(here.dtype) - falls.to(here.dtype) + 0.0 * (up - down)  # a comparison with NaN is just false
 
 
 def compute_epsilon_loss(pairs: Pairs, *, beta: float, epsilon: float, state: Mapping[str, Any]) -> PairLoss:

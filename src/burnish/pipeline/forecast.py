@@ -11,7 +11,6 @@ from burnish.config.recipe import Recipe
 from burnish.config.stages import EvaluateSettings
 from burnish.config.train import TrainSettings
 from burnish.data.bundled import resolve_model
-from burnish.data.prepare import PreparedData
 from burnish.data.tokenizer import TextTokenizer
 from burnish.errors import BurnishError, UsageError
 from burnish.models.fingerprint import fingerprint_model
@@ -25,6 +24,7 @@ from burnish.pipeline.inputs import (
     fingerprint_result,
 )
 from burnish.pipeline.naming import find_named, find_other_model, find_reward_model
+from burnish.pipeline.summaries import DataSummaries, DataSummary
 
 Row = dict[str, str]
 
@@ -33,26 +33,28 @@ class Forecast:
     """One model's way through the stages, foreseen in order.
 
     Attributes:
+        summaries: Of the data that stages read.
         results: Stage → its result as it is on disk, or None when the stage would be made again first.
     """
 
-    def __init__(self, recipe: Recipe, options: RunOptions) -> None:
-        self.recipe, self.options = recipe, options
+    def __init__(self, recipe: Recipe, options: RunOptions, summaries: DataSummaries) -> None:
+        self.recipe, self.options, self.summaries = recipe, options, summaries
         self.results: dict[str, StageResult | None] = {}
 
     def foresee_training(
-        self, stage: TrainSettings, folder: Path, model: Path, tokenizer: TextTokenizer, data: PreparedData
+        self, stage: TrainSettings, folder: Path, model: Path, tokenizer: TextTokenizer, data: DataSummary
     ) -> Row:
         """{"action", "why"} of a training stage, from its record and the fingerprints of its inputs.
 
         Args:
             model: The model at the root of the stage's chain.
+            data: What its data are.
         """
         named = find_named(stage, self.results)
         before = [stage.init_from, *named] if stage.init_from in self.results else named
         lasting = None if named else find_local_model(find_reward_model(stage, {}))
         if lasting is not None:
-            check_reward_model(lasting, tokenizer, data)
+            check_reward_model(lasting, tokenizer, data.longest)
 
         def find_inputs() -> dict[str, str]:
             start = self.results.get(stage.init_from) if stage.init_from is not None else None
@@ -64,9 +66,9 @@ class Forecast:
 
             judge = find_local_model(find_reward_model(stage, finals))
             if start is None:
-                return fingerprint_inputs(stage, model, tokenizer, data, fingerprint, other, judge)
+                return fingerprint_inputs(stage, model, tokenizer, data.fingerprint, fingerprint, other, judge)
             own = TextTokenizer.load(str(start.folder))
-            return fingerprint_inputs(stage, start.folder, own, data, fingerprint, other, judge)
+            return fingerprint_inputs(stage, start.folder, own, data.fingerprint, fingerprint, other, judge)
 
         return self._foresee(stage, folder, before, find_inputs)
 
@@ -77,7 +79,7 @@ class Forecast:
             found = {n: r for n, r in self.results.items() if r is not None}
             firsts = [r.settings.model for r in found.values() if getattr(r.settings, "init_from", None) is None]
             name = stage.model or self.recipe.model or next((m for m in firsts if m), None)
-            return fingerprint_evaluation(stage, found, find_local_model(name), fingerprint_model)
+            return fingerprint_evaluation(stage, found, find_local_model(name), fingerprint_model, self.summaries)
 
         return self._foresee(stage, folder, list(self.results), find_inputs)
 

@@ -40,6 +40,7 @@ from burnish.pipeline.naming import choose_cells, find_folder
 from burnish.pipeline.plan import describe_stages
 from burnish.pipeline.run import Home, run_in_folder
 from burnish.pipeline.sharing import Placement, place_stages
+from burnish.pipeline.summaries import DataSummaries
 from burnish.report.numbers import show_seconds
 from burnish.report.terminal import render_summary
 from burnish.track.log import attach_log_file
@@ -134,11 +135,12 @@ def _run_cells(
     folder = home.run.path
     inner = replace(options, json=False, resume=False, model_index=None, cells=())
     failures: dict[str, BurnishError] = {}
+    summaries = DataSummaries()
     for number, cell in enumerate(cells, start=1):
         fault_point("grid.next")
         place = folder / CELLS / cell.name
         head = f"cell {number} of {len(cells)}: {cell.name}"
-        done = is_finished(cell, placements[cell.name], folder, inner) if runtime.is_main else False
+        done = runtime.is_main and is_finished(cell, placements[cell.name], folder, inner, summaries)
         if runtime.gather(done)[0]:
             log.info("%s: finished and unchanged", head)
             continue
@@ -173,13 +175,15 @@ def _wrap(error: Exception, cell: str) -> BurnishError:
     return BurnishError(f"{type(error).__name__}: {text}", where=cell, remedy="the traceback is in the grid's log.txt")
 
 
-def is_finished(cell: Cell, placements: Sequence[Placement], folder: Path, options: RunOptions) -> bool:
+def is_finished(
+    cell: Cell, placements: Sequence[Placement], folder: Path, options: RunOptions, summaries: DataSummaries
+) -> bool:
     """Whether every stage of a cell would be skipped, and its run was closed as done."""
     if options.fresh or read_cell_state(folder / CELLS / cell.name)[0] != "done":
         return False
     if any(p.shared and not (folder / CELLS / cell.name / Path(_stage_name(p))).is_symlink() for p in placements):
         return False
-    rows = describe_stages(cell.recipe, options, place_of(placements, folder))
+    rows = describe_stages(cell.recipe, options, place_of(placements, folder), summaries)
     return all(row["action"] == "skip" for row in rows)
 
 

@@ -19,6 +19,7 @@ from burnish.pipeline.naming import choose_cells, find_folder
 from burnish.pipeline.plan import describe_stages
 from burnish.pipeline.sharing import Placement, place_stages
 from burnish.pipeline.space import estimate_stage
+from burnish.pipeline.summaries import DataSummaries
 from burnish.report.numbers import show_seconds
 from burnish.report.results import say_axis
 
@@ -50,10 +51,11 @@ def build_grid_plan(loaded: LoadedRecipe, options: RunOptions) -> dict[str, Any]
     chosen = choose_cells(loaded, options)
     placements = place_stages(loaded.grid.axes, loaded.grid.cells)
     rows: dict[str, dict[str, Any]] = {}
-    cells = []
+    cells, summaries = [], DataSummaries()
     for cell in chosen:
         mine = placements[cell.name]
-        for row, placement in zip(describe_stages(cell.recipe, options, place_of(mine, folder)), mine, strict=True):
+        found = describe_stages(cell.recipe, options, place_of(mine, folder), summaries)
+        for row, placement in zip(found, mine, strict=True):
             rows.setdefault(placement.folder, {**row, "cells": list(placement.users)})
         state = read_cell_state(folder / CELLS / cell.name)[0]
         cells.append({"cell": cell.name, "values": dict(cell.values), "state": state,

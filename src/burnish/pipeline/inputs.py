@@ -15,12 +15,13 @@ from burnish.artifacts.folder import load_manifest
 from burnish.config.losses import find_source, get_loss_names
 from burnish.config.stages import DpoSettings, EvaluateSettings, SftSettings
 from burnish.config.train import TrainSettings
-from burnish.data.prepare import PreparedData, prepare_data, want_of
+from burnish.data.prepare import want_of
 from burnish.data.prompts import load_prompts
 from burnish.data.template import load_template
 from burnish.data.tokenizer import TextTokenizer
 from burnish.errors import ConfigError
 from burnish.models.folder import is_reward_model, read_context
+from burnish.pipeline.summaries import DataSummaries
 
 PLAIN_TASKS = ("loss", "preferences", "win_rate")
 
@@ -62,13 +63,14 @@ def fingerprint_result(final: Path) -> str:
 
 
 def fingerprint_inputs(
-    settings: TrainSettings, folder: Path, tokenizer: TextTokenizer, data: PreparedData,
+    settings: TrainSettings, folder: Path, tokenizer: TextTokenizer, data: str,
     fingerprint: Callable[[Path], str], reference: Path | None = None, reward_model: Path | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """Fingerprints of a training stage's inputs: model, tokenizer, chat template, data, other models, own loss functions.
 
     Args:
         folder: The model's folder.
+        data: Fingerprint of the prepared data.
         fingerprint: Fingerprint of a model folder.
         reference: Folder of another reference model than the policy itself.
         reward_model: Folder of the reward model that weighs the pairs.
@@ -78,7 +80,7 @@ def fingerprint_inputs(
         "model": fingerprint(folder),
         "tokenizer": _hash([tokenizer.backend.to_str(), tokenizer.special_tokens, sorted(tokenizer.eos_ids)]),
         "chat_template": template.fingerprint,
-        "data": data.fingerprint,
+        "data": data,
     }
     if reference is not None:
         found["reference"] = fingerprint(reference)
@@ -92,13 +94,13 @@ def fingerprint_inputs(
     return found
 
 
-def check_reward_model(folder: Path, tokenizer: TextTokenizer, data: PreparedData) -> None:
+def check_reward_model(folder: Path, tokenizer: TextTokenizer, longest: tuple[int, str]) -> None:
     """The reward model reads the very token ids that the policy reads.
 
     Args:
         folder: The reward model's.
         tokenizer: The policy's.
-        data: The stage's pairs.
+        longest: Tokens of the stage's longest pair, and its name.
 
     Raises:
         ConfigError: It has no trained score head, calls a token by another id, or takes fewer tokens than a pair has.
@@ -117,10 +119,10 @@ def check_reward_model(folder: Path, tokenizer: TextTokenizer, data: PreparedDat
                 remedy="use a reward model that was trained from the same base model, e.g. by a stage of kind reward",
             )  # fmt: skip
     context = read_context(folder)
-    long = [g.id for g in (*data.train, *data.held_out) if context is not None and g.longest > context]
-    if long:
+    tokens, name = longest
+    if context is not None and tokens > context:
         raise ConfigError(
-            f"the reward model takes {context} tokens at most, and {len(long)} pairs are longer: {', '.join(long[:5])}",
+            f"the reward model takes {context} tokens at most, but {name} has {tokens}",
             where="reward_model", found=str(folder), remedy=f"set max_length: {context}",
         )  # fmt: skip
 
@@ -145,8 +147,14 @@ def fingerprint_evaluation(
     results: Mapping[str, StageResult],
     base: Path | None,
     fingerprint: Callable[[Path], str],
+    summaries: DataSummaries | None = None,
 ) -> dict[str, str]:
-    """Fingerprints of an evaluation's inputs: the results before it, the base, and the items that it measures on."""
+    """Fingerprints of an evaluation's inputs: the results before it, the base, and the items that it measures on.
+
+    Args:
+        summaries: Of data that are known already.
+    """
+    summaries = summaries or DataSummaries()
     trained = {n: r for n, r in results.items() if r.kind != "evaluate"}
     found = {n: fingerprint_result(r.folder) for n, r in trained.items()}
     if base is not None:
@@ -163,7 +171,7 @@ def fingerprint_evaluation(
         for place in sorted({wanted[t] for t in settings.tasks if t in wanted}):
             stage = stages[place]
             assert stage is not None
-            found[f"data of {stage.kind}"] = prepare_data(stage, tokenizer, context=context).fingerprint
+            found[f"data of {stage.kind}"] = summaries.find(stage, tokenizer, context=context).fingerprint
     for task in (t for t in settings.tasks if t not in PLAIN_TASKS):
         rows = load_prompts(task, tokenizer, seed=settings.seed, chat_template=settings.chat_template)
         found[task] = _hash([[r.id, r.prompt_ids, r.answer, r.reference] for r in rows])

@@ -15,11 +15,11 @@ from burnish.config.options import RunOptions
 from burnish.config.recipe import Recipe
 from burnish.config.stages import EvaluateSettings
 from burnish.config.train import TrainSettings
-from burnish.data.prepare import prepare_data
 from burnish.data.tokenizer import TextTokenizer
 from burnish.errors import UsageError
 from burnish.pipeline.forecast import Forecast, find_local_model
 from burnish.pipeline.naming import choose_models, find_folder
+from burnish.pipeline.summaries import DataSummaries
 
 
 def print_plan(loaded: LoadedRecipe, options: RunOptions, out: TextIO) -> int:
@@ -46,21 +46,27 @@ def build_plan_rows(loaded: LoadedRecipe, options: RunOptions) -> dict[str, Any]
     models = choose_models(recipe, options)
     folder = find_folder(loaded, options)
     several = len(recipe.model_list()) > 1
+    summaries = DataSummaries()
     rows = []
     for model in models:
         one = recipe.for_model(model) if several else recipe
         base = folder / plain_name(model or "model") if several else folder
-        rows += describe_stages(one, options, lambda index, name, at=base: at / f"{index:02d}-{plain_name(name)}")
+        rows += describe_stages(
+            one, options, lambda index, name, at=base: at / f"{index:02d}-{plain_name(name)}", summaries
+        )
     return {"recipe": recipe.name, "origin": loaded.origin, "folder": str(folder), "models": models, "stages": rows}
 
 
-def describe_stages(recipe: Recipe, options: RunOptions, place: Callable[[int, str], Path]) -> list[dict[str, Any]]:
+def describe_stages(
+    recipe: Recipe, options: RunOptions, place: Callable[[int, str], Path], summaries: DataSummaries
+) -> list[dict[str, Any]]:
     """The stages of a recipe for one model, as plain values.
 
     Args:
         place: Folder of a stage by its position, from 1, and its name.
+        summaries: Of the data that stages read; recipes that share data share this.
     """
-    forecast, rows = Forecast(recipe, options), []
+    forecast, rows = Forecast(recipe, options, summaries), []
     for index, stage in enumerate(recipe.stages, start=1):
         name = str(getattr(stage, "name", index))
         rows.append(_describe_stage(forecast, stage, place(index, name)))
@@ -96,12 +102,12 @@ def _describe_stage(forecast: Forecast, stage: Any, folder: Path) -> dict[str, A
     from burnish.models.folder import read_context
 
     tokenizer = TextTokenizer.load(str(path))
-    prepared = prepare_data(stage, tokenizer, context=read_context(path))
-    row |= forecast.foresee_training(stage, folder, path, tokenizer, prepared)
-    per_epoch = math.ceil(len(prepared.train) / batch.batch_size)
+    data = forecast.summaries.find(stage, tokenizer, context=read_context(path))
+    row |= forecast.foresee_training(stage, folder, path, tokenizer, data)
+    per_epoch = math.ceil(data.train / batch.batch_size)
     steps = stage.max_steps if stage.max_steps >= 0 else math.ceil(per_epoch * stage.num_train_epochs - 1e-9)
-    row |= {"train": len(prepared.train), "held_out": len(prepared.held_out), "steps": steps}
-    row["data_report"] = prepared.report.lines()
+    row |= {"train": data.train, "held_out": data.held_out, "steps": steps}
+    row["data_report"] = data.report.lines()
     row["trainable"] = describe_trainable(stage, path)
     return row
 

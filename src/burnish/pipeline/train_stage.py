@@ -89,8 +89,8 @@ def load_inputs(
     beside = None if second is None else fetch_model_folder(second)
     judge = None if reward_model is None else fetch_model_folder(resolve_model_path(reward_model))
     if judge is not None:
-        check_reward_model(judge, tokenizer, data)
-    found = fingerprint_inputs(settings, folder, tokenizer, data, fingerprint, beside, judge)
+        check_reward_model(judge, tokenizer, data.longest)
+    found = fingerprint_inputs(settings, folder, tokenizer, data.fingerprint, fingerprint, beside, judge)
     return StageInputs(path, folder, tokenizer, data, found, second, judge)
 
 
