@@ -38,6 +38,8 @@ CONTRADICTIONS: list[tuple[str, dict, str]] = [
     ("sft", {"early_stopping_patience": 3}, "early_stopping_patience"),
     ("sft", {"greater_is_better": True}, "greater_is_better"),
     ("sft", {"drop_identical": True}, "drop_identical"),
+    ("sft", {"flip_share": 0.1}, "flip_share"),
+    ("distill", {"teacher": "x", "flip_share": 0.1}, "flip_share"),
     ("dpo", {"train_on": "last"}, "train_on"),
     ("dpo", {"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0]}, "loss_weights"),
     ("dpo", {"loss_weights": [1.0]}, "loss_weights"),

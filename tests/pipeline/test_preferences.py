@@ -96,3 +96,22 @@ def test_a_setting_that_one_s_own_loss_does_not_read_is_refused(
     (tmp_path / "my_module.py").write_text(OWN.format(aim=1))
     assert train("dpo", inputs, tmp_path, "--loss_type", "my_module:my_loss", "--label_smoothing", "0.1") == 2
     assert "loss_type my_module:my_loss does not use it" in capfd.readouterr().err
+
+
+def test_flipped_pairs_train_the_other_way_and_are_part_of_the_key(inputs: Path, tmp_path: Path) -> None:
+    """From a = z = 0 a step on swapped pairs is the opposite one."""
+    from safetensors.torch import load_file
+
+    start = load_file(inputs / "model" / "model.safetensors")
+    moves, keys = [], []
+    for share in ("0", "1"):
+        assert train("dpo", inputs, tmp_path, "--max-steps", "1", "--weight-decay", "0", "--flip-share", share) == 0
+        made = load_file(tmp_path / "run" / "01-dpo" / "final" / "model.safetensors")
+        name = "model.layers.0.mlp.up_proj.weight"
+        moves.append((made[name].float() - start[name].float()).flatten())
+        keys.append(read(tmp_path, "dpo"))
+    assert moves[0].norm() > 0
+    assert float(moves[0] @ moves[1] / (moves[0].norm() * moves[1].norm())) == pytest.approx(-1.0, abs=1e-3)
+    assert keys[0]["inputs"]["data"] != keys[1]["inputs"]["data"], "a finished stage that changed is made again"
+    held = [record["figures"]["eval"]["eval_rewards/margins"] for record in keys]
+    assert held[0] * held[1] < 0, "both are measured on the same held-out pairs, as they are written"

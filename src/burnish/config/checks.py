@@ -207,6 +207,8 @@ def _check_evaluation(s: TrainSettings) -> Found:
 def _check_sft(s: TrainSettings) -> Found:
     if s.drop_identical:
         yield "drop_identical", f"is on, but {s.kind} reads no pairs", "remove it"
+    if s.flip_share:
+        yield "flip_share", f"is {s.flip_share:g}, but {s.kind} reads neither pairs nor labels", "remove it"
 
 
 @_check(TrainSettings)

@@ -49,6 +49,13 @@ class DataSettings(Settings):
     )
     slice_offset: float = setting(0.0, "Where the slice begins, as a share of the source (by prompt).", ge=0, lt=1)
     max_samples: int | None = setting(None, "Use at most this many training rows (a seeded sample).", ge=1)
+    flip_share: float = setting(
+        0.0,
+        "Label noise for studies: share of training pairs whose chosen and rejected are swapped (of labelled rows: whose "
+        "label is turned). Held-out rows never are.",
+        ge=0,
+        le=1,
+    )
     columns: dict[str, str] | str | None = setting(None, "Column mapping for all sources that have none of their own.")
     chat_template: str | None = setting(
         None, "Chat template: a file, or a template text; default: the tokenizer's own, else burnish's plain one."

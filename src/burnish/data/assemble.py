@@ -10,6 +10,7 @@ from burnish.data.columns import ColumnMapping, find_mapping
 from burnish.data.example import Example, Reading
 from burnish.data.formats import check_format
 from burnish.data.load import load_examples
+from burnish.data.noise import flip_labels
 from burnish.data.problems import Problem, ProblemLog
 from burnish.data.report import DataReport, SplitReport
 from burnish.data.slices import Split
@@ -101,6 +102,7 @@ def load_all(settings: TrainSettings, sources: Sources, reading: Reading, log: P
         train_report.rows_read -= len(loaded.held_out)
     _check_leaks(loaded, log, explicit=bool(sources.explicit), skip=settings.on_error == "skip")
     loaded.train = _sample(loaded.train, settings.max_samples, settings.seed, train_report)
+    flip_labels(loaded.train, settings.flip_share, settings.seed, train_report)
     if "held_out" in report.splits:
         split_report = report.splits["held_out"]
         loaded.held_out = _sample(loaded.held_out, settings.max_eval_samples, settings.seed, split_report)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -69,6 +71,21 @@ class Reading:
     format: str = "auto"
     strip_think: bool = False
     strip_control: bool = False
+
+
+def content_text(example: Example) -> str:
+    """What a row says, prompt and completions, as one text: equal for equal rows, wherever they stand."""
+    return json.dumps([example.prompt, example.completions], default=_plain, sort_keys=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return (
+        [getattr(value, name) for name in value.__dataclass_fields__]
+        if hasattr(value, "__dataclass_fields__")
+        else str(value)
+    )
 
 
 def identical(example: Example) -> bool:

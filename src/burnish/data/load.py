@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from burnish.data.columns import ColumnMapping, apply_mapping
-from burnish.data.example import Example, Reading, identical
+from burnish.data.example import Example, Reading, content_text, identical
 from burnish.data.formats import normalise
 from burnish.data.problems import SKIP_REMEDY, Problem, ProblemLog, RowDropped, RowError, row_name
 from burnish.data.readers import Row
@@ -99,22 +97,8 @@ def _check_id(row: Row, ids: dict[str, str]) -> None:
 def _count_duplicates(examples: list[Example], report: SplitReport) -> None:
     seen: dict[bytes, str] = {}
     for example in examples:
-        key = hashlib.blake2b(_content(example).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        key = hashlib.blake2b(content_text(example).encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if key in seen:
             report.duplicates.add(f"{example.place} (= {seen[key]})")
         else:
             seen[key] = example.place
-
-
-def _content(example: Example) -> str:
-    return json.dumps([example.prompt, example.completions], default=_plain, sort_keys=True)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return dict(value)
-    return (
-        [getattr(value, name) for name in value.__dataclass_fields__]
-        if hasattr(value, "__dataclass_fields__")
-        else str(value)
-    )

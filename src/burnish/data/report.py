@@ -41,6 +41,7 @@ class SplitReport:
         leaked: Held-out rows left out because their prompt is trained on.
         duplicates: Rows equal to an earlier one (used all the same).
         unused: Rows outside the slice, the sample or the mixture's share.
+        flipped: Training rows whose label was turned round (`flip_share`), before the rules of length.
         apart: Rows whose prompt and answer would merge into one token, tokenised apart.
         without_eos: Completions that end in no end token.
         spelled: Rows whose messages spell a special token, which is then read as one.
@@ -64,6 +65,7 @@ class SplitReport:
     leaked: Named = field(default_factory=Named)
     duplicates: Named = field(default_factory=Named)
     unused: int = 0
+    flipped: Named = field(default_factory=Named)
     apart: Named = field(default_factory=Named)
     without_eos: Named = field(default_factory=Named)
     spelled: Named = field(default_factory=Named)
@@ -96,6 +98,7 @@ class SplitReport:
             ("identical pairs, left out", self.identical),
             ("held-out rows whose prompt is trained on, left out", self.leaked),
             ("duplicates (used)", self.duplicates),
+            ("labels flipped on purpose (flip_share)", self.flipped),
             ("tokenised apart at the border of prompt and answer", self.apart),
             ("answers without an end token", self.without_eos),
             ("messages that spell a special token", self.spelled),

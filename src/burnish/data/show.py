@@ -19,6 +19,7 @@ from burnish.data.assemble import find_sources, mapping_of
 from burnish.data.check import load_tokenizer
 from burnish.data.example import Example
 from burnish.data.load import iter_examples
+from burnish.data.noise import flip_labels
 from burnish.data.prepare import build_encoding, reading_of
 from burnish.data.problems import ProblemLog
 from burnish.data.report import SplitReport
@@ -92,7 +93,9 @@ def _first_examples(
         reading = replace(reading_of(settings, tokenizer), format=source.settings.format)
         mapping = mapping_of(source, settings)
         rows = iter_examples(source, source.split, reading, mapping, log, report, settings.drop_identical)
-        yield list(islice(rows, limit))
+        examples = list(islice(rows, limit))
+        flip_labels(examples, settings.flip_share, settings.seed, report)
+        yield examples
 
 
 def _rendered(group: Group, tokenizer: TextTokenizer, colour: bool) -> Text:
