@@ -96,6 +96,7 @@ SEEDED: dict[str, dict[str, Any]] = {
     "a sample of one source": {},
     "held-out rows": {"max_eval_samples": 2},
     "a mixture": {},
+    "flipped labels": {"flip_share": 0.5},
 }
 
 

@@ -72,11 +72,11 @@ def _distinct(sources: list[Source]) -> list[Source]:
 
 
 def are_rows_drawn(settings: TrainSettings, sources: Sources) -> bool:
-    """Whether the seed decides which rows there are: a sample, a mixture or the held-out share is drawn with it."""
+    """Whether the seed decides what rows there are: samples, mixtures, a held-out share and flipped labels are drawn with it."""
     counts = [source.settings.max_samples for source in (*sources.train, *sources.explicit)]
     own = settings.validation_split > 0 and not sources.explicit and not sources.own_held_out
     limited = any(count is not None for count in (settings.max_samples, settings.max_eval_samples, *counts))
-    return own or limited or _is_mixture(sources.train)
+    return own or limited or settings.flip_share > 0 or _is_mixture(sources.train)
 
 
 def _is_mixture(sources: Sequence[Source]) -> bool:

@@ -89,7 +89,8 @@ class BetaDpo:
         return new if past is None else self.momentum * past + (1 - self.momentum) * new
 
     def _find_beta(self, margins: np.ndarray, mean: float) -> np.ndarray:
-        return np.maximum((1 + self.alpha * (margins - mean)) * self.beta, BETA_FLOOR)
+        with np.errstate(invalid="ignore"):  # infinite margins: the engine refuses the step and names the rows
+            return np.maximum((1 + self.alpha * (margins - mean)) * self.beta, BETA_FLOOR)
 
     def _draw(self, margins: np.ndarray, mean: float, std: float | None, ids: tuple[str, ...], unit: int) -> np.ndarray:
         """(k,) rising rows; ties go to the earlier pair."""
