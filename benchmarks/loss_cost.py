@@ -37,6 +37,7 @@ CONTROLLERS: dict[str, dict[str, Any]] = {
     "linear": {"type": "linear", "beta_end": 0.2, "steps": 100},
 }
 WHOLE = ("tdpo1", "tdpo2", "radpo1", "radpo2", "epsilon")
+DISTILL = "distill (chosen answers)"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def build_step(
 
     settings = load_object(KINDS[variant.kind].settings)(model="m", data="d", batch_size=PAIRS, **variant.settings)
     method = load_object(KINDS[variant.kind].runner)(settings)
-    groups = list(method.arrange(build_groups(replace(plan, method=variant.kind), pairs)))
+    rows = "sft" if variant.kind == "distill" else variant.kind
+    groups = list(method.arrange(build_groups(replace(plan, method=rows), pairs)))
     if method.needs_reference and not variant.live:  # any numbers: only the cost matters
         stored = [[np.full(len(c.ids), -6.0, dtype=np.float32) for c in g.completions] for g in groups]
         groups = attach_table(groups, stored)
@@ -167,13 +169,52 @@ def measure_once(step: Callable[[int], None], budget: int) -> tuple[float, float
 def run_memory(folder: Path, name: str) -> dict[str, float]:
     """Peak memory of a few steps of one variant, MB above the loaded models."""
     plan, pairs, policy, reference = load_models(folder)
-    variant = next(v for v in list_variants() if v.name == name)
+    distill = Variant(DISTILL, "distill", {"teacher": "t", "loss_type": "jsd"}, "whole", live=True)
+    variant = next(v for v in [*list_variants(), distill] if v.name == name)
     scale = 1024.0 if sys.platform != "darwin" else 1024.0**2
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
     step = build_step(variant, plan, pairs, policy, reference)
     for _ in range(2):
         step(1 << 20)
     return {"above_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale - before}
+
+
+def build_section(found: dict[str, Any]) -> str:
+    """The tables of a measurement, as text for the page."""
+    groups = {
+        "uncoupled": "A sum over pairs",
+        "coupled": "Coupled: the loss needs the whole step",
+        "whole": "A reference that runs in the step; whole distributions",
+    }
+    lines = [
+        f"{found['cpu']}; burnish {found['commit']}. Steps of {PAIRS} pairs, {found['tokens']:,} tokens, "
+        f"{found['layers']} layers; "
+        f"medians of {found['rounds']} rounds; in brackets the extremes.",
+        "",
+    ]
+    for group, title in groups.items():
+        lines += [f"| {title} | one micro-batch | several micro-batches |", "|---|---|---|"]
+        for name, row in found["variants"].items():
+            if row["group"] == group and name != BASELINE:
+                cells = [
+                    f"{row[c]['time']:.2f} ({row[c]['spread'][0]:.2f}–{row[c]['spread'][1]:.2f})"
+                    for c in ("one", "several")
+                ]
+                lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    same = found["variants"][BASELINE]
+    lines += [
+        f"DPO against itself, the second time in a round by the first: {same['one']['time']:.2f} and "
+        f"{same['several']['time']:.2f} ({same['several']['spread'][0]:.2f}–{same['several']['spread'][1]:.2f}).",
+        "",
+        f"Peak memory above the loaded models in one micro-batch; logits of all {found['scored']:,} scored tokens would be "
+        f"{found['logits_mb']:,.0f} MB a model in fp32:",
+        "",
+        "| loss | MB |",
+        "|---|---|",
+        *(f"| {name} | {mb:,.0f} |" for name, mb in found["memory_mb"].items()),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
@@ -199,13 +240,16 @@ def main() -> int:
         data = ["--data", given.data] if given.data else []
         start_worker(Path(__file__), ["--worker", "prepare", *words, *data])
         memory: dict[str, float] = {}
-        for variant in (BASELINE, "dpo sigmoid, live reference", *(f"dpo {n}" for n in WHOLE)):
+        for variant in (BASELINE, "dpo sigmoid, live reference", *(f"dpo {n}" for n in WHOLE), DISTILL):
             start_worker(Path(__file__), ["--worker", "memory", "--name", variant, *words])
             memory[variant] = round(json.loads(out.read_text(encoding="utf-8"))["above_mb"], 1)
             note(f"{variant}: {memory[variant]:.0f} MB above the models")
         _, pairs = load_workload(folder)
         scored = sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
-        facts = {"scored": scored, "logits_mb": round(scored * Shape().vocabulary * 4 / 2**20, 1), "memory_mb": memory}
+        facts = {
+            "layers": given.layers, "rounds": given.rounds, "scored": scored,
+            "logits_mb": round(scored * Shape().vocabulary * 4 / 2**20, 1), "memory_mb": memory,
+        }  # fmt: skip
         print(json.dumps(run_times(folder, given.rounds) | facts | describe_machine()))
     return 0
 

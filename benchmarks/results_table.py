@@ -2,10 +2,11 @@
 
     python benchmarks/train_step.py --method all --setting all --peer trl --json | tee benchmarks/results/NAME.jsonl
     python benchmarks/curve.py | tee benchmarks/results/curve.json
+    python benchmarks/loss_cost.py --json > benchmarks/results/loss_cost.json
     python benchmarks/results_table.py
 
 Every `*.jsonl` of `benchmarks/results` becomes a table; a line of it is what the script printed for one method and setting.
-`curve.json` becomes the figure and the table of the cost curve.
+`curve.json` becomes the figure and the table of the cost curve, `loss_cost.json` the tables of what each loss costs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from curve import build_section as build_curve_section
 from curve import draw_curve
+from loss_cost import build_section as build_cost_section
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -98,22 +100,24 @@ def replace_section(page: str, name: str, section: str) -> str:
     return f"{before}{begin}\n{section}{end}{after}"
 
 
-def read_curve(folder: Path = RESULTS) -> dict[str, Any] | None:
-    """The measured cost curve, if there is one."""
-    file = folder / "curve.json"
+def read_measured(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
+    """What `curve.py` or `loss_cost.py` measured, if it was kept."""
+    file = folder / f"{name}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def update_page(page: str, folder: Path = RESULTS) -> str:
     """The page with the measured figures between its marks; a block without results stays as it is."""
-    section, curve = build_section(folder), read_curve(folder)
+    section, curve, cost = build_section(folder), read_measured("curve", folder), read_measured("loss_cost", folder)
     if section:
         page = replace_section(page, "results", section)
+    if cost:
+        page = replace_section(page, "cost", build_cost_section(cost))
     return replace_section(page, "curve", build_curve_section(curve)) if curve else page
 
 
 def main() -> int:
-    curve = read_curve()
+    curve = read_measured("curve")
     if curve:
         draw_curve(curve, FIGURE)
     PAGE.write_text(update_page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

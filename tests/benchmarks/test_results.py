@@ -14,10 +14,13 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import curve  # noqa: E402
 import disturbance  # noqa: E402
+import loss_cost  # noqa: E402
 import results_table  # noqa: E402
 import train_step  # noqa: E402
 from peer_trl import build_arguments, freeze_all_but_top  # noqa: E402
 from workload import TOP_K, Pair, Plan  # noqa: E402
+
+from burnish.config.registry import LOSS_TYPES  # noqa: E402
 
 
 def _run(
@@ -82,12 +85,30 @@ def test_every_setting_has_a_line_in_one_table() -> None:
 
 def test_only_the_marked_block_of_the_page_changes() -> None:
     page = results_table.PAGE.read_text(encoding="utf-8")
-    for name in ("results", "curve"):
+    for name in ("results", "curve", "cost"):
         begin, end = results_table.BEGIN.format(name), results_table.END.format(name)
         changed = results_table.replace_section(page, name, "NEW\n")
         assert changed == page.partition(begin)[0] + begin + "\nNEW\n" + end + page.partition(end)[2]
     with pytest.raises(ValueError, match="no marks"):
         results_table.replace_section("nothing", "results", "")
+
+
+def _cost(group: str, one: float, several: float) -> dict[str, Any]:
+    spread = [0.97, 1.05]
+    return {"group": group, "one": {"time": one, "spread": spread}, "several": {"time": several, "spread": spread}}
+
+
+COST = {
+    "variants": {"dpo sigmoid": _cost("uncoupled", 1.0, 1.0), "kto": _cost("coupled", 1.01, 1.3)},
+    "cpu": "a processor", "commit": "abc", "tokens": 2000, "layers": 4, "rounds": 3, "scored": 700, "logits_mb": 87.5,
+    "memory_mb": {"dpo sigmoid": 400.0, "dpo tdpo2": 420.0},
+}  # fmt: skip
+
+
+def test_every_preference_loss_is_measured() -> None:
+    names = [v.name for v in loss_cost.list_variants()]
+    assert {f"dpo {n}" for n in LOSS_TYPES["dpo"] if n != "sft"} | {"kto", "orpo", "simpo", "cpo"} <= set(names)
+    assert len(names) == len(set(names)) and loss_cost.BASELINE in names
 
 
 def test_the_page_takes_what_was_measured(tmp_path: Path) -> None:
@@ -98,7 +119,9 @@ def test_the_page_takes_what_was_measured(tmp_path: Path) -> None:
     row = train_step.compute_row(Plan(method="reward"), RUNS, FACTS)
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     (tmp_path / "curve.json").write_text(json.dumps({"points": _points()}), encoding="utf-8")
+    (tmp_path / "loss_cost.json").write_text(json.dumps(COST), encoding="utf-8")
     changed = results_table.update_page(page, tmp_path)
+    assert "| kto | 1.01 (0.97–1.05) | 1.30 (0.97–1.05) |" in changed and "| dpo tdpo2 | 420 |" in changed
     assert "| reward model | full | 6.0 s, 1.00 GB |" in changed and "uneven lengths" in changed
     assert results_table.update_page(changed, tmp_path) == changed
 
