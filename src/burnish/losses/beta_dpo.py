@@ -95,7 +95,8 @@ class BetaDpo:
     def _draw(self, margins: np.ndarray, mean: float, std: float | None, ids: tuple[str, ...], unit: int) -> np.ndarray:
         """(k,) rising rows; ties go to the earlier pair."""
         k = max(1, int(self.keep * margins.shape[0] + 1e-9))
-        weights = np.zeros_like(margins) if not std else -0.5 * ((margins - mean) / std) ** 2
+        with np.errstate(invalid="ignore"):  # infinite margins, as above
+            weights = np.zeros_like(margins) if not std else -0.5 * ((margins - mean) / std) ** 2
         noise = np.asarray([draw_gumbel(self.seed, unit, name) for name in ids])
         return np.sort(np.argsort(-(weights + noise), kind="stable")[:k])
 
