@@ -110,6 +110,25 @@ def test_the_figures_of_the_benchmark_page_are_the_measured_ones(monkeypatch: py
     assert table.update_page(page) == page, "run benchmarks/results_table.py"
 
 
+STUDIES = sorted((DOCS / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", STUDIES, ids=lambda p: p.stem)
+def test_recipes_of_the_studies_are_valid(recipe: Path):
+    from burnish.config.load import load_recipe
+
+    given = ["model=pocket", "data.source=rows.jsonl", "eval_data.source=rows.jsonl"] if recipe.stem == "hh" else []
+    loaded = load_recipe(recipe, overrides=given, env={}, check_machine=False)
+    assert loaded.grid is not None and loaded.recipe.name == recipe.stem
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "studies").glob("*.md")), ids=page_name)
+def test_the_tables_of_the_studies_are_the_measured_ones(page: Path):
+    results = load_script(ROOT / "scripts" / "studies" / "results.py")
+    text = page.read_text(encoding="utf-8")
+    assert results.update_page(text) == text, "run scripts/studies/results.py"
+
+
 def find_nav_pages(nav: object) -> Iterator[str]:
     if isinstance(nav, str):
         yield nav
