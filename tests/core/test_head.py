@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from burnish.core import head
 from burnish.core import rows as whole_rows
 from burnish.core.head import ENTROPY, Functional, HeadInput, LogitTransform, compute_token_logprobs
-from burnish.core.logits import LOGPROBS, compute_entropy
+from burnish.core.logits import LOG_SQUARE_SUM, LOGPROBS, compute_entropy
 from burnish.errors import UsageError
 from burnish.losses.tdpo import build_tdpo
 
@@ -285,3 +285,21 @@ def test_gradients_in_closed_form_equal_autograd(transform, temperature, monkeyp
 def _refuse_grad(logits: Tensor, targets: Tensor, against: Tensor | None) -> Tensor:
     assert not logits.requires_grad, "its gradient is not wanted"
     return logits.sum(-1)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_log_square_sums_by_tiles_equal_whole_rows_and_the_closed_form(transform, monkeypatch) -> None:
+    hidden, weight, bias, targets = _draw(bias=True)
+    given = {"bias": bias, "transform": transform, "temperature": 0.7}
+    with _tiles(monkeypatch, 700, 9):
+        tiled = compute_token_logprobs(
+            hidden, weight, targets, functionals=[LOG_SQUARE_SUM], want_entropy=True, **given
+        )
+        found = torch.autograd.grad(_weigh(tiled["logprobs"]), [hidden, weight, bias])
+    rows = compute_token_logprobs(hidden, weight, targets, functionals=[replace(LOG_SQUARE_SUM, name="again")], **given)
+    p = torch.softmax(transform(hidden @ weight.t() + bias) / 0.7, -1)
+    expected = p.square().sum(-1).log()
+    assert not tiled["log_square_sum"].requires_grad
+    assert (tiled["log_square_sum"] - expected).abs().max() < 1e-11 and (rows["again"] - expected).abs().max() < 1e-11
+    other = torch.autograd.grad(_weigh(rows["logprobs"]), [hidden, weight, bias])
+    assert all((a - b).norm() <= 1e-11 * b.norm() for a, b in zip(found, other, strict=True))

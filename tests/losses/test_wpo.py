@@ -10,7 +10,8 @@ import torch
 
 from burnish.config.stages import DpoSettings
 from burnish.core.batch import Outputs, build_packed_batch
-from burnish.losses.wpo import LOG_SQUARE_SUM, compute_log_square_sum, compute_pair_weights
+from burnish.core.logits import LOG_SQUARE_SUM
+from burnish.losses.wpo import compute_pair_weights
 from burnish.methods.dpo import Dpo
 from burnish.models.policy import Policy
 from tests.losses.tiny import build_model, build_pairs
@@ -24,7 +25,7 @@ def test_the_functional_is_log_sum_of_squares() -> None:
     z = rng.normal(0, 3, (7, 11))
     p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
     logits = torch.from_numpy(z).requires_grad_()
-    found = compute_log_square_sum(logits, torch.zeros(7, dtype=torch.int64), None)
+    found = LOG_SQUARE_SUM.fn(logits, torch.zeros(7, dtype=torch.int64), None)
     np.testing.assert_allclose(found.numpy(), np.log((p**2).sum(1)), rtol=1e-12)
     assert not found.requires_grad
 
@@ -86,7 +87,7 @@ def test_no_more_than_a_block_of_the_vocabulary_s_rows_is_held() -> None:
 
     def watch(logits: torch.Tensor, targets: torch.Tensor, against: torch.Tensor | None) -> torch.Tensor:
         seen.append(logits.shape[0])
-        return compute_log_square_sum(logits, targets, against)
+        return LOG_SQUARE_SUM.fn(logits, targets, against)
 
     batch = build_packed_batch([group for _ in range(8) for group in build_pairs()])
     policy = Policy(build_model("lm", 0), head="lm")

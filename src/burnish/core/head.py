@@ -20,6 +20,7 @@ from torch import Tensor
 from burnish.core.logits import (
     ENTROPY,
     IDENTITY,
+    LOG_SQUARE_SUM,
     LOGPROBS,
     BlockFunction,
     Functional,
@@ -71,15 +72,20 @@ def compute_token_logprobs(
         functionals = [Functional(name, fn) for name, fn in functionals.items()]
     source = HeadInput(hidden, weight, bias, transform, module)
     _check_against(source, functionals, against)
-    if not functionals and module is None:
+    want_squares = list(functionals) == [LOG_SQUARE_SUM]
+    if module is None and (not functionals or want_squares):
         assert weight is not None
         frozen = not weight.requires_grad and not (bias is not None and bias.requires_grad)
         once = torch.is_grad_enabled() and hidden.requires_grad and frozen and not want_entropy
         once = once and transform.softcap is None
         keep = torch.is_grad_enabled() and not once and (hidden.requires_grad or not frozen)
-        settings = _Tiling(transform, temperature, want_entropy, compute_dtype(hidden, weight), once, keep)
-        logprobs, entropy = _TiledHead.apply(hidden, weight, bias, targets, settings)  # type: ignore[misc]
-        return {"logprobs": logprobs, "entropy": entropy} if want_entropy else {"logprobs": logprobs}
+        settings = _Tiling(
+            transform, temperature, want_entropy, compute_dtype(hidden, weight), once, keep, want_squares
+        )
+        logprobs, entropy, squares = _TiledHead.apply(hidden, weight, bias, targets, settings)  # type: ignore[misc]
+        found = {"logprobs": logprobs}
+        found |= {"entropy": entropy} if want_entropy else {}
+        return found | ({LOG_SQUARE_SUM.name: squares} if want_squares else {})
     wanted = ([LOGPROBS] if want_logprobs else []) + ([ENTROPY] if want_entropy else []) + list(functionals)
     columns = compute_functionals(source, targets, wanted, temperature, against, block)
     return {f.name: column for f, column in zip(wanted, columns, strict=True)}
@@ -111,6 +117,7 @@ class _Tiling:
         eager_gradient: The head is frozen: the forward pass also computes d log-prob / d hidden (one product more), and
             the backward pass none.
         keep: A backward pass follows that wants the products again.
+        want_squares: log Σ p² too, without gradient.
     """
 
     transform: LogitTransform
@@ -119,6 +126,7 @@ class _Tiling:
     dtype: torch.dtype
     eager_gradient: bool = False
     keep: bool = False
+    want_squares: bool = False
 
     @property
     def wide(self) -> torch.dtype:
@@ -225,12 +233,12 @@ def _reserve(hidden: Tensor, weight: Tensor, t: _Tiling) -> Tensor | None:
 
 
 class _TiledHead(torch.autograd.Function):
-    """(hidden, weight, bias, targets) → log-probs, entropy (empty if not wanted)."""
+    """(hidden, weight, bias, targets) → log-probs, entropy and log Σ p² (empty if not wanted)."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, t: _Tiling
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
             kept = _reserve(hidden, weight, t)
             tiles = _Tiles(hidden, weight, bias, targets, t, kept)
@@ -238,6 +246,7 @@ class _TiledHead(torch.autograd.Function):
             lse = hidden.new_full((count,), float("-inf"), dtype=t.wide)
             picked = hidden.new_zeros((count,), dtype=t.wide)
             mean = hidden.new_zeros((count if t.want_entropy else 0,), dtype=t.wide)  # running Σ p·z
+            squares = hidden.new_zeros((count if t.want_squares else 0,), dtype=t.wide)  # running Σ p²
             local_lse = hidden.new_empty((tiles.across, count), dtype=t.wide)
             pull = hidden.new_zeros(hidden.shape, dtype=t.wide) if t.eager_gradient else None  # running Σ p·w
             for i, stripe, w in tiles.columns_of():
@@ -252,6 +261,9 @@ class _TiledHead(torch.autograd.Function):
                     before, now = (lse[part] - both).exp_(), (here - both).exp_()
                     if t.want_entropy:
                         mean[part] = mean[part] * before + (p * z).sum(1) * now
+                    if t.want_squares:
+                        own = torch.linalg.vector_norm(p, dim=1)
+                        squares[part] = squares[part] * before.square() + (own * now).square_()
                     if pull is not None:
                         gained = torch.mm(tiles.lower(p), w)
                         pull[part] = pull[part].mul_(before[:, None]).addcmul_(gained.to(t.wide), now[:, None])
@@ -261,10 +273,12 @@ class _TiledHead(torch.autograd.Function):
                 pull = (weight[targets].to(t.wide) - pull).mul_(t.factor).to(hidden.dtype)
         ctx.save_for_backward(hidden, weight, bias, targets, lse, local_lse, mean, pull, kept)
         ctx.tiling = t
-        return picked - lse, (lse - mean if t.want_entropy else mean)
+        squares.log_()
+        ctx.mark_non_differentiable(squares)
+        return picked - lse, (lse - mean if t.want_entropy else mean), squares
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, bias, targets, lse, local_lse, mean, pull, kept = ctx.saved_tensors
         t: _Tiling = ctx.tiling
         if pull is not None:

@@ -109,7 +109,14 @@ def _compute_against_logprob(logits: Tensor, targets: Tensor, against: Tensor | 
     return _compute_target_logprob(against, targets, None)
 
 
+def _compute_log_square_sum(logits: Tensor, targets: Tensor, against: Tensor | None) -> Tensor:
+    with torch.no_grad():
+        return torch.logsumexp(2 * torch.log_softmax(logits, dim=-1), dim=-1)
+
+
 ENTROPY = Functional("entropy", compute_entropy)
+# log Σ_v p(v)², the log of the probability that two draws agree; no gradient. Alone it is computed tile by tile.
+LOG_SQUARE_SUM = Functional("log_square_sum", _compute_log_square_sum)
 AGAINST_LOGPROBS = Functional("against_logprobs", _compute_against_logprob, needs_against=True)
 LOGPROBS = Functional("logprobs", _compute_target_logprob, pull=_pull_target_logprob)
 

@@ -6,16 +6,6 @@ import torch
 from torch import Tensor
 
 from burnish.core.batch import Table
-from burnish.core.logits import Functional
-
-
-def compute_log_square_sum(logits: Tensor, targets: Tensor, against: Tensor | None) -> Tensor:
-    """(B, V) → (B,): log Σ_v p(v)², the log of the probability that two draws agree; no gradient."""
-    with torch.no_grad():
-        return torch.logsumexp(2 * torch.log_softmax(logits, dim=-1), dim=-1)
-
-
-LOG_SQUARE_SUM = Functional("log_square_sum", compute_log_square_sum)
 
 
 def compute_pair_weights(logprobs: Tensor, log_square_sum: Tensor, table: Table) -> Tensor:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from burnish.core.batch import Outputs, Table
-from burnish.core.logits import Functional
+from burnish.core.logits import LOG_SQUARE_SUM, Functional
 from burnish.losses.madpo import COLUMN, compute_margin_weights
 from burnish.losses.terms import Metric
-from burnish.losses.wpo import LOG_SQUARE_SUM, compute_pair_weights
+from burnish.losses.wpo import compute_pair_weights
 
 
 class PairWeights:
