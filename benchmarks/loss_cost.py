@@ -127,12 +127,12 @@ def load_models(folder: Path) -> tuple[Plan, list[Pair], Any, Any]:
     return plan, pairs, policy, Reference(Policy(frozen, head="lm", compute_dtype=policy.compute_dtype), "copy")
 
 
-def run_times(folder: Path, rounds: int) -> dict[str, Any]:
-    """Name → figures of every variant, for a step of one micro-batch and of several."""
+def run_times(folder: Path, rounds: int, only: str = "") -> dict[str, Any]:
+    """Name → figures of every variant whose name holds `only`, for a step of one micro-batch and of several."""
     from side_burnish import build_groups
 
     plan, pairs, policy, reference = load_models(folder)
-    variants = list_variants()
+    variants = [v for v in list_variants() if v.name == BASELINE or only in v.name]
     steps = {v.name: build_step(v, plan, pairs, policy, reference) for v in variants}
     tokens = sum(g.tokens for g in build_groups(plan, pairs))
     budgets = {"one": 1 << 20, "several": max(-(-tokens // SEVERAL), max(p.longest for p in pairs) + 300)}
@@ -222,6 +222,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--data", help="HH rows (chosen/rejected), .jsonl or .jsonl.gz")
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--only", default="", help="measure the times of losses whose name holds this, and no memory")
     parser.add_argument("--json", action="store_true", help="accepted for clarity: the last line always is JSON")
     for hidden in ("--worker", "--folder", "--out", "--name"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -240,7 +241,9 @@ def main() -> int:
         data = ["--data", given.data] if given.data else []
         start_worker(Path(__file__), ["--worker", "prepare", *words, *data])
         memory: dict[str, float] = {}
-        for variant in (BASELINE, "dpo sigmoid, live reference", *(f"dpo {n}" for n in WHOLE), DISTILL):
+        for variant in (
+            () if given.only else (BASELINE, "dpo sigmoid, live reference", *(f"dpo {n}" for n in WHOLE), DISTILL)
+        ):
             start_worker(Path(__file__), ["--worker", "memory", "--name", variant, *words])
             memory[variant] = round(json.loads(out.read_text(encoding="utf-8"))["above_mb"], 1)
             note(f"{variant}: {memory[variant]:.0f} MB above the models")
@@ -250,7 +253,7 @@ def main() -> int:
             "layers": given.layers, "rounds": given.rounds, "scored": scored,
             "logits_mb": round(scored * Shape().vocabulary * 4 / 2**20, 1), "memory_mb": memory,
         }  # fmt: skip
-        print(json.dumps(run_times(folder, given.rounds) | facts | describe_machine()))
+        print(json.dumps(run_times(folder, given.rounds, given.only) | facts | describe_machine()))
     return 0
 
 
