@@ -24,7 +24,7 @@ test-all: setup
 	$(BIN)/python -m pytest -m "not gpu and not kill"
 
 test-kill: setup
-	$(BIN)/python -m pytest -m kill -n 2 --dist worksteal tests/pipeline/test_kill.py
+	$(BIN)/python -m pytest -m kill -n 2 --dist worksteal tests/pipeline
 
 soak: setup
 	$(BIN)/python scripts/soak.py
