@@ -31,6 +31,14 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("BURNISH_TRACEBACK", raising=False)
 
 
+def test_help_says_what_each_short_name_adds(capsys: pytest.CaptureFixture[str]):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for line in ("dpo with loss_type: ipo.", "dpo with loss_type: [sigmoid, sft].", "dpo with a reward_model."):
+        assert line in text
+    assert all(alias.describe() for alias in ALIASES.values())
+
+
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out

@@ -61,7 +61,7 @@ def test_hub_model_offline() -> None:
     """Offline and not in the cache: one clear error, no traceback of a library."""
     with pytest.raises(ServiceError, match=r"some-org/some-model") as e:
         fetch_model_folder("some-org/some-model")
-    assert "burnish download" in e.value.remedy and e.value.exit_code == 6
+    assert "run once with a connection" in e.value.remedy and e.value.exit_code == 6
 
 
 def test_no_model_folder(tmp_path: Path) -> None:

@@ -127,6 +127,12 @@ def test_a_dry_run_foresees_it(weighed: Path, inputs: Path, tmp_path: Path, caps
     assert foresee(write_recipe(tmp_path, inputs)) == ["run", "run"]
 
 
+def test_a_dry_run_names_what_a_stage_reads(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(write_recipe(tmp_path, inputs)), "--dry-run"]) == 0
+    reward, weighed_stage = capsys.readouterr().out.split("\nmadpo (dpo)")
+    assert "  weighed by reward\n" in weighed_stage and "weighed by" not in reward and "reference" not in weighed_stage
+
+
 def test_another_reward_model_trains_the_stage_anew_and_a_moved_one_does_not(
     scorer: Path, inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -71,8 +71,7 @@ def _describe(name: str) -> str:
         return COMMANDS[name][1]
     if name in KINDS:
         return KINDS[name].summary[0].upper() + KINDS[name].summary[1:] + "."
-    fixed = ", ".join(f"{key}: {value}" for key, value in ALIASES[name].fixed.items())
-    return f"{ALIASES[name].kind} with {fixed}."
+    return f"{ALIASES[name].kind} with {ALIASES[name].describe()}."
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:

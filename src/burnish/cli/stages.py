@@ -13,7 +13,7 @@ from burnish.cli.resume import load_checkpoint_settings
 from burnish.cli.run import build_options, execute, run_options
 from burnish.config.base import Settings
 from burnish.config.keys import RECIPE_KEYS, section_class, settings_class
-from burnish.config.reference import format_yaml, get_field
+from burnish.config.reference import get_field
 from burnish.config.registry import ALIASES, KINDS, SECTIONS
 
 _HIDDEN = frozenset({"kind", "name", "init_from"})
@@ -25,14 +25,12 @@ def build_verb(word: str) -> click.Command:
     alias = ALIASES.get(word)
     kind = alias.kind if alias else word
     fixed: Mapping[str, Any] = alias.fixed if alias else {}
-    requires = alias.requires if alias else ()
     cls = settings_class(kind)
 
     summary = KINDS[kind].summary
     described = f"{summary[0].upper()}{summary[1:]}"
-    if fixed or requires:
-        parts = [*(f"{key} {format_yaml(value)}" for key, value in fixed.items()), *(f"a {name}" for name in requires)]
-        described += " with " + ", ".join(parts)
+    if alias:
+        described += f" with {alias.describe()}"
     text = (
         f"{described}: one stage without a recipe file.\n\nEvery setting is a flag (--learning_rate or "
         "--learning-rate); --x, --no-x and --x true/false for switches."

@@ -30,6 +30,13 @@ class Alias:
     fixed: dict[str, Any] = field(default_factory=dict)
     requires: tuple[str, ...] = ()
 
+    def describe(self) -> str:
+        """What it adds to its kind, for people: "loss_type: ipo", "a reward_model"."""
+        values = {k: f"[{', '.join(v)}]" if isinstance(v, list) else v for k, v in self.fixed.items()}
+        return ", ".join(
+            [*(f"{key}: {value}" for key, value in values.items()), *(f"a {name}" for name in self.requires)]
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class LossEntry:

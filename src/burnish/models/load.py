@@ -158,7 +158,7 @@ def fetch_model_folder(path: str, *, revision: str | None = None, trust_remote_c
         hint = f"did you mean the bundled model {near[0]}? Else " if near else ""
         raise ServiceError(
             f"model {path!r} is neither a local folder nor in the cache, and the hub cannot be reached",
-            where="model", found=path, remedy=f"{hint}go online once (burnish download {path}), or give a local folder",
+            where="model", found=path, remedy=f"{hint}run once with a connection, which fetches it, or give a local folder",
         ) from None  # fmt: skip
     except HfHubHTTPError as e:
         raise ServiceError(

@@ -13,7 +13,7 @@ from burnish.config.batch import compute_batch
 from burnish.config.load import LoadedRecipe
 from burnish.config.options import RunOptions
 from burnish.config.recipe import Recipe
-from burnish.config.stages import EvaluateSettings
+from burnish.config.stages import NAMING, EvaluateSettings
 from burnish.config.train import TrainSettings
 from burnish.data.tokenizer import TextTokenizer
 from burnish.errors import UsageError
@@ -82,6 +82,12 @@ def find_root_model(recipe: Recipe, stage: TrainSettings) -> str | None:
     return stage.model
 
 
+def _name_models(stage: TrainSettings) -> dict[str, str]:
+    """Setting → the other model that a stage reads by it; its own policy as reference is none."""
+    found = {key.replace("reward_model", "weighed by"): getattr(stage, key, None) for key in (*NAMING, "reference")}
+    return {key: name for key, name in found.items() if name not in (None, "same")}
+
+
 def _describe_stage(forecast: Forecast, stage: Any, folder: Path) -> dict[str, Any]:
     recipe, options = forecast.recipe, forecast.options
     row: dict[str, Any] = {"stage": stage.name, "kind": stage.kind, "folder": str(folder), "state": _state(folder)}
@@ -90,7 +96,7 @@ def _describe_stage(forecast: Forecast, stage: Any, folder: Path) -> dict[str, A
         return row | {"of": stage.of or ["base", "every trained stage"], "tasks": stage.tasks}
     assert isinstance(stage, TrainSettings)
     model = find_root_model(recipe, stage)
-    row |= {"from": stage.init_from or model, "data": _name_sources(stage.data)}
+    row |= {"from": stage.init_from or model, "data": _name_sources(stage.data), "reads": _name_models(stage)}
     processes = max(options.num_processes, 1)
     batch = compute_batch(stage, processes)
     row |= {"batch": str(batch), "batch_size": batch.batch_size}
@@ -145,6 +151,8 @@ def _render(plan: dict[str, Any]) -> Iterable[str]:
             yield f"  tasks      {', '.join(row['tasks'])}"
             continue
         yield f"  starts at  {row['from']}"
+        for key, name in row["reads"].items():
+            yield f"  {key:<10} {name}"
         yield f"  data       {', '.join(row['data']) or 'none'}"
         yield f"  batch      {row['batch']}"
         if "note" in row:
