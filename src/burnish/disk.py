@@ -18,6 +18,14 @@ _OS_ERROR = re.compile(r"os error (\d+)")
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
+def cache_root() -> Path | None:
+    """The cache's folder: BURNISH_CACHE, or ~/.cache/burnish; None when BURNISH_CACHE is "off"."""
+    chosen = os.environ.get("BURNISH_CACHE", "")
+    if chosen.lower() == "off":
+        return None
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "burnish"
+
+
 def format_bytes(count: float) -> str:
     """A number of bytes for people: `1.4 GB` (powers of 1,000)."""
     for unit in ("bytes", "kB", "MB", "GB"):

@@ -11,8 +11,9 @@ from burnish.config.data import DataSource
 from burnish.config.stages import CpoSettings, OrpoSettings, SimpoSettings
 from burnish.core.group import Group
 from burnish.data import cache
-from burnish.data.cache import build_key, cache_root, clear_cache, list_entries, load_entry, save_entry
+from burnish.data.cache import build_key, clear_cache, list_entries, load_entry, save_entry
 from burnish.data.prepare import PreparedData, find_data_key, prepare_data
+from burnish.disk import cache_root
 from tests.data.toys import chat_folder, chat_tokenizer, dpo, pair, plain_tokenizer, reward, sft, write_lines
 
 

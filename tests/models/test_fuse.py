@@ -8,7 +8,9 @@ import pickle
 import pytest
 import torch
 
-from burnish.core import block, bmm_attention
+from burnish.core import block_attention, bmm_attention
+from burnish.core.kernels import calls
+from burnish.core.kernels.build import load_kernels
 from burnish.models import fuse
 from burnish.models.fuse import fuse_blocks, split_blocks
 from burnish.models.policy import Policy
@@ -52,16 +54,46 @@ def _agree(policies: tuple[Policy, Policy], seed: int = 0, limit: float = 1e-5) 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("grouped", [True, False])
-def test_every_gradient_equals_the_modules(family: str, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With short groups in batches, and segment by segment."""
-    pair = _pair(family)
-    find, taken = block.find_grouped, []
-    monkeypatch.setattr(
-        block, "find_grouped", lambda *args: taken.append(find(*args)) or (taken[-1] if grouped else None)
-    )
-    _agree(pair)
+@pytest.mark.parametrize("way", ["kernels", "batches", "segments"])
+def test_every_gradient_equals_the_modules(family: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By kernels, with short groups in batches, and segment by segment."""
+    pair, taken = _pair(family), []
+    find, attend = block_attention.find_grouped, calls.attend
+    if way == "kernels":
+        if load_kernels().library is None:
+            pytest.skip(load_kernels().note)
+        monkeypatch.setattr(calls, "attend", lambda *args, **named: taken.append(1) or attend(*args, **named))
+        _agree(pair)
+    else:
+
+        def look(*args):
+            taken.append(find(*args))
+            return taken[-1] if way == "batches" else None
+
+        monkeypatch.setattr(block_attention, "find_grouped", look)
+        with calls.without_kernels():
+            _agree(pair)
     assert family.endswith("window") or (taken and all(row is not None for row in taken))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_kernels_and_operations_agree(dtype: torch.dtype | None) -> None:
+    """The whole policy with every kernel and with none; in bf16 to the rounding of its products."""
+    if load_kernels().library is None:
+        pytest.skip(load_kernels().note)
+    policy = Policy(packing.build_model("qwen3"), head="lm", attention="sdpa", compute_dtype=dtype)
+    batch = packing.draw_batch(3)
+    found, gradients = _outcome(policy, batch)
+    with calls.without_kernels():
+        expected, others = _outcome(policy, batch)
+    assert not torch.equal(found, expected), "both ran the same code"
+    limit = 1e-5 if dtype is None else 0.03
+    assert (found - expected).norm() <= limit * expected.norm()
+    for name, g in others.items():
+        mine = gradients[name]
+        assert (g is None and mine is None) or (
+            g is not None and mine is not None and (mine - g).norm() <= limit * g.norm().clamp_min(1e-3)
+        ), name
 
 
 def test_biases_and_equal_heads() -> None:
@@ -171,11 +203,25 @@ def test_replaced_modules_hooks_and_other_architectures_are_left_alone() -> None
 def test_kept_probabilities_change_no_bit(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Segment by segment: probabilities kept for backward or computed again."""
     fused, _ = _pair(family)
-    monkeypatch.setattr(block, "find_grouped", lambda *args: None)
+    monkeypatch.setattr(block_attention, "find_grouped", lambda *args: None)
+    batch = packing.draw_batch(0)
+    with calls.without_kernels():
+        kept, gradients = _outcome(fused, batch)
+        monkeypatch.setattr(bmm_attention, "_KEEP", 0)
+        again, others = _outcome(fused, batch)
+    _are_equal(kept, again, gradients, others)
+
+
+def test_rows_kept_for_the_kernels_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, _ = _pair("qwen3")
     batch = packing.draw_batch(0)
     kept, gradients = _outcome(fused, batch)
-    monkeypatch.setattr(bmm_attention, "_KEEP", 0)
+    monkeypatch.setattr(block_attention, "_KEEP", 0)
     again, others = _outcome(fused, batch)
+    _are_equal(kept, again, gradients, others)
+
+
+def _are_equal(kept, again, gradients, others) -> None:
     assert torch.equal(kept, again)
     for name, g in gradients.items():
         other = others[name]

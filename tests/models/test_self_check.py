@@ -11,6 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from burnish.core import attention
+from burnish.core.kernels import calls
+from burnish.core.kernels.build import load_kernels
+from burnish.core.kernels.calls import without_kernels
 from burnish.models import self_check
 from burnish.models.self_check import Verdict, check_architecture
 from tests.models import packing
@@ -87,7 +90,7 @@ def test_attention_that_ignores_an_argument_is_caught(ignored: str, monkeypatch:
 def test_a_fused_block_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     from burnish.core import block
 
-    monkeypatch.setattr(block, "compute_rstd", lambda x, eps, wide: torch.ones_like(x[..., :1], dtype=wide))
+    monkeypatch.setattr(block, "normalise", lambda x, weight, eps, low: (x * weight, torch.ones_like(x[..., :1])))
     verdict = check_architecture(packing.build_model("qwen3"))
     assert verdict.packs and not verdict.fuses
 
@@ -152,4 +155,21 @@ def test_a_leak_between_batched_groups_is_caught(monkeypatch: pytest.MonkeyPatch
 
     real = group_attention._build_mask
     monkeypatch.setattr(group_attention, "_build_mask", lambda groups, length: real(groups, length).zero_())
-    assert not check_architecture(packing.build_model("qwen3")).packs
+    with without_kernels():
+        assert not check_architecture(packing.build_model("qwen3")).packs
+
+
+@pytest.mark.parametrize("name", ["attend", "rotate"])
+def test_a_kernel_that_computes_wrongly_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if load_kernels().library is None:
+        pytest.skip(load_kernels().note)
+    real, seen = getattr(calls, name), []
+
+    def wrong(*args, **named):
+        seen.append(1)
+        found = real(*args, **named)
+        return (found[0] * 1.01, found[1]) if name == "attend" else found * 1.01
+
+    monkeypatch.setattr(calls, name, wrong)
+    verdict = check_architecture(packing.build_model("qwen3"))
+    assert seen and not verdict.fuses

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from burnish.core.group_attention import attend_grouped, attend_grouped_backward, find_grouped
+from burnish.core.group_attention import GroupedRow, attend_grouped, attend_grouped_backward, find_grouped
+from burnish.core.kernels import calls
 from burnish.core.plan import AttentionPlan, Segment
 
 _QUERIES = 128  # of a block at most: a segment of 256 then skips a quarter of its square
@@ -33,22 +34,36 @@ class PackedBmm(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float, window: int | None
     ) -> Tensor:
-        ctx.save_for_backward(query, key, value)
         ctx.plan, ctx.scale, ctx.window = plan, scale, window
         plain = window is None and value.shape[3] == query.shape[3]
-        ctx.row = find_grouped(plan, query.shape[1], key.shape[1]) if plain else None
-        if ctx.row is not None:
-            rows = _token_rows(query, key, value, scale)
-            return attend_grouped(rows, ctx.row, query.shape[1], key.shape[1])[0].to(value.dtype)[None]
-        return attend(*_operands(query, key, value, scale), plan, window)[0][None]
+        heads, kv_heads = query.shape[1], key.shape[1]
+        lse, ctx.row = None, None
+        if plain and plan.has_kernel(value.dtype):
+            rows = _token_rows(query, key, value, scale).view(plan.total, -1, query.shape[3])
+            out, lse = calls.attend(rows, plan.table, heads, kv_heads, value.dtype, keep=True)
+        else:
+            ctx.row = find_grouped(plan, heads, kv_heads) if plain else None
+            if ctx.row is not None:
+                out = attend_grouped(_token_rows(query, key, value, scale), ctx.row, heads, kv_heads)[0].to(value.dtype)
+            else:
+                out = attend(*_operands(query, key, value, scale), plan, window)[0]
+        ctx.save_for_backward(query, key, value, lse)
+        return out[None]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, key, value = ctx.saved_tensors
-        if ctx.row is not None:
+        query, key, value, lse = ctx.saved_tensors
+        row: GroupedRow | None = ctx.row
+        if row is not None or lse is not None:
             heads, kv_heads = query.shape[1], key.shape[1]
-            gathered = _token_rows(query, key, value, ctx.scale).index_select(0, ctx.row.gather)
-            d_rows = attend_grouped_backward([gathered], grad[0].to(gathered.dtype), ctx.row, heads, kv_heads)
+            rows = _token_rows(query, key, value, ctx.scale)
+            if row is None:
+                rows, own = rows.view(ctx.plan.total, -1, query.shape[3]), grad[0].contiguous()
+                d_rows = calls.attend_backward(rows, ctx.plan.table, heads, kv_heads, own, lse)
+            else:
+                d_rows = attend_grouped_backward(
+                    [rows.index_select(0, row.gather)], grad[0].to(rows.dtype), row, heads, kv_heads
+                )
             d_rows = d_rows.view(1, query.shape[2], -1, query.shape[3]).transpose(1, 2)
             dq, dk, dv = d_rows.split((heads, kv_heads, kv_heads), 1)
             return (dq * ctx.scale).to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), None, None, None

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from burnish.core.kernels import calls
 from burnish.core.logits import (
     ENTROPY,
     IDENTITY,
@@ -132,6 +133,11 @@ class _Tiling:
     def wide(self) -> torch.dtype:
         return torch.promote_types(self.dtype, torch.float32)
 
+    def has_kernel(self, bias: Tensor | None) -> bool:
+        """Whether tiles of products are read as they are, without a tile of logits."""
+        plain = self.transform.softcap is None and bias is None
+        return plain and not (self.want_entropy or self.want_squares) and calls.serves(self.dtype)
+
     @property
     def factor(self) -> float:
         """d logits / d products where there is no softcap."""
@@ -189,9 +195,8 @@ class _Tiles:
         for top in range(0, self.count, max(self.rows, 1)):
             yield slice(top, min(top + self.rows, self.count))
 
-    def logits(self, part: slice, stripe: slice, weight: Tensor) -> Tensor:
-        """A tile of logits, at least fp32, in the shared buffer."""
-        z = self._shaped(self._z, part, stripe)
+    def products(self, part: slice, stripe: slice, weight: Tensor) -> Tensor:
+        """A tile of products, in the compute dtype."""
         if self._kept is None:
             raw = self._shaped(self._raw, part, stripe)
         else:
@@ -200,6 +205,12 @@ class _Tiles:
             )
         if not self._ready:
             torch.mm(self.h[part], weight.t(), out=raw)
+        return raw
+
+    def logits(self, part: slice, stripe: slice, weight: Tensor) -> Tensor:
+        """A tile of logits, at least fp32, in the shared buffer."""
+        z = self._shaped(self._z, part, stripe)
+        raw = self.products(part, stripe, weight)
         if raw.data_ptr() != z.data_ptr():
             z.copy_(raw)
         if self.bias is not None:
@@ -213,6 +224,36 @@ class _Tiles:
     def lower(self, dz: Tensor) -> Tensor:
         """The tile in the compute dtype; overwrites the products."""
         return dz if dz.dtype == self.t.dtype else self._raw[: dz.numel()].view(dz.shape).copy_(dz)
+
+    def read(
+        self, part: slice, stripe: slice, weight: Tensor, lse: Tensor, picked: Tensor, pull: Tensor | None
+    ) -> None:
+        """By kernel, a tile into the running sums of its rows: log-sum-exp, target's logit, and Σ p·w if wanted."""
+        raw, targets, factor = self.products(part, stripe, weight), self.targets[part], self.t.factor
+        before = None if pull is None else lse.clone()
+        calls.read_tile(raw, targets, stripe.start, factor, lse, picked)
+        if pull is not None and before is not None:
+            nowhere, minus = torch.full_like(targets, -1), torch.full_like(lse, -1.0 / factor)
+            p = calls.tile_gradient(raw, nowhere, 0, factor, lse, minus, self._shaped(self._raw, part, stripe))
+            pull.mul_((before - lse).exp_()[:, None]).add_(torch.mm(p, weight))
+
+    def gradient(self, part: slice, stripe: slice, weight: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
+        """grad · d log-prob / d products of a tile, by kernel, in the compute dtype; overwrites the products' buffer."""
+        raw, out = self.products(part, stripe, weight), self._shaped(self._raw, part, stripe)
+        return calls.tile_gradient(raw, self.targets[part], stripe.start, self.t.factor, lse[part], grad[part], out)
+
+    def pull(
+        self, z: Tensor, part: slice, stripe: slice, share: Tensor, grad: Tensor, entropy: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """grad · d log-prob / d logits of a tile, and the entropy's at (its gradient, Σ p·z); overwrites the softmax."""
+        p = self.softmax(z)
+        if entropy is None:
+            p *= (-grad * share)[:, None]
+        else:
+            own, mean = entropy
+            p *= (z * (-own * share)[:, None]).add_(((own * mean - grad) * share)[:, None])
+        where, inside = self.local_targets(part, stripe)
+        return p.scatter_add_(1, where, torch.where(inside, grad[:, None], 0.0))
 
     def local_targets(self, part: slice, stripe: slice) -> tuple[Tensor, Tensor]:
         """(n, 1) column of each position's target within the stripe (clamped), and (n, 1) whether it lies there."""
@@ -249,8 +290,12 @@ class _TiledHead(torch.autograd.Function):
             squares = hidden.new_zeros((count if t.want_squares else 0,), dtype=t.wide)  # running Σ p²
             local_lse = hidden.new_empty((tiles.across, count), dtype=t.wide)
             pull = hidden.new_zeros(hidden.shape, dtype=t.wide) if t.eager_gradient else None  # running Σ p·w
+            ctx.by_kernel = hidden.device.type == "cpu" and t.has_kernel(bias)
             for i, stripe, w in tiles.columns_of():
                 for part in tiles.rows_of():
+                    if ctx.by_kernel:
+                        tiles.read(part, stripe, w, lse[part], picked[part], None if pull is None else pull[part])
+                        continue
                     z = tiles.logits(part, stripe, w)
                     where, inside = tiles.local_targets(part, stripe)
                     picked[part] += torch.where(inside, z.gather(1, where), 0.0)[:, 0]
@@ -283,6 +328,7 @@ class _TiledHead(torch.autograd.Function):
         t: _Tiling = ctx.tiling
         if pull is not None:
             return (pull * grad[:, None].to(pull.dtype), None, None, None, None)
+        grad = grad.contiguous()
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         tiles = _Tiles(hidden, weight, bias, targets, t, kept, ready=kept is not None)
         d_hidden = hidden.new_zeros(hidden.shape, dtype=t.wide) if need_hidden else None
@@ -291,21 +337,16 @@ class _TiledHead(torch.autograd.Function):
         for i, stripe, w in tiles.columns_of():
             stripe_sum: Tensor | None = None
             for part in tiles.rows_of():
-                z = tiles.logits(part, stripe, w)
-                p = tiles.softmax(z)
-                share = (local_lse[i, part] - lse[part]).exp_()  # the tile's part of all probability
-                g = grad[part]
-                if t.want_entropy:
-                    ge = grad_entropy[part]
-                    p *= (z * (-ge * share)[:, None]).add_(((ge * mean[part] - g) * share)[:, None])
+                if ctx.by_kernel:
+                    low = tiles.gradient(part, stripe, w, lse, grad)
                 else:
-                    p *= (-g * share)[:, None]
-                where, inside = tiles.local_targets(part, stripe)
-                p.scatter_add_(1, where, torch.where(inside, g[:, None], 0.0))
-                dz = t.chain_(p, z)
-                if d_bias is not None:
-                    d_bias[stripe] += dz.sum(0)
-                low = tiles.lower(dz)
+                    z = tiles.logits(part, stripe, w)
+                    share = (local_lse[i, part] - lse[part]).exp_()  # the tile's part of all probability
+                    entropy_pull = (grad_entropy[part], mean[part]) if t.want_entropy else None
+                    dz = t.chain_(tiles.pull(z, part, stripe, share, grad[part], entropy_pull), z)
+                    if d_bias is not None:
+                        d_bias[stripe] += dz.sum(0)
+                    low = tiles.lower(dz)
                 if d_hidden is not None:
                     d_hidden[part] += torch.mm(low, w)
                 if d_weight is not None:

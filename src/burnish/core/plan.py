@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from burnish.core.batch import Layout
-from burnish.core.group_attention import GroupedRow
+from burnish.core.group_attention import LONGEST, GroupedRow
+from burnish.core.kernels import calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,24 @@ class AttentionPlan:
     @property
     def total(self) -> int:
         return self.layout.total
+
+    def has_kernel(self, low: torch.dtype, *wide: Tensor | None) -> bool:
+        """Whether the attention kernel takes this row, with `low` as compute type and these contiguous fp32 tensors."""
+        return self._is_short and not self.walk and calls.serves(low, *wide)
+
+    @cached_property
+    def _is_short(self) -> bool:
+        """Every segment sees few enough keys for the attention kernel, whose products are plain fp32."""
+        return all(s.stop - s.start + s.prompt_stop - s.prompt <= LONGEST for s in self.segments)
+
+    @cached_property
+    def table(self) -> calls.GroupTable:
+        """The segments, group by group, for the kernels."""
+        counts = [len(g.completions) for g in self.layout.groups]
+        rows = [(s.start, s.stop, s.prompt, s.prompt_stop) for s in self.segments]
+        return calls.GroupTable(
+            torch.tensor([0, *accumulate(counts)]), torch.tensor(rows, dtype=torch.int64).view(-1, 4)
+        )
 
     def future_penalty(self, size: int, dtype: torch.dtype) -> Tensor:
         """(size, size) on the CPU: −inf where the key comes after the query, else 0; cached across layers."""

@@ -39,14 +39,6 @@ class Entry:
     used: float
 
 
-def cache_root() -> Path | None:
-    """The cache's folder: BURNISH_CACHE, or ~/.cache/burnish; None when BURNISH_CACHE is "off"."""
-    chosen = os.environ.get("BURNISH_CACHE", "")
-    if chosen.lower() == "off":
-        return None
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "burnish"
-
-
 def data_folder(root: Path | None) -> Path | None:
     """Where tokenised data lie below the cache's folder (None = no cache)."""
     return None if root is None else root / "data"

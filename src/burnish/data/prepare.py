@@ -16,7 +16,7 @@ from burnish.config.data import DataSettings
 from burnish.config.train import TrainSettings
 from burnish.core.group import Group
 from burnish.data.assemble import Sources, are_rows_drawn, find_sources, load_all
-from burnish.data.cache import build_key, cache_root, data_folder, load_entry, save_entry
+from burnish.data.cache import build_key, data_folder, load_entry, save_entry
 from burnish.data.example import Reading, Want
 from burnish.data.lengths import Limits
 from burnish.data.problems import ProblemLog
@@ -24,7 +24,7 @@ from burnish.data.report import DataReport
 from burnish.data.template import load_template
 from burnish.data.tokenise import Encoding, encode_examples
 from burnish.data.tokenizer import TextTokenizer
-from burnish.disk import disk_error
+from burnish.disk import cache_root, disk_error
 from burnish.errors import ConfigError, DataError
 
 MADE_EQUAL_LIMIT = 0.1

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from burnish.core.attention import PLAN_KWARG
-from burnish.core.block import AttentionHalf, BlockSpec, MlpHalf
+from burnish.core.block import AttentionHalf, MlpHalf
+from burnish.core.block_attention import BlockSpec
 from burnish.core.plan import AttentionPlan
 
 # Read in transformers 5.23; the self-check compares the result on a small copy, so that a change there is noticed.

@@ -26,6 +26,7 @@ from burnish.artifacts.files import write_json_file
 from burnish.core.attention import PLAN_KWARG, SDPA_NAME, PackingRefused, attach_plan
 from burnish.core.batch import PackedBatch, build_packed_batch
 from burnish.core.group import Completion, Group
+from burnish.core.kernels.build import load_kernels
 from burnish.core.plan import build_attention_plan
 from burnish.errors import ResourceError
 from burnish.faults import fault_point
@@ -79,7 +80,15 @@ def _key(inner: Any, head: str) -> str:
     config = inner.config.to_dict()
     for name in ("_name_or_path", "torch_dtype", "dtype", "transformers_version"):
         config.pop(name, None)
-    parts = [_VERSION, type(inner).__qualname__, head, transformers.__version__, torch.__version__, config]
+    parts = [
+        _VERSION,
+        type(inner).__qualname__,
+        head,
+        transformers.__version__,
+        torch.__version__,
+        load_kernels().note,
+        config,
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
