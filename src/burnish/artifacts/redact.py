@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 MASK = "***"
@@ -31,8 +32,13 @@ _URL_QUERY = re.compile(
 def secret_values(environ: Mapping[str, str] | None = None) -> list[str]:
     """Values of environment variables whose names say that they are secret (8 characters or more), longest first."""
     env = os.environ if environ is None else environ
-    found = {v.strip() for k, v in env.items() if _NAMES.search(k) and k not in _NOT_SECRET}
+    found = {v.strip() for k, v in env.items() if _is_secret_name(k)}
     return sorted((v for v in found if len(v) >= 8), key=lambda v: (-len(v), v))
+
+
+@lru_cache(maxsize=4096)
+def _is_secret_name(name: str) -> bool:
+    return _NAMES.search(name) is not None and name not in _NOT_SECRET
 
 
 def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
@@ -55,12 +61,19 @@ def _mask(text: str, values: list[str]) -> str:
     return _URL_QUERY.sub(rf"\1{MASK}", text)
 
 
+@lru_cache(maxsize=4096)
+def _mask_key(key: str, values: tuple[str, ...]) -> str:
+    """`_mask` for the keys of objects, which come again and again."""
+    return _mask(key, list(values))
+
+
 def _mask_tree(obj: Any, values: list[str]) -> Any:
     if isinstance(obj, str):
         return _mask(obj, values)
     if isinstance(obj, Mapping):
+        known = tuple(values)
         return {
-            _mask_tree(k, values): MASK
+            _mask_key(k, known) if isinstance(k, str) else k: MASK
             if isinstance(v, str) and v and _SECRET_KEY.search(str(k))
             else _mask_tree(v, values)
             for k, v in obj.items()

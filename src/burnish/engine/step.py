@@ -203,8 +203,14 @@ def _forward(ctx: StepContext, batch: PackedBatch, step: int, index: int) -> Out
 
 
 def _reseed(ctx: StepContext, step: int, index: int) -> None:
-    if ctx.reseed:
-        torch.manual_seed(compute_seed(ctx.seed, "dropout", step, ctx.runtime.rank, index))
+    if not ctx.reseed:
+        return
+    seed = compute_seed(ctx.seed, "dropout", step, ctx.runtime.rank, index)
+    torch.default_generator.manual_seed(seed)
+    if (
+        ctx.runtime.device.type == "cuda"
+    ):  # torch.manual_seed would note a stack trace for each device that is not in use
+        torch.cuda.manual_seed_all(seed)
 
 
 def call_policy(ctx: StepContext, batch: PackedBatch) -> Outputs:

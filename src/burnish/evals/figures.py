@@ -74,7 +74,8 @@ class Figures:
         folder.mkdir(parents=True, exist_ok=True)
         write_json_file(folder / "figures.json", redact_tree(self.to_json()))
         for name, rows in (("items.jsonl", self.items), ("samples.jsonl", self.samples)):
-            text = "".join(json.dumps(redact_tree(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+            lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in redact_tree(rows))
+            text = "".join(lines)
             write_file(folder / name, text)
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from burnish.pipeline.decide import Decision, compute_key, decide
 from burnish.pipeline.folder import close_run, describe_run, open_together
 from burnish.pipeline.inputs import StageResult, find_code, fingerprint_evaluation, fingerprint_result
 from burnish.pipeline.naming import choose_models, find_folder, find_other_model, find_reward_model
+from burnish.pipeline.prefetch import Prefetch, start_prefetch
 from burnish.pipeline.space import check_run_space
 from burnish.track.log import attach_log_file, check_log_file, setup_logging, success
 from burnish.track.whereabouts import enter_stage, here, start_beat
@@ -74,6 +75,7 @@ class RunState:
     fingerprints: dict[str, str] = field(default_factory=dict)
     checked: set[str] = field(default_factory=set)
     home: Home | None = None
+    prefetch: Prefetch = field(default_factory=Prefetch)
 
     def place(self, index: int, name: str) -> tuple[RunFolder, Path]:
         """The folder of a stage, and the run folder that it belongs to."""
@@ -99,6 +101,12 @@ def run_recipe(loaded: LoadedRecipe, options: RunOptions) -> int:
         from burnish.pipeline.plan import print_plan
 
         return print_plan(loaded, options, sys.stdout)
+    alone = loaded.grid is None
+    with closing(start_prefetch(loaded.recipe) if alone else Prefetch()) as prefetch:  # before threads and before torch
+        return _run_here(loaded, options, prefetch)
+
+
+def _run_here(loaded: LoadedRecipe, options: RunOptions, prefetch: Prefetch) -> int:
     from burnish.engine.runtime import build_runtime
 
     start_beat()
@@ -113,18 +121,20 @@ def run_recipe(loaded: LoadedRecipe, options: RunOptions) -> int:
             return run_grid(loaded, options, runtime)
         if options.cells:
             raise UsageError("--cell was given, but the recipe has no grid", where="--cell", remedy="leave it out")
-        return run_in_folder(loaded, options, runtime, find_folder(loaded, options))
+        return run_in_folder(loaded, options, runtime, find_folder(loaded, options), prefetch=prefetch)
     finally:
         runtime.close()
 
 
 def run_in_folder(
-    loaded: LoadedRecipe, options: RunOptions, runtime: Any, folder: Path, home: Home | None = None
-) -> int:
+    loaded: LoadedRecipe, options: RunOptions, runtime: Any, folder: Path, home: Home | None = None,
+    prefetch: Prefetch | None = None,
+) -> int:  # fmt: skip
     """Run a recipe in its folder: open, stages in order, report, close.
 
     Args:
         home: The grid that the recipe is a cell of.
+        prefetch: A process that tokenises for the stages.
     """
     models = choose_models(loaded.recipe, options)
     run = open_together(loaded, folder, runtime, loaded.recipe.resolved(), grid=False)
@@ -138,7 +148,7 @@ def run_in_folder(
             if home is not None:
                 home.prepare(run.path)
             check_run_space(run.path, [loaded.recipe.for_model(m) if m else loaded.recipe for m in models])
-        status = _run_models(run, loaded, options, runtime, models, home)
+        status = _run_models(run, loaded, options, runtime, models, home, prefetch)
         return status
     except BaseException as error:
         outcome = error
@@ -153,14 +163,14 @@ def run_in_folder(
 
 def _run_models(
     run: RunFolder, loaded: LoadedRecipe, options: RunOptions, runtime: Any, models: Sequence[str | None],
-    home: Home | None = None,
+    home: Home | None = None, prefetch: Prefetch | None = None,
 ) -> int:  # fmt: skip
     several = len(loaded.recipe.model_list()) > 1
     rows: list[tuple[str, int, str]] = []
     for model in models:
         state = RunState(
             run, loaded.recipe.for_model(model) if several else loaded.recipe, options, runtime, model,
-            (model or "model") if several else None, home=home,
+            (model or "model") if several else None, home=home, prefetch=prefetch or Prefetch(),
         )  # fmt: skip
         if several:
             log.info("model %s", model)
@@ -365,7 +375,11 @@ def _prepare(state: RunState, settings: Any) -> tuple[Any, dict[str, Any], dict[
     finals = {name: result.folder for name, result in state.results.items()}
     other = find_other_model(settings, finals)
     reward_model = find_reward_model(settings, finals)
+    name = str(settings.name)
+    state.prefetch.wait(name)
     prepared = load_inputs(settings, model, lambda folder: _fingerprint(state, folder), other, reward_model)
+    if name in state.prefetch.made:
+        prepared.data.report.from_cache = False
     for line in prepared.data.report.lines():
         log.info("%s: %s", settings.name, line)
     return prepared, values, prepared.fingerprints
