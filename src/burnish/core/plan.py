@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from burnish.core.batch import Layout
-from burnish.core.group_attention import LONGEST, GroupedRow
+from burnish.core.group_attention import GroupedRow
 from burnish.core.kernels import calls
+
+
+KERNEL_KEYS = 1024  # of a segment at most; batched products are faster from some 2,000 on
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class AttentionPlan:
     @cached_property
     def _is_short(self) -> bool:
         """Every segment sees few enough keys for the attention kernel, whose products are plain fp32."""
-        return all(s.stop - s.start + s.prompt_stop - s.prompt <= LONGEST for s in self.segments)
+        return all(s.stop - s.start + s.prompt_stop - s.prompt <= KERNEL_KEYS for s in self.segments)
 
     @cached_property
     def table(self) -> calls.GroupTable:
