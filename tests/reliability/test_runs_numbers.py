@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from burnish.artifacts.checkpoints import list_checkpoints
+from burnish.core.kernels.build import Kernels, load_kernels
 from burnish.engine import step
 from burnish.engine.loop import Trainer
 from burnish.errors import NumericStop
@@ -175,3 +176,17 @@ def test_r12_threads_are_recorded_and_another_number_warns(tmp_path, caplog, mon
     again.resume = True
     Trainer(again).run()
     assert any("64 threads" in r.message and "not be bit-equal" in r.message for r in caplog.records)
+
+
+def test_r12_kernels_are_recorded_and_others_warn(tmp_path, caplog, monkeypatch):
+    """R-12: a resume with other C kernels, or without them, says that bit-equality is off."""
+    job = make_job(tmp_path / "a", max_steps=2, save_steps=1)
+    Trainer(job).run()
+    now = list_checkpoints(tmp_path / "a")[-1].manifest.meta["kernels"]
+    assert now == load_kernels().identity
+    monkeypatch.setattr("burnish.engine.loop.load_kernels", lambda: Kernels(None, "none: no compiler", "other"))
+    again = make_job(tmp_path / "a", max_steps=3, save_steps=1)
+    again.resume = True
+    Trainer(again).run()
+    text = f"resuming with C kernels other, not {now}: results will not be bit-equal"
+    assert text in [r.message for r in caplog.records]

@@ -26,7 +26,15 @@ _REQUIRED = (
     "pydantic",
 )
 _EXTRAS = {"tensorboard": "track", "wandb": "track", "bitsandbytes": "quant"}
-_VARIABLES = ("HF_HOME", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE", "BURNISH_CACHE")
+_VARIABLES = (
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "WORLD_SIZE",
+    "BURNISH_CACHE",
+    "BURNISH_KERNELS",
+)
 
 
 @click.command()
@@ -81,11 +89,13 @@ def _describe_device() -> dict[str, Any]:
     import torch
 
     from burnish.core.allocator import keep_freed_memory
+    from burnish.core.kernels.build import load_kernels
 
     facts: dict[str, Any] = {
         "cpu features": torch.backends.cpu.get_cpu_capability(),
         "torch threads": torch.get_num_threads(),
         "allocator": keep_freed_memory(),
+        "C kernels": load_kernels().note,
     }
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):

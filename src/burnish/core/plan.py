@@ -14,7 +14,6 @@ from burnish.core.batch import Layout
 from burnish.core.group_attention import GroupedRow
 from burnish.core.kernels import calls
 
-
 KERNEL_KEYS = 1024  # of a segment at most; batched products are faster from some 2,000 on
 
 

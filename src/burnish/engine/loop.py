@@ -13,6 +13,7 @@ import torch
 
 from burnish.artifacts.checkpoints import hold_checkpoint, list_checkpoints, verify_checkpoint
 from burnish.clock import mono
+from burnish.core.kernels.build import load_kernels
 from burnish.disk import format_bytes, free_bytes
 from burnish.engine.checkpoint import (
     find_resumable,
@@ -43,6 +44,10 @@ from burnish.track.signals import SignalFlag
 from burnish.track.whereabouts import enter_phase, here, note_step
 
 log = logging.getLogger("burnish")
+
+_CUT = {
+    "threads": "{} threads", "ranks": "{} processes", "micro_batch": "{} in a micro-batch", "kernels": "C kernels {}",
+}  # fmt: skip
 
 
 class Trainer:
@@ -351,10 +356,13 @@ class Trainer:
         self.job.runtime.barrier()
 
     def _find_cut(self) -> dict[str, Any]:
-        """How sums are cut into parts, which decides their last bits: threads, processes, micro-batches."""
+        """How sums are cut into parts, which decides their last bits: threads, processes, micro-batches, kernels."""
         cap = self.job.settings.per_device_train_batch_size
         size = f"{self.budget} tokens" + (f", {cap} examples" if cap is not None else "")
-        return {"threads": torch.get_num_threads(), "ranks": self.job.runtime.world, "micro_batch": size}
+        kernels = load_kernels().identity if self.job.runtime.device.type == "cpu" else "not used"
+        return {
+            "threads": torch.get_num_threads(), "ranks": self.job.runtime.world, "micro_batch": size, "kernels": kernels,
+        }  # fmt: skip
 
     def _resume(self) -> int | None:
         stage_dir = self.job.stage_dir
@@ -372,8 +380,8 @@ class Trainer:
             for name, now in self._find_cut().items():
                 before = found.manifest.meta.get(name, now)
                 if before != now:
-                    what = {"ranks": "processes", "micro_batch": "in a micro-batch"}.get(name, name)
-                    log.warning("resuming with %s %s, not %s: results will not be bit-equal", now, what, before)
+                    said = _CUT.get(name, name + " {}").format(now)
+                    log.warning("resuming with %s, not %s: results will not be bit-equal", said, before)
             load_checkpoint(found.path, self.state)
             if self.metrics and self.timing:
                 restore_log(found.path, self.metrics, self.state.counters.metrics_mark, log.warning)

@@ -45,7 +45,11 @@ def open_together(
 def _open_run(loaded: LoadedRecipe, folder: Path, runtime: Any, resolved: Mapping[str, Any]) -> RunFolder:
     import torch
 
+    from burnish.core.kernels.build import load_kernels
+
     facts = {"threads": torch.get_num_threads(), "device": str(runtime.device), "processes": runtime.world}
+    if runtime.device.type == "cpu":
+        facts["kernels"] = load_kernels().note
     run = RunFolder.open(
         folder.parent,
         folder.name,

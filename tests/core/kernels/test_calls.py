@@ -215,3 +215,10 @@ def test_what_is_served() -> None:
     with calls.without_kernels():
         assert not calls.serves(torch.float32, x)
     assert calls.serves(torch.float32, x)
+
+
+def test_a_kernel_without_room_says_that_memory_ran_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = _draw_layout(0, (1,), 5)
+    monkeypatch.setattr(calls, "_functions", lambda: {"attend": lambda *args: 1})
+    with pytest.raises(MemoryError, match="not enough memory"):
+        calls.attend(_draw(0, layout.total, 3, 4), build_attention_plan(layout).table, 1, 1, torch.float32, keep=False)

@@ -19,9 +19,10 @@ typedef struct {
   const void *grad;        /* backward: (T, H, D) */
   float *d_rows;           /* backward: as rows */
   long heads, kv_heads, size;
+  int *failed; /* set where an item finds no memory */
 } Attention;
 
-/* Room of one item, grown as needed and kept by each thread. */
+/* Room of one item, grown as needed and kept by each thread; none where memory has run out. */
 static __thread float *room;
 static __thread size_t room_size;
 
@@ -29,8 +30,7 @@ static float *take_room(size_t count) {
   if (count > room_size) {
     free(room);
     room = aligned_alloc(64, round_up((long)count, LANES) * sizeof(float));
-    if (!room) abort();
-    room_size = count;
+    room_size = room ? count : 0;
   }
   return room;
 }
@@ -164,6 +164,10 @@ INLINE void forward_item(const void *given, long item, int bf) {
     float *turned = take_room((size_t)(g.padded * (size + wide + QUERIES) + 2 * QUERIES * wide)); /* (size, padded) */
     float *plain = turned + g.padded * size, *scores = plain + g.padded * wide, *q = scores + QUERIES * g.padded;
     float *sums = q + QUERIES * wide;
+    if (!turned) {
+      __atomic_store_n(a->failed, 1, __ATOMIC_RELAXED);
+      return;
+    }
     transpose(keys, &g, width, size, turned);
     for (long j = 0; j < g.count; j++) copy_padded(values + key_token(&g, j) * width, plain + j * wide, size, wide);
     memset(q, 0, (size_t)(QUERIES * wide) * 4);
@@ -202,10 +206,13 @@ INLINE void forward_item(const void *given, long item, int bf) {
 static void forward_f32(const void *job, long item) { forward_item(job, item, 0); }
 static void forward_bf16(const void *job, long item) { forward_item(job, item, 1); }
 
-void burnish_attend(const float *rows, const int64_t *offsets, const int64_t *segments, void *out, float *lse, long groups,
+/* Whether memory has run out. */
+long burnish_attend(const float *rows, const int64_t *offsets, const int64_t *segments, void *out, float *lse, long groups,
                     long heads, long kv_heads, long size, long bf, long threads) {
-  Attention job = {rows, offsets, segments, out, lse, 0, 0, heads, kv_heads, size};
+  int failed = 0;
+  Attention job = {rows, offsets, segments, out, lse, 0, 0, heads, kv_heads, size, &failed};
   run_items(bf ? forward_bf16 : forward_f32, &job, groups * kv_heads, threads);
+  return failed;
 }
 
 /* ---- backward --------------------------------------------------------------------------------------------------- */
@@ -246,6 +253,10 @@ INLINE void backward_item(const void *given, long item, int bf) {
   float *dk = plain + tokens * wide, *dv = dk + tokens * wide, *turned_keys = dv + tokens * wide;
   float *turned_values = turned_keys + longest * size, *p = turned_values + longest * size, *dp = p + QUERIES * longest;
   float *q = dp + QUERIES * longest, *out = q + QUERIES * wide, *dq = out + QUERIES * wide;
+  if (!plain) {
+    __atomic_store_n(a->failed, 1, __ATOMIC_RELAXED);
+    return;
+  }
   for (long t = 0; t < tokens; t++) copy_padded(keys + (start + t) * width, plain + t * wide, size, wide);
   memset(dk, 0, (size_t)(2 * tokens * wide) * 4);
   for (long s = a->offsets[group]; s < a->offsets[group + 1]; s++) {
@@ -290,9 +301,11 @@ INLINE void backward_item(const void *given, long item, int bf) {
 static void backward_f32(const void *job, long item) { backward_item(job, item, 0); }
 static void backward_bf16(const void *job, long item) { backward_item(job, item, 1); }
 
-void burnish_attend_backward(const float *rows, const int64_t *offsets, const int64_t *segments, const void *grad,
+long burnish_attend_backward(const float *rows, const int64_t *offsets, const int64_t *segments, const void *grad,
                              const float *lse, float *d_rows, long groups, long heads, long kv_heads, long size, long bf,
                              long threads) {
-  Attention job = {rows, offsets, segments, 0, (float *)lse, grad, d_rows, heads, kv_heads, size};
+  int failed = 0;
+  Attention job = {rows, offsets, segments, 0, (float *)lse, grad, d_rows, heads, kv_heads, size, &failed};
   run_items(bf ? backward_bf16 : backward_f32, &job, groups * kv_heads, threads);
+  return failed;
 }

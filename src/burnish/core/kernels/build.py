@@ -39,10 +39,12 @@ class Kernels:
     Attributes:
         library: Its functions take addresses; None where PyTorch's operations do all the work.
         note: For people: how it was built, or what is missing.
+        identity: Equal where results are equal bit for bit: a hash of sources, compiler and processor, or "none".
     """
 
     library: ctypes.CDLL | None
     note: str
+    identity: str = "none"
 
 
 class _Absent(Exception):
@@ -55,11 +57,12 @@ def load_kernels() -> Kernels:
     try:
         threads = _find_threads()
         command = _find_compiler()
-        path, how = _find_or_build(command)
-        library = ctypes.CDLL(str(path))
+        version = _read_version(command)
+        identity = _fingerprint(command, version)
+        library, where = _load_or_build(command, f"kernels-{identity}.so")
         library.burnish_use.argtypes = [ctypes.c_void_p]
         library.burnish_use(threads)
-        return Kernels(library, how)
+        return Kernels(library, f"built by {version}{where}", identity)
     except _Absent as exc:
         return Kernels(None, f"none: {exc}")
     except (OSError, AttributeError, subprocess.SubprocessError) as exc:
@@ -90,14 +93,14 @@ def _find_compiler() -> list[str]:
     raise _Absent("no C compiler was found (install gcc for faster steps on a CPU)")
 
 
-def _find_or_build(command: list[str]) -> tuple[Path, str]:
-    """The library's file and how it was made."""
-    version = subprocess.run(
-        [*command, "--version"], capture_output=True, text=True, timeout=_LIMIT_S, check=True
-    ).stdout
-    version = version.splitlines()[0] if version else command[0]
-    name = f"kernels-{_fingerprint(command, version)}.so"
-    note = f"built by {version}"
+def _read_version(command: list[str]) -> str:
+    """The first line of what the compiler says of itself."""
+    said = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=_LIMIT_S, check=True).stdout
+    return said.splitlines()[0].strip() if said.strip() else command[0]
+
+
+def _load_or_build(command: list[str], name: str) -> tuple[ctypes.CDLL, str]:
+    """The library, from the cache or made now, and a remark."""
     root = cache_root()
     if root is not None:
         kept = root / "kernels" / name
@@ -105,14 +108,13 @@ def _find_or_build(command: list[str]) -> tuple[Path, str]:
             root.mkdir(parents=True, exist_ok=True)
             kept.parent.mkdir(mode=0o700, exist_ok=True)
             if _is_private(kept.parent):
-                if not kept.is_file():
-                    with _scratch(kept.parent) as scratch:
-                        _compile(command, scratch / name).replace(kept)
-                return kept, note
-    with _scratch(None) as scratch:  # loaded before the folder goes; a mapped file stays
-        made = _compile(command, scratch / name)
-        ctypes.CDLL(str(made))
-        return made, f"{note}, for this process only"
+                with contextlib.suppress(OSError):  # absent or damaged
+                    return ctypes.CDLL(str(kept)), ""
+                with _scratch(kept.parent) as scratch:
+                    _compile(command, scratch / name).replace(kept)
+                return ctypes.CDLL(str(kept)), ""
+    with _scratch(None) as scratch:  # a mapped file stays when its folder goes
+        return ctypes.CDLL(str(_compile(command, scratch / name))), ", for this process only"
 
 
 def _fingerprint(command: list[str], version: str) -> str:

@@ -57,7 +57,7 @@ def _functions() -> dict[str, Any]:
     found = {}
     for name, signature in _SIGNATURES.items():
         function = getattr(library, f"burnish_{name}")
-        function.argtypes, function.restype = signature, None
+        function.argtypes, function.restype = signature, _L if name.startswith("attend") else None
         found[name] = function
     return found
 
@@ -204,11 +204,17 @@ def tile_gradient(
 
 
 def _call(name: str, *args: Any) -> None:
-    """Tensors by address, types as 0 (fp32) or 1 (bf16), the number of threads last."""
-    _functions()[name](
+    """Tensors by address, types as 0 (fp32) or 1 (bf16), the number of threads last.
+
+    Raises:
+        MemoryError: There is no room for the keys and values of a group.
+    """
+    failed = _functions()[name](
         *[
             a.data_ptr() if isinstance(a, Tensor) else a is torch.bfloat16 if isinstance(a, torch.dtype) else a
             for a in args
         ],
         torch.get_num_threads(),
     )
+    if failed:
+        raise MemoryError("not enough memory: the attention kernel found no room for the keys and values of a group")
