@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 
@@ -107,6 +108,33 @@ def test_frozen_parts_get_no_gradient() -> None:
         for name, p in policy.named_parameters():
             p.requires_grad_("layers.1" in name and "k_proj" not in name and "up_proj" not in name)
     _agree((fused, plain))
+
+
+@pytest.mark.parametrize("way", ["kernels", "operations"])
+def test_norms_alone_may_train(way: str) -> None:
+    """Neither a layer's input nor its projections have a gradient: nothing of attention is kept for backward."""
+    fused, plain = _pair("qwen3")
+    for policy in (fused, plain):
+        for name, p in policy.named_parameters():
+            p.requires_grad_("norm" in name)
+    with calls.without_kernels() if way == "operations" else contextlib.nullcontext():
+        _agree((fused, plain))
+
+
+def test_backward_goes_the_way_of_forward() -> None:
+    """Kernels switched off between the passes: backward still reads what forward has left."""
+    policy, _ = _pair("qwen3")
+    batch = packing.draw_batch(0)
+    _, expected = _outcome(policy, batch)
+    out = policy(batch, LOGPROBS).logprobs
+    assert out is not None
+    with calls.without_kernels():
+        packing.weigh(out).backward()
+    for name, p in policy.named_parameters():
+        g = expected[name]
+        assert (p.grad is None and g is None) or (p.grad is not None and g is not None)
+        if p.grad is not None and g is not None:
+            assert (p.grad - g).norm() <= 1e-5 * g.norm().clamp_min(1e-3), name
 
 
 def test_gradient_checkpointing_recomputes_every_block(monkeypatch: pytest.MonkeyPatch) -> None:

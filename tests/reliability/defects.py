@@ -46,7 +46,7 @@ DEFECTS: dict[str, Defect] = {
     "dropout_not_reseeded": Defect(
         "dropout draws from a generator that is not restored",
         "burnish.engine.step:_reseed",
-        (('torch.manual_seed(compute_seed(ctx.seed, "dropout", step, ctx.runtime.rank, index))', "pass"),),
+        (("torch.default_generator.manual_seed(seed)", "pass"),),
         (f"{KILL}[sft-True]",),
     ),
     "moments_not_restored": Defect(
@@ -286,6 +286,15 @@ DEFECTS: dict[str, Defect] = {
         "burnish.core.plan:build_attention_plan",
         (("group.start, prompt_stop) for c in rest", "group.start, first.start + first.length) for c in rest"),),
         ("tests/core/test_attention.py::test_r22_float64_equals_a_dense_mask_to_1e_12",),
+    ),
+    "kernel_sums_lost": Defect(
+        "of the gradient of a norm's weight only the first rows' part is kept, where kernels compute it",
+        "burnish.core.kernels.calls:norm_backward",
+        (("parts.sum(0)", "parts[0]"),),
+        (
+            "tests/core/kernels/test_calls.py::test_norm_and_its_gradient",
+            "tests/models/test_fuse.py::test_every_gradient_equals_the_modules[kernels-qwen3]",
+        ),
     ),
     "changed_settings_resumed": Defect(
         "an interrupted stage goes on with other settings",

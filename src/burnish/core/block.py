@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from burnish.core.block_attention import BlockSpec, Turning, attend_heads, attend_heads_backward
+from burnish.core.block_attention import BlockSpec, Kept, Turning, attend_heads, attend_heads_backward
 from burnish.core.plan import AttentionPlan
 from burnish.core.rowwise import add_residual, normalise, normalise_backward, scale_rows, swiglu, swiglu_backward
 
@@ -45,13 +45,13 @@ class AttentionHalf(torch.autograd.Function):
         taken = F.linear(_rows(heads.flatten(1), keep), wo.to(spec.low), None if bo is None else bo.to(spec.low))
         weights = norm, wq, wk, wv, bq, bk, bv, q_norm, k_norm, wo, bo
         short = _if_short(n, spec), _if_short(stacked, spec)
-        ctx.save_for_backward(x, rstd, *short, qkv, heads, *weights, cos, sin, keep, *kept)
-        ctx.plan, ctx.spec = plan, spec
+        ctx.save_for_backward(x, rstd, *short, qkv, heads, *weights, cos, sin, keep, *kept.tensors)
+        ctx.plan, ctx.spec, ctx.way = plan, spec, kept.way
         return add_residual(taken, x, keep)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, rstd, n, stacked, qkv, heads, norm, wq, wk, wv, bq, bk, bv, q_norm, k_norm, wo, bo, cos, sin, keep, *kept = (
+        x, rstd, n, stacked, qkv, heads, norm, wq, wk, wv, bq, bk, bv, q_norm, k_norm, wo, bo, cos, sin, keep, *rest = (
             ctx.saved_tensors
         )
         spec: BlockSpec = ctx.spec
@@ -60,7 +60,8 @@ class AttentionHalf(torch.autograd.Function):
         d_wo = _weight_gradient(low, _rows(heads.flatten(1), keep), wo) if need[10] else None
         d_bo = grad.sum(0).to(bo.dtype) if need[11] and bo is not None else None
         d_heads = _spread(low @ wo.to(spec.low), keep, heads.shape[0]).view(heads.shape)
-        d_qkv, d_qn, d_kn = attend_heads_backward(qkv, kept, d_heads, Turning(q_norm, k_norm, cos, sin), ctx.plan, spec)
+        kept, turning = Kept(ctx.way, tuple(rest)), Turning(q_norm, k_norm, cos, sin)
+        d_qkv, d_qn, d_kn = attend_heads_backward(qkv, kept, d_heads, turning, ctx.plan, spec)
         d_weights: list[Tensor | None] = [None] * 3
         if any(need[2:5]):
             n = scale_rows(x, rstd, norm, spec.low) if n is None else n

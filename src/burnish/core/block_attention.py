@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -65,39 +66,47 @@ class Turning:
     sin: Tensor
 
 
-def attend_heads(
-    qkv: Tensor, turning: Turning, plan: AttentionPlan, spec: BlockSpec
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Projections (T, O) → outputs of the heads (T, H, D) in the compute type, and what `attend_heads_backward` may reuse."""
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What attention leaves for its backward pass, beside its input.
+
+    Attributes:
+        way: Which of the three computed it; backward goes the same way.
+        tensors: What backward need not compute again; may be empty. Of kernels: log-sum-exp of the scores, turned rows.
+    """
+
+    way: Literal["kernels", "groups", "segments"]
+    tensors: tuple[Tensor, ...] = ()
+
+
+def attend_heads(qkv: Tensor, turning: Turning, plan: AttentionPlan, spec: BlockSpec) -> tuple[Tensor, Kept]:
+    """Projections (T, O) → outputs of the heads (T, H, D) in the compute type, and what `attend_heads_backward` reads."""
     if _use_kernels(qkv, turning, plan, spec):
         rows = _turn_by_kernel(qkv, turning, spec)
         heads, lse = calls.attend(rows, plan.table, spec.heads, spec.kv_heads, spec.low, spec.keeps)
         if lse is None:
-            return heads, ()
-        return heads, (lse, rows) if rows.numel() <= _KEEP else (lse,)
+            return heads, Kept("kernels")
+        return heads, Kept("kernels", (lse, rows) if rows.numel() <= _KEEP else (lse,))
     row = find_grouped(plan, spec.heads, spec.kv_heads) if spec.window is None else None
     if row is not None:
         keeps = spec.keeps and row.may_keep(spec.heads, spec.head_size)
         heads, kept = attend_grouped(_build_rows(qkv, turning, spec), row, spec.heads, spec.kv_heads, keeps)
-        return heads.to(spec.low), kept
+        return heads.to(spec.low), Kept("groups", kept)
     keeps = spec.keeps and may_keep(plan, spec.heads, spec.window)
-    return attend(*_operands(qkv, turning, spec), plan, spec.window, keeps)
+    heads, kept = attend(*_operands(qkv, turning, spec), plan, spec.window, keeps)
+    return heads, Kept("segments", kept)
 
 
 def attend_heads_backward(
-    qkv: Tensor, kept: Sequence[Tensor], d_heads: Tensor, turning: Turning, plan: AttentionPlan, spec: BlockSpec
+    qkv: Tensor, kept: Kept, d_heads: Tensor, turning: Turning, plan: AttentionPlan, spec: BlockSpec
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """d heads (T, H, D) → d projections (T, O), d q norm, d k norm."""
-    if _use_kernels(qkv, turning, plan, spec):
-        lse, *rows = kept
-        turned = rows[0] if rows else _turn_by_kernel(qkv, turning, spec)
-        grad = d_heads.to(spec.low).contiguous()
-        d_rows = calls.attend_backward(turned, plan.table, spec.heads, spec.kv_heads, grad, lse)
-        return calls.rotate_backward(d_rows, qkv, turning.q_norm, turning.k_norm, turning.cos, turning.sin, spec.turn)
-    row = find_grouped(plan, spec.heads, spec.kv_heads) if spec.window is None else None
+    if kept.way == "kernels":
+        return _kernel_backward(qkv, kept.tensors, d_heads, turning, plan, spec)
+    row = find_grouped(plan, spec.heads, spec.kv_heads) if kept.way == "groups" else None
     if row is not None:
-        return _grouped_backward(qkv, kept, d_heads, turning, row, spec)
-    grads = attend_backward(*_operands(qkv, turning, spec), d_heads, plan, spec.window, kept)
+        return _grouped_backward(qkv, kept.tensors, d_heads, turning, row, spec)
+    grads = attend_backward(*_operands(qkv, turning, spec), d_heads, plan, spec.window, kept.tensors)
     return _operands_backward(grads, qkv, turning, spec)
 
 
@@ -116,6 +125,20 @@ def _use_kernels(qkv: Tensor, turning: Turning, plan: AttentionPlan, spec: Block
 
 def _turn_by_kernel(qkv: Tensor, turning: Turning, spec: BlockSpec) -> Tensor:
     return calls.rotate(qkv, turning.q_norm, turning.k_norm, turning.cos, turning.sin, spec.turn)
+
+
+def _kernel_backward(
+    qkv: Tensor, kept: Sequence[Tensor], d_heads: Tensor, turning: Turning, plan: AttentionPlan, spec: BlockSpec
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """d heads (T, H, D) → d qkv (T, O), d q norm, d k norm."""
+    lse, rows = (*kept, None, None)[:2]
+    rows = _turn_by_kernel(qkv, turning, spec) if rows is None else rows
+    if lse is None:
+        _, lse = calls.attend(rows, plan.table, spec.heads, spec.kv_heads, spec.low, True)
+    assert lse is not None
+    grad = d_heads.to(spec.low).contiguous()
+    d_rows = calls.attend_backward(rows, plan.table, spec.heads, spec.kv_heads, grad, lse)
+    return calls.rotate_backward(d_rows, qkv, turning.q_norm, turning.k_norm, turning.cos, turning.sin, spec.turn)
 
 
 # ---- heads --------------------------------------------------------------------------------------------------------
