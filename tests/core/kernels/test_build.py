@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import platform
 import stat
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from burnish.core.kernels import build
+from burnish.core.batch import CompletionSpan, GroupSpan, Layout
+from burnish.core.kernels import build, calls
 from burnish.core.kernels.build import Kernels, load_kernels
+from burnish.core.plan import build_attention_plan
 
 pytestmark = pytest.mark.skipif(load_kernels().library is None, reason=f"no kernels here: {load_kernels().note}")
 
@@ -106,3 +110,26 @@ def test_the_compiler_that_cc_names_is_used(monkeypatch: pytest.MonkeyPatch, tmp
 def test_not_on_other_systems(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert _load().library is None
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flag is that of x86-64 processors")
+def test_portable_vectors_agree_with_this_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sources without AVX-512: what other processors compile."""
+    draw = torch.Generator().manual_seed(0)
+    x, up, rows = (torch.randn(s, generator=draw) for s in ((9, 40), (9, 40), (12, 4, 24)))
+    table = build_attention_plan(Layout(12, (GroupSpan(0, 3, (CompletionSpan(3, 4), CompletionSpan(7, 5))),))).table
+
+    def compute() -> list[torch.Tensor]:
+        out, lse = calls.attend(rows, table, 2, 1, torch.bfloat16, keep=True)
+        assert lse is not None
+        gradient = calls.attend_backward(rows, table, 2, 1, out, lse)
+        return [out.float(), lse, gradient, calls.swiglu(x, up), calls.norm(x, up[0], 1e-6, torch.bfloat16)[0].float()]
+
+    native = compute()
+    monkeypatch.setattr(build, "FLAGS", tuple("-march=x86-64" if f == "-march=native" else f for f in build.FLAGS))
+    portable = _load()
+    assert portable.library is not None and portable.identity != load_kernels().identity
+    monkeypatch.setattr(calls, "load_kernels", lambda: portable)
+    monkeypatch.setattr(calls, "_functions", calls._functions.__wrapped__)
+    for a, b in zip(native, compute(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2 if a is native[0] or a is native[4] else 1e-5, atol=1e-5)
