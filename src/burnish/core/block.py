@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from burnish.core.block_attention import BlockSpec, Kept, Turning, attend_heads, attend_heads_backward
 from burnish.core.plan import AttentionPlan
@@ -50,6 +51,7 @@ class AttentionHalf(torch.autograd.Function):
         return add_residual(taken, x, keep)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, rstd, n, stacked, qkv, heads, norm, wq, wk, wv, bq, bk, bv, q_norm, k_norm, wo, bo, cos, sin, keep, *rest = (
             ctx.saved_tensors
@@ -92,6 +94,7 @@ class MlpHalf(torch.autograd.Function):
         return add_residual(F.linear(swiglu(left, right), down.to(spec.low)), x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, rstd, n, stacked, left, right, norm, gate, up, down = ctx.saved_tensors
         spec: BlockSpec = ctx.spec

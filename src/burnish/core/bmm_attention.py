@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from burnish.core.group_attention import GroupedRow, attend_grouped, attend_grouped_backward, find_grouped
 from burnish.core.kernels import calls
@@ -51,6 +52,7 @@ class PackedBmm(torch.autograd.Function):
         return out[None]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, lse = ctx.saved_tensors
         row: GroupedRow | None = ctx.row

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from burnish.core.kernels import calls
 from burnish.core.logits import (
@@ -323,6 +324,7 @@ class _TiledHead(torch.autograd.Function):
         return picked - lse, (lse - mean if t.want_entropy else mean), squares
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, bias, targets, lse, local_lse, mean, pull, kept = ctx.saved_tensors
         t: _Tiling = ctx.tiling

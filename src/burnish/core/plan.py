@@ -68,7 +68,7 @@ class AttentionPlan:
 
     def has_kernel(self, low: torch.dtype, *wide: Tensor | None) -> bool:
         """Whether the attention kernel takes this row, with `low` as compute type and these contiguous fp32 tensors."""
-        return self._is_short and not self.walk and calls.serves(low, *wide)
+        return self.total > 0 and self._is_short and not self.walk and calls.serves(low, *wide)
 
     @cached_property
     def _is_short(self) -> bool:
@@ -80,9 +80,8 @@ class AttentionPlan:
         """The segments, group by group, for the kernels."""
         counts = [len(g.completions) for g in self.layout.groups]
         rows = [(s.start, s.stop, s.prompt, s.prompt_stop) for s in self.segments]
-        return calls.GroupTable(
-            torch.tensor([0, *accumulate(counts)]), torch.tensor(rows, dtype=torch.int64).view(-1, 4)
-        )
+        offsets, segments = (torch.tensor(t, dtype=torch.int64, device="cpu") for t in ([0, *accumulate(counts)], rows))
+        return calls.GroupTable(offsets, segments.view(-1, 4))
 
     def future_penalty(self, size: int, dtype: torch.dtype) -> Tensor:
         """(size, size) on the CPU: −inf where the key comes after the query, else 0; cached across layers."""

@@ -56,14 +56,15 @@ def normalise_backward(
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up of (T, I)."""
-    if calls.serves(gate.dtype) and gate.is_contiguous() and up.is_contiguous():
+    if gate.dtype == up.dtype and calls.serves(gate.dtype) and gate.is_contiguous() and up.is_contiguous():
         return calls.swiglu(gate, up)
     return F.silu(gate).mul_(up)
 
 
 def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up side by side (T, 2I), and silu(gate) · up again; may overwrite `grad`."""
-    if calls.serves(gate.dtype) and gate.is_contiguous() and up.is_contiguous() and grad.is_contiguous():
+    one_type = gate.dtype == up.dtype == grad.dtype
+    if one_type and calls.serves(gate.dtype) and all(t.is_contiguous() for t in (gate, up, grad)):
         return calls.swiglu_backward(gate, up, grad)
     act = F.silu(gate)
     both = gate.new_empty(gate.shape[0], 2 * gate.shape[1])

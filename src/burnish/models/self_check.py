@@ -27,6 +27,7 @@ from burnish.core.attention import PLAN_KWARG, SDPA_NAME, PackingRefused, attach
 from burnish.core.batch import PackedBatch, build_packed_batch
 from burnish.core.group import Completion, Group
 from burnish.core.kernels.build import load_kernels
+from burnish.core.kernels.calls import without_kernels
 from burnish.core.plan import build_attention_plan
 from burnish.errors import ResourceError
 from burnish.faults import fault_point
@@ -147,8 +148,10 @@ def _judge(gap: float, expected: Tensor, agrees: bool, twin: Any, batch: PackedB
 
 
 def _measure_gap(twin: Any, batch: PackedBatch, expected: Tensor) -> float:
-    """The larger relative gap of the two ways through a packed row: short groups batched, and segment by segment."""
-    return max(_relative_gap(_packed(twin, batch, walk), expected) for walk in (False, True))
+    """The largest relative gap of the ways through a packed row: kernels, short groups batched, and segment by segment."""
+    gaps = [_relative_gap(_packed(twin, batch, walk), expected) for walk in (False, True)]
+    with without_kernels():
+        return max(*gaps, _relative_gap(_packed(twin, batch, False), expected))
 
 
 def _relative_gap(found: Tensor, expected: Tensor) -> float:

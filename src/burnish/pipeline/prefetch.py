@@ -7,6 +7,7 @@ what is wrong. Nothing is prefetched where there is no cache, no second core, or
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import signal
@@ -24,7 +25,9 @@ from burnish.data.tokenizer import TextTokenizer
 from burnish.disk import cache_root
 from burnish.models.folder import read_context
 
-_LIMIT_S = 600.0
+log = logging.getLogger("burnish")
+
+_PAUSE_S = 5.0
 
 
 class Prefetch:
@@ -42,10 +45,13 @@ class Prefetch:
 
     def wait(self, stage: str) -> None:
         """Until the child is through with the stage's data, or gone."""
+        said = False
         while self._pipe >= 0 and stage in self._stages and stage not in self._done:
-            if not select.select([self._pipe], [], [], _LIMIT_S)[0]:
-                self.close()
-                return
+            if not select.select([self._pipe], [], [], _PAUSE_S)[0]:
+                if not said:
+                    log.info("%s: tokenising goes on in another process", stage)
+                said = True
+                continue
             found = os.read(self._pipe, 4096)
             if not found:
                 self.close()
@@ -54,6 +60,8 @@ class Prefetch:
                 name, _, how = line.decode().partition("\t")
                 self._done.add(name)
                 self.made |= {name} if how == "made" else set()
+        if self._stages <= self._done:
+            self.close()
 
     def close(self) -> None:
         """End the child, if it still runs."""
@@ -61,14 +69,17 @@ class Prefetch:
             return
         os.close(self._pipe)
         self._pipe = -1
-        with suppress(OSError):
-            os.kill(self._child, signal.SIGKILL)
-            os.waitpid(self._child, 0)
+        with suppress(OSError):  # no child any more: somebody else has waited for it
+            if os.waitpid(self._child, os.WNOHANG)[0] == 0:
+                os.kill(self._child, signal.SIGKILL)
+                os.waitpid(self._child, 0)
 
 
 def start_prefetch(recipe: Recipe) -> Prefetch:
     """Begin to tokenise for the recipe's stages, where that helps."""
-    jobs = _find_jobs(recipe)
+    jobs: list[tuple[TrainSettings, Path]] = []
+    with suppress(Exception):  # the stage itself says what is wrong with its model
+        jobs = _find_jobs(recipe)
     alone = "torch" not in sys.modules and threading.active_count() == 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1
     if not jobs or not alone or cache_root() is None or _count_cores() < 2 or not hasattr(os, "fork"):
         return Prefetch()
@@ -78,7 +89,6 @@ def start_prefetch(recipe: Recipe) -> Prefetch:
     except OSError:
         return Prefetch()
     if child == 0:
-        os.close(reading)
         _run_child(jobs, writing)
     os.close(writing)
     return Prefetch(child, reading, [str(settings.name) for settings, _ in jobs])
@@ -91,8 +101,9 @@ def _find_jobs(recipe: Recipe) -> list[tuple[TrainSettings, Path]]:
     for stage in recipe.stages:
         if not isinstance(stage, TrainSettings):
             continue
-        name = stage.model or ""
-        folder = folders.get(stage.init_from) if stage.init_from else resolve_model(name) or Path(name).expanduser()
+        folder = folders.get(stage.init_from or "")
+        if stage.init_from is None and stage.model:
+            folder = resolve_model(stage.model) or Path(stage.model).expanduser()
         if folder is not None and (folder / "tokenizer.json").is_file():
             folders[str(stage.name)] = folder
             jobs.append((stage, folder))

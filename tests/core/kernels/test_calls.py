@@ -65,8 +65,9 @@ def test_swiglu_and_its_gradient(shape: tuple[int, int], low: torch.dtype) -> No
 
 
 def test_swiglu_far_out_and_nan() -> None:
-    gate = torch.tensor([[-300.0, -88.0, 0.0, 88.0, 300.0, float("nan"), float("inf")]])
+    gate = torch.tensor([[-300.0, -88.0, 0.0, 88.0, 300.0, float("nan"), float("inf"), -1e38, float("-inf")]])
     found = calls.swiglu(gate, torch.ones_like(gate))[0]
+    assert found[7] == 0 and found[8].isnan(), "as PyTorch's"
     assert found[0].abs() < 1e-35 and found[1].abs() < 1e-35 and found[2] == 0
     assert found[3] == 88 and found[4] == 300 and found[5].isnan() and found[6] == float("inf")
 
@@ -222,3 +223,16 @@ def test_a_kernel_without_room_says_that_memory_ran_out(monkeypatch: pytest.Monk
     monkeypatch.setattr(calls, "_functions", lambda: {"attend": lambda *args: 1})
     with pytest.raises(MemoryError, match="not enough memory"):
         calls.attend(_draw(0, layout.total, 3, 4), build_attention_plan(layout).table, 1, 1, torch.float32, keep=False)
+
+
+def test_another_default_type_changes_nothing() -> None:
+    """Buffers that C fills are fp32 whatever torch's default is."""
+    qkv, angles = _draw(0, 40, 32), _draw(1, 40, 8)
+    expected = calls.rotate(qkv, None, None, angles, angles, Heads(2, 1, 8, 1.0, 1e-6))
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        found = calls.rotate(qkv, None, None, angles, angles, Heads(2, 1, 8, 1.0, 1e-6))
+    finally:
+        torch.set_default_dtype(before)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)

@@ -65,7 +65,7 @@ def load_kernels() -> Kernels:
         return Kernels(library, f"built by {version}{where}", identity)
     except _Absent as exc:
         return Kernels(None, f"none: {exc}")
-    except (OSError, AttributeError, subprocess.SubprocessError) as exc:
+    except Exception as exc:  # whatever is wrong with a compiler, a cache or a locale: PyTorch's operations do the work
         return Kernels(None, f"none: {' '.join(str(exc).split())[:300]}")
 
 
@@ -76,8 +76,13 @@ def _find_threads() -> int:
     if sys.platform != "linux":
         raise _Absent("they are built on Linux only")
     torch.get_num_threads()
+    own = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"  # a look-up there goes through what it is linked with
+    with contextlib.suppress(OSError, AttributeError):
+        return ctypes.cast(ctypes.CDLL(str(own)).GOMP_parallel, ctypes.c_void_p).value or 0
     with Path("/proc/self/maps").open(encoding="utf-8", errors="surrogateescape") as maps:
-        paths = {line.split(maxsplit=5)[5].strip() for line in maps if line.count(" ") >= 5 and "omp" in line}
+        paths = {
+            line.split(maxsplit=5)[5].strip() for line in maps if line.count(" ") >= 5 and "omp" in Path(line).name
+        }
     for path in sorted(p for p in paths if p.startswith("/") and ".so" in p):
         with contextlib.suppress(OSError, AttributeError):
             function = ctypes.CDLL(path).GOMP_parallel
@@ -95,7 +100,9 @@ def _find_compiler() -> list[str]:
 
 def _read_version(command: list[str]) -> str:
     """The first line of what the compiler says of itself."""
-    said = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=_LIMIT_S, check=True).stdout
+    said = subprocess.run([*command, "--version"], capture_output=True, timeout=_LIMIT_S, check=True).stdout.decode(
+        errors="replace"
+    )
     return said.splitlines()[0].strip() if said.strip() else command[0]
 
 
@@ -154,7 +161,7 @@ def _compile(command: list[str], target: Path) -> Path:
     jobs = [
         subprocess.Popen(
             [*command, *FLAGS, "-c", str(FOLDER / source), "-o", str(made)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         )
         for source, made in zip(SOURCES, objects, strict=True)
     ]  # fmt: skip
@@ -168,9 +175,12 @@ def _compile(command: list[str], target: Path) -> Path:
     _check(outputs)
     link = subprocess.run(
         [*command, "-shared", *map(str, objects), "-o", str(target), "-lm"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=_LIMIT_S, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=_LIMIT_S,
+        check=False,
     )  # fmt: skip
     _check([(link.stdout, link.returncode)])
+    with target.open("rb") as made:
+        os.fsync(made.fileno())
     return target
 
 

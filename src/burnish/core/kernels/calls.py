@@ -137,7 +137,7 @@ class Heads:
 def rotate(qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor, sin: Tensor, heads: Heads) -> Tensor:
     """qkv (T, (H + 2N)·D) → (T, H + 2N, D) fp32: queries and keys normalised (if there are norms (D,)) and rotated by the
     angles (T, D), queries scaled, values as they are."""
-    rows = torch.empty(qkv.shape[0], heads.heads + 2 * heads.kv_heads, heads.size)
+    rows = qkv.new_empty(qkv.shape[0], heads.heads + 2 * heads.kv_heads, heads.size, dtype=torch.float32)
     _call("rotate", qkv, q_norm, k_norm, cos, sin, rows, qkv.shape[0], *heads._shape, qkv.dtype)
     return rows
 

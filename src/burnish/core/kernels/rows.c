@@ -95,7 +95,7 @@ typedef struct {
   long total, width;
 } Swiglu;
 
-INLINE vec sigmoid(vec x) { return reciprocal(1.0f + exponential(-x)); }
+INLINE vec sigmoid(vec x) { return zero_below(x, -88.0f, reciprocal(1.0f + exponential(-x))); }
 
 INLINE void swiglu_rows(const void *given, long item, int bf) {
   const Swiglu *j = given;

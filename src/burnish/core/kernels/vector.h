@@ -65,6 +65,11 @@ INLINE vec clamp(vec x, float low, float high) { /* NaN stays NaN */
   return (vec)_mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), (__m512)x));
 }
 
+INLINE vec zero_below(vec x, float limit, vec v) { /* 0 where x < limit, else v */
+  __mmask16 below = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(limit), _CMP_LT_OQ);
+  return (vec)_mm512_mask_blend_ps(below, (__m512)v, _mm512_setzero_ps());
+}
+
 #else /* ---- the same anywhere ---- */
 
 INLINE vec choose(ivec where, vec yes, vec no) { return (vec)((where & (ivec)yes) | (~where & (ivec)no)); }
@@ -100,6 +105,8 @@ INLINE vec power_of_two(vec p, vec n) { /* n is whole and at most 127 */
   vec scaled = (vec)((ivec)p + (((ivec)shifted - 0x4b400000) << 23));
   return choose(p != p, p, choose(n < -126.0f, splat(0), scaled));
 }
+
+INLINE vec zero_below(vec x, float limit, vec v) { return choose(x < limit, splat(0), v); }
 
 INLINE vec nearest(vec x) { return (x + 12582912.0f) - 12582912.0f; }
 
