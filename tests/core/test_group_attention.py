@@ -2,47 +2,20 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
-from torch import Tensor
 
 from burnish.core import group_attention
 from burnish.core.batch import CompletionSpan, GroupSpan, Layout
 from burnish.core.group_attention import attend_grouped, attend_grouped_backward, build_grouped, find_grouped
 from burnish.core.plan import AttentionPlan, build_attention_plan
+from tests.core.dense import attend_whole, draw_layout
 
 HEADS, KV_HEADS, SIZE = 6, 2, 4
 
 
 def _draw_plan(seed: int, completions: tuple[int, ...]) -> AttentionPlan:
-    draw, at, groups = random.Random(seed), 0, []
-    for count in completions:
-        start, spans = at, []
-        prompt = draw.randint(1, 20)
-        at += prompt
-        for _ in range(count):
-            length = draw.randint(1, 12)
-            spans.append(CompletionSpan(at, length))
-            at += length
-        groups.append(GroupSpan(start, prompt, tuple(spans)))
-    return build_attention_plan(Layout(at, tuple(groups)))
-
-
-def _attend_whole(rows: Tensor, plan: AttentionPlan) -> Tensor:
-    """(T, H, D) from rows (T · (H + 2N), D), by the definition of the layout."""
-    x = rows.view(plan.total, HEADS + 2 * KV_HEADS, SIZE).transpose(0, 1)
-    q, k, v = x.split((HEADS, KV_HEADS, KV_HEADS))
-    k, v = (t.repeat_interleave(HEADS // KV_HEADS, 0) for t in (k, v))
-    seen = torch.zeros(plan.total, plan.total, dtype=torch.bool)
-    for group in plan.layout.groups:
-        prompt = range(group.start, group.start + group.prompt)
-        for c in group.completions:
-            places = [*prompt, *range(c.start, c.start + c.length)]
-            for i, query in enumerate(places):
-                seen[query, places[: i + 1]] = True
-    return ((q @ k.transpose(1, 2)).masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(0, 1)
+    return build_attention_plan(draw_layout(seed, completions, (1, 20), (1, 12)))
 
 
 @pytest.mark.parametrize("completions", [(1,) * 7, (2,) * 5, (3, 1, 2, 1), (1,)])
@@ -54,7 +27,8 @@ def test_values_and_gradient_equal_the_definition(completions: tuple[int, ...], 
     rows = torch.randn(plan.total * (HEADS + 2 * KV_HEADS), SIZE, generator=generator, dtype=torch.float64)
     rows.requires_grad_()
     grad = torch.randn(plan.total, HEADS, SIZE, generator=generator, dtype=torch.float64)
-    expected = _attend_whole(rows, plan)
+    by_token = rows.view(plan.total, HEADS + 2 * KV_HEADS, SIZE)
+    expected = attend_whole(by_token, plan.layout, HEADS, KV_HEADS)
     (expected_gradient,) = torch.autograd.grad(expected, rows, grad)
     found, kept = attend_grouped(rows.detach(), row, HEADS, KV_HEADS, keep=True)
     assert torch.allclose(found, expected, atol=1e-12)

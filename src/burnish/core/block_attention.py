@@ -116,10 +116,9 @@ def attend_heads_backward(
 def _use_kernels(qkv: Tensor, turning: Turning, plan: AttentionPlan, spec: BlockSpec) -> bool:
     return (
         spec.window is None
-        and qkv.dtype == spec.low
         and spec.turn.fits
         and (turning.q_norm is None) == (turning.k_norm is None)
-        and plan.has_kernel(spec.low, turning.q_norm, turning.k_norm, turning.cos, turning.sin)
+        and plan.has_kernel(spec.low, turning.q_norm, turning.k_norm, turning.cos, turning.sin, given=(qkv,))
     )
 
 

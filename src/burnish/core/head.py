@@ -134,10 +134,15 @@ class _Tiling:
     def wide(self) -> torch.dtype:
         return torch.promote_types(self.dtype, torch.float32)
 
-    def has_kernel(self, bias: Tensor | None) -> bool:
+    def has_kernel(self, hidden: Tensor, bias: Tensor | None) -> bool:
         """Whether tiles of products are read as they are, without a tile of logits."""
         plain = self.transform.softcap is None and bias is None
-        return plain and not (self.want_entropy or self.want_squares) and calls.serves(self.dtype)
+        return (
+            plain
+            and not (self.want_entropy or self.want_squares)
+            and hidden.device.type == "cpu"
+            and calls.serves(self.dtype)
+        )
 
     @property
     def factor(self) -> float:
@@ -291,7 +296,7 @@ class _TiledHead(torch.autograd.Function):
             squares = hidden.new_zeros((count if t.want_squares else 0,), dtype=t.wide)  # running Σ p²
             local_lse = hidden.new_empty((tiles.across, count), dtype=t.wide)
             pull = hidden.new_zeros(hidden.shape, dtype=t.wide) if t.eager_gradient else None  # running Σ p·w
-            ctx.by_kernel = hidden.device.type == "cpu" and t.has_kernel(bias)
+            ctx.by_kernel = t.has_kernel(hidden, bias)
             for i, stripe, w in tiles.columns_of():
                 for part in tiles.rows_of():
                     if ctx.by_kernel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -66,9 +67,9 @@ class AttentionPlan:
     def total(self) -> int:
         return self.layout.total
 
-    def has_kernel(self, low: torch.dtype, *wide: Tensor | None) -> bool:
-        """Whether the attention kernel takes this row, with `low` as compute type and these contiguous fp32 tensors."""
-        return self.total > 0 and self._is_short and not self.walk and calls.serves(low, *wide)
+    def has_kernel(self, low: torch.dtype, *wide: Tensor | None, given: Sequence[Tensor] = ()) -> bool:
+        """Whether the attention kernel takes this row and these tensors (`calls.serves`)."""
+        return self.total > 0 and self._is_short and not self.walk and calls.serves(low, *wide, given=given)
 
     @cached_property
     def _is_short(self) -> bool:

@@ -42,7 +42,7 @@ def normalise_backward(
     Returns:
         The gradient of x in at least fp32, and that of the weight in its type.
     """
-    if x.dim() == 2 and grad.is_contiguous() and calls.serves(grad.dtype, x, rstd, weight, residual):
+    if x.dim() == 2 and calls.serves(grad.dtype, x, rstd, weight, residual, given=(grad,)):
         return calls.norm_backward(grad, x, rstd, weight, residual, need_weight)
     wide = torch.promote_types(grad.dtype, torch.float32)
     g = grad.to(wide)
@@ -56,15 +56,14 @@ def normalise_backward(
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up of (T, I)."""
-    if gate.dtype == up.dtype and calls.serves(gate.dtype) and gate.is_contiguous() and up.is_contiguous():
+    if calls.serves(gate.dtype, given=(gate, up)):
         return calls.swiglu(gate, up)
     return F.silu(gate).mul_(up)
 
 
 def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up side by side (T, 2I), and silu(gate) · up again; may overwrite `grad`."""
-    one_type = gate.dtype == up.dtype == grad.dtype
-    if one_type and calls.serves(gate.dtype) and all(t.is_contiguous() for t in (gate, up, grad)):
+    if calls.serves(gate.dtype, given=(gate, up, grad)):
         return calls.swiglu_backward(gate, up, grad)
     act = F.silu(gate)
     both = gate.new_empty(gate.shape[0], 2 * gate.shape[1])
@@ -76,7 +75,7 @@ def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Ten
 
 def add_residual(product: Tensor, x: Tensor, rows: Tensor | None = None) -> Tensor:
     """x (T, h), or its `rows` (K,), plus the product, in the wider type."""
-    if product.is_contiguous() and calls.serves(product.dtype, x):
+    if calls.serves(product.dtype, x, given=(product,)):
         return calls.add(product, x, None if rows is None else rows.contiguous())
     x = x if rows is None else x.index_select(0, rows)
     wide = torch.promote_types(product.dtype, x.dtype)

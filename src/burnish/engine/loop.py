@@ -380,7 +380,7 @@ class Trainer:
             for name, now in self._find_cut().items():
                 before = found.manifest.meta.get(name, now)
                 if before != now:
-                    said = _CUT.get(name, name + " {}").format(now)
+                    said = _CUT[name].format(now)
                     log.warning("resuming with %s, not %s: results will not be bit-equal", said, before)
             load_checkpoint(found.path, self.state)
             if self.metrics and self.timing:

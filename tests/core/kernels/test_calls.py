@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from burnish.core.batch import CompletionSpan, GroupSpan, Layout
+from burnish.core.batch import Layout
 from burnish.core.kernels import calls
 from burnish.core.kernels.build import load_kernels
 from burnish.core.kernels.calls import Heads
 from burnish.core.plan import build_attention_plan
+from tests.core.dense import attend_whole, draw_layout
 
 pytestmark = pytest.mark.skipif(load_kernels().library is None, reason=f"no kernels here: {load_kernels().note}")
 
@@ -107,31 +106,7 @@ def test_rotation_and_its_gradient(size: int, normed: bool, low: torch.dtype) ->
 
 
 def _draw_layout(seed: int, completions: tuple[int, ...], longest: int) -> Layout:
-    draw, at, groups = random.Random(seed), 0, []
-    for count in completions:
-        start, spans = at, []
-        prompt = draw.randint(0, longest)
-        at += prompt
-        for _ in range(count):
-            length = draw.randint(1, longest)
-            spans.append(CompletionSpan(at, length))
-            at += length
-        groups.append(GroupSpan(start, prompt, tuple(spans)))
-    return Layout(at, tuple(groups))
-
-
-def _attend_whole(rows: Tensor, layout: Layout, heads: int, kv_heads: int) -> Tensor:
-    """(T, H, D) by the definition of the layout: one mask over the whole row."""
-    q, k, v = rows.transpose(0, 1).split((heads, kv_heads, kv_heads))
-    k, v = (t.repeat_interleave(heads // kv_heads, 0) for t in (k, v))
-    seen = torch.zeros(layout.total, layout.total, dtype=torch.bool)
-    for group in layout.groups:
-        prompt = range(group.start, group.start + group.prompt)
-        for c in group.completions:
-            places = [*prompt, *range(c.start, c.start + c.length)]
-            for i, query in enumerate(places):
-                seen[query, places[: i + 1]] = True
-    return ((q @ k.transpose(1, 2)).masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(0, 1)
+    return draw_layout(seed, completions, (0, longest), (1, longest))
 
 
 @LOW
@@ -145,7 +120,7 @@ def test_attention_and_its_gradient(
     rows = _draw(0, layout.total, heads + 2 * kv_heads, size)
     grad = _draw(1, layout.total, heads, size).to(low)
     wide = rows.double().requires_grad_()
-    expected = _attend_whole(wide, layout, heads, kv_heads)
+    expected = attend_whole(wide, layout, heads, kv_heads)
     (d_rows,) = torch.autograd.grad(expected, wide, grad.double())
     found, lse = calls.attend(rows, table, heads, kv_heads, low, keep=True)
     _close(found, expected.detach(), by=5e-6)
@@ -213,6 +188,8 @@ def test_what_is_served() -> None:
     assert calls.serves(torch.bfloat16, x, None) and calls.serves(torch.float32, x)
     assert not calls.serves(torch.float64, x) and not calls.serves(torch.float32, x.double())
     assert not calls.serves(torch.float32, x.t()) and not calls.serves(torch.float32, x[:0])
+    assert calls.serves(torch.bfloat16, x, given=(x.bfloat16(), x[:0].bfloat16()))
+    assert not calls.serves(torch.bfloat16, x, given=(x,)) and not calls.serves(torch.float32, given=(x.t(),))
     with calls.without_kernels():
         assert not calls.serves(torch.float32, x)
     assert calls.serves(torch.float32, x)

@@ -27,7 +27,7 @@ from burnish.disk import cache_root
 FOLDER = Path(__file__).parent
 SOURCES = ("attention.c", "rows.c", "head.c", "parallel.c")
 HEADERS = ("vector.h", "parallel.h")
-# No value is assumed finite and nothing is reordered; fused multiply-adds are allowed, as in PyTorch's own kernels.
+# The compiler may assume no value finite and reorder nothing; fused multiply-adds are allowed, as in PyTorch's own kernels.
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-w")
 _LIMIT_S = 120.0
 
@@ -75,7 +75,6 @@ def _find_threads() -> int:
         raise _Absent("BURNISH_KERNELS is off")
     if sys.platform != "linux":
         raise _Absent("they are built on Linux only")
-    torch.get_num_threads()
     own = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"  # a look-up there goes through what it is linked with
     with contextlib.suppress(OSError, AttributeError):
         return ctypes.cast(ctypes.CDLL(str(own)).GOMP_parallel, ctypes.c_void_p).value or 0
@@ -100,9 +99,8 @@ def _find_compiler() -> list[str]:
 
 def _read_version(command: list[str]) -> str:
     """The first line of what the compiler says of itself."""
-    said = subprocess.run([*command, "--version"], capture_output=True, timeout=_LIMIT_S, check=True).stdout.decode(
-        errors="replace"
-    )
+    found = subprocess.run([*command, "--version"], capture_output=True, timeout=_LIMIT_S, check=True)
+    said = found.stdout.decode(errors="replace")
     return said.splitlines()[0].strip() if said.strip() else command[0]
 
 

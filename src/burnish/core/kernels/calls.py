@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,17 +62,25 @@ def _functions() -> dict[str, Any]:
     return found
 
 
-def serves(low: torch.dtype, *wide: Tensor | None) -> bool:
-    """Whether the kernels take these: `low` as compute type, contiguous fp32 tensors on the CPU."""
+def serves(low: torch.dtype, *wide: Tensor | None, given: Sequence[Tensor] = ()) -> bool:
+    """Whether the kernels take these.
+
+    Args:
+        low: The compute type.
+        wide: Must be contiguous fp32 tensors on the CPU that hold something.
+        given: Must be contiguous tensors of the compute type on the CPU.
+    """
     return (
         _allowed
         and low in _LOW
-        and all(
-            t is None or (t.dtype is torch.float32 and t.device.type == "cpu" and t.is_contiguous() and t.numel() > 0)
-            for t in wide
-        )
+        and all(t is None or (_fits(t, torch.float32) and t.numel() > 0) for t in wide)
+        and all(_fits(t, low) for t in given)
         and bool(_functions())
     )
+
+
+def _fits(t: Tensor, dtype: torch.dtype) -> bool:
+    return t.dtype is dtype and t.device.type == "cpu" and t.is_contiguous()
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, low: torch.dtype) -> tuple[Tensor, Tensor]:
