@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from burnish.core import head
 from burnish.core import rows as whole_rows
 from burnish.core.head import ENTROPY, Functional, HeadInput, LogitTransform, compute_token_logprobs
+from burnish.core.kernels import calls
+from burnish.core.kernels.build import load_kernels
 from burnish.core.logits import LOG_SQUARE_SUM, LOGPROBS, compute_entropy
 from burnish.errors import UsageError
 from burnish.losses.tdpo import build_tdpo
@@ -88,6 +91,28 @@ def test_s4_30_float32_within_1e_5() -> None:
     found = compute_token_logprobs(hidden, weight, targets)["logprobs"]
     assert found.dtype == torch.float32
     assert (found - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transform", TRANSFORMS[:2])
+def test_kernels_give_what_operations_give(transform, dtype, frozen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probs and gradients by kernel, over several tiles, also where the head is frozen and the gradient comes at once."""
+    if load_kernels().library is None:
+        pytest.skip(load_kernels().note)
+    read, seen = calls.read_tile, []
+    monkeypatch.setattr(calls, "read_tile", lambda *args: seen.append(1) or read(*args))
+    found = []
+    for context in (contextlib.nullcontext, calls.without_kernels):
+        hidden, weight, _, targets = _draw(dtype, frozen=frozen)
+        with _tiles(monkeypatch, 512 * 10, 10), context():
+            out = compute_token_logprobs(hidden, weight, targets, transform=transform, temperature=0.7)["logprobs"]
+            _weigh(out).backward()
+        found.append([t.double() for t in (out.detach(), hidden.grad, weight.grad) if t is not None])
+    assert len(seen) == 9, "three stripes of three tiles, by kernel once"
+    limit = 1e-5 if dtype == torch.float32 else 0.01
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= limit * b.norm()
 
 
 def test_large_logits_do_not_overflow() -> None:

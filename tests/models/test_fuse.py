@@ -254,3 +254,13 @@ def _are_equal(kept, again, gradients, others) -> None:
     for name, g in gradients.items():
         other = others[name]
         assert (g is None and other is None) or (g is not None and other is not None and torch.equal(g, other)), name
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """The halves compute their gradients without autograd: a gradient of them would silently miss terms."""
+    policy, _ = _pair("qwen3")
+    out = policy(packing.draw_batch(0), LOGPROBS).logprobs
+    assert out is not None
+    first = torch.autograd.grad(packing.weigh(out), list(policy.parameters()), create_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.stack([g.square().sum() for g in first if g is not None]).sum().backward()

@@ -147,6 +147,17 @@ def test_log_softmax_over_tiles(columns: int, low: torch.dtype) -> None:
         _close(out, d_z[:, first : first + columns], by=1e-6)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_tile_of_words_that_cannot_be_adds_nothing(order: int) -> None:
+    """As a model masks words: log-probs of the rest are those without them, wherever the masked tile comes."""
+    z, targets = _draw(0, 3, 20), torch.tensor([1, 5, 19])
+    tiles = [(0, z), (20, torch.full((3, 20), float("-inf")))][::order]
+    lse, picked = torch.full((3,), float("-inf")), torch.zeros(3)
+    for first, tile in tiles:
+        calls.read_tile(tile, targets, first, 1.0, lse, picked)
+    _close(picked - lse, z.double().log_softmax(1).gather(1, targets[:, None])[:, 0])
+
+
 def test_infinite_and_nan_logits_stay_visible() -> None:
     z = torch.tensor([[0.0, float("nan")], [float("-inf"), 1.0], [float("inf"), 1.0], [float("-inf")] * 2])
     lse, picked = torch.full((4,), float("-inf")), torch.zeros(4)

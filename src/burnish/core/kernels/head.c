@@ -29,11 +29,9 @@ INLINE void read_tile_rows(const void *given, long item, int bf) {
     float sum = sum_lanes(sums);
     for (long i = 0; i < rest; i++) sum += last[i];
     float here = top + logf(sum), before = j->lse[t];
-    /* log(e^before + e^here); what is not finite goes through as it would without tiles */
+    /* log(e^before + e^here); the first tile, and tiles of −∞ before it, add nothing */
     if (before == -INFINITY)
       j->lse[t] = here;
-    else if (here == -INFINITY)
-      j->lse[t] = before;
     else
       j->lse[t] = here > before ? here + log1pf(expf(before - here)) : before + log1pf(expf(here - before));
     long target = j->targets[t] - j->first;
