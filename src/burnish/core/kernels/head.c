@@ -24,6 +24,7 @@ INLINE void read_tile_rows(const void *given, long item, int bf) {
     float top = max_lanes(tops);
     vec last = load_part(z, whole, rest, bf) * j->factor;
     for (long i = 0; i < rest; i++) top = last[i] > top ? last[i] : top;
+    if (top == -INFINITY) top = 0; /* e^−∞ is 0; of NaN the sum tells */
     for (long i = 0; i < whole; i += LANES) sums += exponential(load(z, i, bf) * j->factor - top);
     last = exponential(last - top);
     float sum = sum_lanes(sums);
