@@ -71,9 +71,11 @@ def list_variants() -> list[Variant]:
         Variant("dpo sigmoid, use_weighting (WPO)", "dpo", {"use_weighting": True}),
         Variant("dpo sigmoid, js_divergence", "dpo", {"f_divergence_type": "js_divergence"}),
         Variant("dpo sigmoid, live reference", "dpo", {}, "whole", live=True),
-        Variant("cpo", "cpo", {}), Variant("simpo", "simpo", {}), Variant("orpo", "orpo", {}),
+        Variant("cpo", "cpo", {}),
+        Variant("simpo", "simpo", {}),
+        Variant("orpo", "orpo", {}),
         Variant("kto", "kto", {}, "coupled"),
-    ]  # fmt: skip
+    ]
     for name, settings in CONTROLLERS.items():
         coupled = "unit" in settings or settings["type"] == "beta_dpo"
         found.append(
@@ -102,9 +104,13 @@ def build_step(
         stored = [[np.full(len(c.ids), -6.0, dtype=np.float32) for c in g.completions] for g in groups]
         groups = attach_table(groups, stored)
     context = StepContext(
-        policy=model, method=method, runtime=build_runtime(), parameters=[p for p in model.parameters() if p.requires_grad],
-        seed=0, reference=reference if variant.live else None,
-    )  # fmt: skip
+        policy=model,
+        method=method,
+        runtime=build_runtime(),
+        parameters=[p for p in model.parameters() if p.requires_grad],
+        seed=0,
+        reference=reference if variant.live else None,
+    )
     state = method.initial_state()
 
     def take(budget: int) -> None:
@@ -153,9 +159,10 @@ def run_times(folder: Path, rounds: int, only: str = "") -> dict[str, Any]:
         for name, pair in ratios.items():
             wall, cpu = zip(*pair, strict=True)
             found[name][case] = {
-                "time": round(statistics.median(wall), 3), "processor": round(statistics.median(cpu), 3),
+                "time": round(statistics.median(wall), 3),
+                "processor": round(statistics.median(cpu), 3),
                 "spread": [round(min(wall), 3), round(max(wall), 3)],
-            }  # fmt: skip
+            }
     return {"variants": found, "tokens": tokens, "budgets": budgets}
 
 
@@ -250,9 +257,12 @@ def main() -> int:
         _, pairs = load_workload(folder)
         scored = sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
         facts = {
-            "layers": given.layers, "rounds": given.rounds, "scored": scored,
-            "logits_mb": round(scored * Shape().vocabulary * 4 / 2**20, 1), "memory_mb": memory,
-        }  # fmt: skip
+            "layers": given.layers,
+            "rounds": given.rounds,
+            "scored": scored,
+            "logits_mb": round(scored * Shape().vocabulary * 4 / 2**20, 1),
+            "memory_mb": memory,
+        }
         print(json.dumps(run_times(folder, given.rounds, given.only) | facts | describe_machine()))
     return 0
 

@@ -95,10 +95,18 @@ def run_burnish(rows: Path, clock: Clock) -> dict[str, Any]:
 
     run_training(
         TrainJob(
-            policy=policy, method=method, settings=settings, train=inputs.data.train, held_out=[], runtime=runtime,
-            trainable=built.trainable, no_decay=built.no_decay, head=built.head_parameters, on_step=watch,
+            policy=policy,
+            method=method,
+            settings=settings,
+            train=inputs.data.train,
+            held_out=[],
+            runtime=runtime,
+            trainable=built.trainable,
+            no_decay=built.no_decay,
+            head=built.head_parameters,
+            on_step=watch,
         )
-    )  # fmt: skip
+    )
     tokens = [[g.tokens, sum(c.scored for c in g.completions)] for g in inputs.data.train]
     return {"losses": losses, "tokens": tokens, "precision": precision.name}
 
@@ -116,10 +124,16 @@ def run_trl(rows: Path, clock: Clock) -> dict[str, Any]:
     lines = rows.with_name("ids.jsonl").read_text(encoding="utf-8").splitlines()
     data = datasets.Dataset.from_list([json.loads(line) for line in lines])
     config = SFTConfig(
-        output_dir=str(rows.parent / "trl"), per_device_train_batch_size=BATCH_SIZE, num_train_epochs=1,
-        learning_rate=LEARNING_RATE, train_sampling_strategy="sequential", use_cpu=True, report_to="none",
-        save_strategy="no", logging_steps=1,
-    )  # fmt: skip
+        output_dir=str(rows.parent / "trl"),
+        per_device_train_batch_size=BATCH_SIZE,
+        num_train_epochs=1,
+        learning_rate=LEARNING_RATE,
+        train_sampling_strategy="sequential",
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+    )
     trainer = SFTTrainer(
         str(MODEL), args=config, train_dataset=data, processing_class=AutoTokenizer.from_pretrained(MODEL)
     )
@@ -151,10 +165,14 @@ def run_worker(side: str, rows: Path, warmup: int, out: Path) -> None:
     timed = sum(n for n, _ in found["tokens"][warmup * BATCH_SIZE :])
     cpu = clock.cpu[-1] - clock.cpu[warmup - 1]
     found |= {
-        "seconds": seconds, "tokens_per_second": timed / seconds, "step_ms": 1e3 * seconds / (len(clock.ends) - warmup),
-        "busy": cpu / seconds / torch.get_num_threads(), "cpu_seconds": cpu, "threads": torch.get_num_threads(),
+        "seconds": seconds,
+        "tokens_per_second": timed / seconds,
+        "step_ms": 1e3 * seconds / (len(clock.ends) - warmup),
+        "busy": cpu / seconds / torch.get_num_threads(),
+        "cpu_seconds": cpu,
+        "threads": torch.get_num_threads(),
         "gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2,
-    }  # fmt: skip
+    }
     out.write_text(json.dumps(found), encoding="utf-8")
 
 

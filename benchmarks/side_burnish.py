@@ -117,9 +117,17 @@ def build_side(plan: Plan, model: Path) -> tuple[TrainSettings, Any, Any, Policy
 def _build_job(side: tuple[TrainSettings, Any, Any, Policy], groups: list[Group], watch: Watch) -> TrainJob:
     settings, method, built, policy = side
     return TrainJob(
-        policy=policy, method=method, settings=settings, train=groups, held_out=[], trainable=built.trainable,
-        runtime=build_runtime(), no_decay=built.no_decay, head=built.head_parameters, on_step=watch,
-    )  # fmt: skip
+        policy=policy,
+        method=method,
+        settings=settings,
+        train=groups,
+        held_out=[],
+        trainable=built.trainable,
+        runtime=build_runtime(),
+        no_decay=built.no_decay,
+        head=built.head_parameters,
+        on_step=watch,
+    )
 
 
 def train_groups(plan: Plan, groups: list[Group], folder: Path) -> Watch:

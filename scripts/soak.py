@@ -40,15 +40,35 @@ SAVE_EVERY = 50
 FATAL = {"kill": 6, "term": 3, "int": 1, "full": 3, "fault-kill": 3, "fault-disk": 2}
 HARMLESS = {"clock": 4, "suspend": 1, "second": 1}
 KILL_POINTS = [
-    ("step.forward", 80), ("step.backward", 80), ("update.before_optimizer", 80), ("update.after_optimizer", 80),
-    ("loop.after_step", 80), ("metrics.write", 80), ("metrics.fsync", 2), ("folder.mkdir", 3), ("folder.fsync_file", 4),
-    ("folder.write", 3), ("folder.manifest", 3), ("folder.fsync_dir", 3), ("folder.rename", 3),
-    ("folder.fsync_parent", 3), ("prune.rename", 2), ("prune.remove", 2), ("file.write", 8), ("file.rename", 8),
-]  # fmt: skip
+    ("step.forward", 80),
+    ("step.backward", 80),
+    ("update.before_optimizer", 80),
+    ("update.after_optimizer", 80),
+    ("loop.after_step", 80),
+    ("metrics.write", 80),
+    ("metrics.fsync", 2),
+    ("folder.mkdir", 3),
+    ("folder.fsync_file", 4),
+    ("folder.write", 3),
+    ("folder.manifest", 3),
+    ("folder.fsync_dir", 3),
+    ("folder.rename", 3),
+    ("folder.fsync_parent", 3),
+    ("prune.rename", 2),
+    ("prune.remove", 2),
+    ("file.write", 8),
+    ("file.rename", 8),
+]
 DISK_POINTS = [
-    ("metrics.write", 80), ("metrics.fsync", 2), ("folder.mkdir", 2), ("folder.fsync_file", 3), ("folder.write", 2),
-    ("folder.manifest", 2), ("folder.rename", 2), ("folder.fsync_parent", 2),
-]  # fmt: skip
+    ("metrics.write", 80),
+    ("metrics.fsync", 2),
+    ("folder.mkdir", 2),
+    ("folder.fsync_file", 3),
+    ("folder.write", 2),
+    ("folder.manifest", 2),
+    ("folder.rename", 2),
+    ("folder.fsync_parent", 2),
+]
 
 
 class Awake(threading.Thread):
@@ -259,9 +279,12 @@ def start_second(plan: Plan, segment: Segment) -> str:
     """The same command beside the running one must be refused."""
     env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "BURNISH_FAULT": ""}
     other = subprocess.run(
-        plan.command(segment.root, plan.steps), env=env | {"BURNISH_CACHE": str(plan.work / "cache")}, cwd=plan.work,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        plan.command(segment.root, plan.steps),
+        env=env | {"BURNISH_CACHE": str(plan.work / "cache")},
+        cwd=plan.work,
+        capture_output=True,
+        text=True,
+    )
     if segment.process.poll() is not None:
         return "the first one ended meanwhile" if other.returncode else "the first one had ended: ran in its place"
     if other.returncode != 2 or f"in use by process {segment.process.pid}" not in other.stderr:

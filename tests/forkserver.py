@@ -35,9 +35,19 @@ class ForkServer:
             [sys.executable, "-m", "tests.forkserver"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd=ROOT
         )
 
-    def run(self, argv: list[str], *, log: Path, cwd: Path, fault: str = "", call: str = "",
-            kill_after: float | None = None, signal_after: tuple[int, float] | None = None,
-            env: dict[str, str] | None = None, spare: int | None = None) -> int:  # fmt: skip
+    def run(
+        self,
+        argv: list[str],
+        *,
+        log: Path,
+        cwd: Path,
+        fault: str = "",
+        call: str = "",
+        kill_after: float | None = None,
+        signal_after: tuple[int, float] | None = None,
+        env: dict[str, str] | None = None,
+        spare: int | None = None,
+    ) -> int:
         """Run `burnish argv` in a fresh child; returns its exit status, or −n if signal n ended it.
 
         Args:

@@ -121,9 +121,28 @@ def test_r15_only_runs_directly_under_the_root_are_deleted(tmp_path):
 
     before = snapshot()
     hostile = [
-        "..", ".", "", "/", "a/../../b", "../outside/canary", str(outside / "canary"), "linked", "nested/run", "nested",
-        "plain", "absent", "good/01-sft", "good/", "./good", "~", "good\0", "-rf", "*", "../runs/good", "linked/01-sft",
-    ]  # fmt: skip
+        "..",
+        ".",
+        "",
+        "/",
+        "a/../../b",
+        "../outside/canary",
+        str(outside / "canary"),
+        "linked",
+        "nested/run",
+        "nested",
+        "plain",
+        "absent",
+        "good/01-sft",
+        "good/",
+        "./good",
+        "~",
+        "good\0",
+        "-rf",
+        "*",
+        "../runs/good",
+        "linked/01-sft",
+    ]
     for name in hostile:
         with pytest.raises(UsageError):
             delete_run(root, name)

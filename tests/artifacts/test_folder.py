@@ -114,9 +114,19 @@ def test_r04_order_of_operations(tmp_path):
     w = write(tmp_path / "c", FILES)
     operations = [op for op, _ in w.operations]
     assert operations == [
-        "mkdir", "write", "fsync_file", "write", "fsync_file", "write", "fsync_file",
-        "manifest", "fsync_dir", "fsync_dir", "rename", "fsync_parent",
-    ]  # fmt: skip
+        "mkdir",
+        "write",
+        "fsync_file",
+        "write",
+        "fsync_file",
+        "write",
+        "fsync_file",
+        "manifest",
+        "fsync_dir",
+        "fsync_dir",
+        "rename",
+        "fsync_parent",
+    ]
     assert w.operations[operations.index("manifest") + 1] == ("fsync_dir", "sub")
     replaced = [op for op, _ in write(tmp_path / "c", {"x": b"2"}).operations]
     assert replaced[-3:] == ["rename", "fsync_parent", "remove_old"]
@@ -234,14 +244,18 @@ def test_r04_a_reader_never_sees_a_gap_while_a_folder_is_replaced(tmp_path):
     final = tmp_path / "c"
     write(final, {"a": b"0"})
     child = subprocess.Popen(
-        [sys.executable, "-c", f"""
+        [
+            sys.executable,
+            "-c",
+            f"""
 from pathlib import Path
 from burnish.artifacts.folder import FolderWriter
 for i in range(60):
     with FolderWriter(Path({str(final)!r}), kind="x", meta={{}}) as w:
         w.write_bytes("a", str(i).encode())
-"""]
-    )  # fmt: skip
+""",
+        ]
+    )
     looks = 0
     while child.poll() is None:
         assert (final / MANIFEST).exists()
@@ -404,8 +418,10 @@ def test_r14_a_really_full_disk(tmp_path):
         pytest.skip("no private mounts here")
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", REAL_DISK, "sh", str(tmp_path), sys.executable],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.stdout.strip() == "ok", done.stderr
 
 

@@ -103,13 +103,19 @@ def test_r28_a_forked_child_does_not_keep_it(tmp_path):
 
 def test_a_probe_does_not_take_it_from_a_run_that_starts(tmp_path):
     looker = subprocess.Popen(
-        [sys.executable, "-c", f"""
+        [
+            sys.executable,
+            "-c",
+            f"""
 from pathlib import Path
 from burnish.artifacts.lock import lock_holder
 print("go", flush=True)
 for _ in range(100_000): lock_holder(Path({str(tmp_path)!r}))
-"""], stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+""",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     RunLock(tmp_path).acquire().release()
     assert looker.stdout is not None and looker.stdout.readline() == "go\n"
     for _ in range(30):

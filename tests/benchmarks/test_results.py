@@ -27,9 +27,16 @@ def _run(
     seconds: float, *, gb: float = 2.0, others: float | None = 0.01, trainable: int = 7, losses: Any = (0.7, 0.6)
 ) -> dict:
     return {
-        "seconds": seconds, "gb": gb, "cpu_seconds": 2 * seconds, "busy": 0.98, "others": others, "peak_share": 0.5,
-        "matmul_peak": 4e11, "losses": list(losses), "trainable": trainable,
-    }  # fmt: skip
+        "seconds": seconds,
+        "gb": gb,
+        "cpu_seconds": 2 * seconds,
+        "busy": 0.98,
+        "others": others,
+        "peak_share": 0.5,
+        "matmul_peak": 4e11,
+        "losses": list(losses),
+        "trainable": trainable,
+    }
 
 
 FACTS = {"rows": 40, "mean_prompt_tokens": 117.0, "mean_answer_tokens": 44.0, "left_out": {}}
@@ -100,9 +107,15 @@ def _cost(group: str, one: float, several: float) -> dict[str, Any]:
 
 COST = {
     "variants": {"dpo sigmoid": _cost("uncoupled", 1.0, 1.0), "kto": _cost("coupled", 1.01, 1.3)},
-    "cpu": "a processor", "commit": "abc", "tokens": 2000, "layers": 4, "rounds": 3, "scored": 700, "logits_mb": 87.5,
+    "cpu": "a processor",
+    "commit": "abc",
+    "tokens": 2000,
+    "layers": 4,
+    "rounds": 3,
+    "scored": 700,
+    "logits_mb": 87.5,
     "memory_mb": {"dpo sigmoid": 400.0, "dpo tdpo2": 420.0},
-}  # fmt: skip
+}
 
 
 def test_every_preference_loss_is_measured() -> None:
@@ -152,9 +165,17 @@ def test_both_sides_freeze_the_same_parameters(head: str) -> None:
     from burnish.models import freeze
 
     config = Qwen3Config(
-        vocab_size=31, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, tie_word_embeddings=False, num_labels=1, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=False,
+        num_labels=1,
+        pad_token_id=0,
+    )
     ours: Any = (Qwen3ForCausalLM if head == "lm" else Qwen3ForSequenceClassification)(config)
     theirs = copy.deepcopy(ours)
     freeze.freeze_all_but_top(ours, TOP_K, head=head)
@@ -173,9 +194,16 @@ def _points() -> list[dict[str, Any]]:
         tokens, steps = 200 * 64, 64 // pairs
         seconds = 0.002 * tokens + 0.1 * steps
         points.append(
-            {"axis": "pairs", "label": str(pairs), "tokens": tokens, "steps": steps, "seconds": seconds, "gb": 1.5,
-             "ms_per_token": 1000 * seconds / tokens}
-        )  # fmt: skip
+            {
+                "axis": "pairs",
+                "label": str(pairs),
+                "tokens": tokens,
+                "steps": steps,
+                "seconds": seconds,
+                "gb": 1.5,
+                "ms_per_token": 1000 * seconds / tokens,
+            }
+        )
     for label in ("even", "uneven"):
         points.append(
             {

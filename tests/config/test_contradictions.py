@@ -204,7 +204,10 @@ SFT, REWARD, DPO = {"kind": "sft"}, {"kind": "reward"}, {"kind": "dpo"}
             ["dpo.reward_model: is 'sft', which is no reward stage", "weigh by reward"],
         ),
         (stages(SFT, {**DPO, "reward_model": "sft"}), ["which is no reward stage", "add a stage {kind: reward"]),
-        (stages({**DPO, "reward_model": "reward"}, REWARD), ["is 'reward', which comes later", "move reward before dpo"]),
+        (
+            stages({**DPO, "reward_model": "reward"}, REWARD),
+            ["is 'reward', which comes later", "move reward before dpo"],
+        ),
         (stages({**DPO, "reward_model": "dpo"}), ["is 'dpo', the stage itself"]),
         (
             stages(REWARD, {**DPO, "reward_model": "rewrad"}),
@@ -223,7 +226,7 @@ SFT, REWARD, DPO = {"kind": "sft"}, {"kind": "reward"}, {"kind": "dpo"}
         ({**PAIRS, "of": ["x"], "stages": [SFT]}, ["belongs to a stage, not to the recipe"]),
         ({**PAIRS, "run_name": "{stag}", "stages": [SFT]}, ["no field {stag}", "did you mean stage"]),
     ],
-)  # fmt: skip
+)
 def test_between_stages(source: dict, parts: list[str]):
     text = problems_of(source)
     for part in parts:
@@ -313,8 +316,10 @@ def test_load_in_bits_is_another_name():
     assert one("sft", "lora={}", "sft.load_in_4bit=true").quantize == "nf4"
     assert one("sft", lora={}, quantize="4bit").quantize == "nf4"
     for settings in (
-        {"load_in_4bit": True, "load_in_8bit": True}, {"load_in_8bit": True, "quantize": "nf4"},
-        {"load_in_4bit": True, "quantize": "none"}, {"load_in_4bit": False, "quantize": "nf4"},
-    ):  # fmt: skip
+        {"load_in_4bit": True, "load_in_8bit": True},
+        {"load_in_8bit": True, "quantize": "nf4"},
+        {"load_in_4bit": True, "quantize": "none"},
+        {"load_in_4bit": False, "quantize": "nf4"},
+    ):
         text = problems_of({**PAIRS, "stages": [{"kind": "sft", "lora": {}, **settings}]})
         assert "both choose how the base is stored" in text

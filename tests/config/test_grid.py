@@ -86,16 +86,20 @@ def test_the_command_line_is_stronger_and_reaches_all_cells():
         (("grid.prefer.seed=[5]", "models=pocket"), ["pocket_dpo_seed=5", "pocket_ipo_seed=5"]),
         (("grid.prefer.seed=[5]", "model=pocket"), ["dpo_seed=5", "ipo_seed=5"]),
         (("grid.prefer.dpo.beta=0.3", "grid.prefer.seed=[1]", "model=pocket"), ["dpo_seed=1", "ipo_seed=1"]),
-        (("grid.prefer.low={kind: dpo, beta: 0.01}", "grid.prefer.seed=[1]", "model=pocket"),
-         ["dpo_seed=1", "ipo_seed=1", "low_seed=1"]),
+        (
+            ("grid.prefer.low={kind: dpo, beta: 0.01}", "grid.prefer.seed=[1]", "model=pocket"),
+            ["dpo_seed=1", "ipo_seed=1", "low_seed=1"],
+        ),
         (("grid={prefer: [dpo, ipo, hinge]}", "model=pocket"), ["dpo", "ipo", "hinge"]),
         (("grid={prefer: [{kind: dpo}, {kind: dpo, beta: 0.2}]}", "model=pocket"), ["dpo", "dpo,beta=0.2"]),
-        (("grid={prefer: [dpo], sft.learning_rate: [1e-4, 2e-5]}", "model=pocket"),
-         ["dpo_learning_rate=1e-4", "dpo_learning_rate=2e-5"]),
+        (
+            ("grid={prefer: [dpo], sft.learning_rate: [1e-4, 2e-5]}", "model=pocket"),
+            ["dpo_learning_rate=1e-4", "dpo_learning_rate=2e-5"],
+        ),
         (("grid={prefer: [dpo], lora: {small: {r: 4}, none: null}}", "model=pocket"), ["dpo_small", "dpo_none"]),
         (("grid={prefer: [dpo], stages.prefer.beta: [0.1, 0.2]}", "model=pocket"), ["dpo_beta=0.1", "dpo_beta=0.2"]),
     ],
-)  # fmt: skip
+)
 def test_axes_can_be_changed_from_the_command_line(words, names):
     assert names_of(load(RECIPE, *words)) == names
 
@@ -137,9 +141,14 @@ def test_exclude_leaves_cells_out():
 
 @pytest.mark.parametrize(
     ("baseline", "expected"),
-    [("ipo", {"prefer": "ipo"}), ("sft", {"": "sft"}), ("base", {"": "base"}), ("pocket-small", {"model": "pocket-small"}),
-     ({"model": "pocket", "prefer": "ipo"}, {"model": "pocket", "prefer": "ipo"})],
-)  # fmt: skip
+    [
+        ("ipo", {"prefer": "ipo"}),
+        ("sft", {"": "sft"}),
+        ("base", {"": "base"}),
+        ("pocket-small", {"model": "pocket-small"}),
+        ({"model": "pocket", "prefer": "ipo"}, {"model": "pocket", "prefer": "ipo"}),
+    ],
+)
 def test_baselines(baseline, expected):
     grid = load(with_grid(baseline=baseline)).grid
     assert grid is not None
@@ -180,7 +189,7 @@ def test_baselines(baseline, expected):
         ({"": [1]}, "there is no such setting"),
         ({"prefer.data": {f"name-{'x' * 40}": "a.jsonl"}, "sft.data": {f"name-{'y' * 40}": "a.jsonl"}}, "letters"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_told_with_the_way_out(change, said):
     assert said in problems_of(with_grid(**change))
 

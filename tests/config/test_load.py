@@ -97,9 +97,14 @@ def test_a_loss_type_brings_the_defaults_of_its_paper():
 
 @pytest.mark.parametrize(
     ("word", "remedy"),
-    [("orpo", "write kind: orpo"), ("simpo", "write kind: simpo"), ("exo", "loss_type: exo_pair"),
-     ("aot_pair", "aot"), ("kto_pair", "the types are sigmoid")],
-)  # fmt: skip
+    [
+        ("orpo", "write kind: orpo"),
+        ("simpo", "write kind: simpo"),
+        ("exo", "loss_type: exo_pair"),
+        ("aot_pair", "aot"),
+        ("kto_pair", "the types are sigmoid"),
+    ],
+)
 def test_a_loss_that_is_elsewhere_is_said_to_be(word: str, remedy: str):
     assert remedy in problems_of({**PAIRS, "stages": [{"kind": "dpo", "loss_type": word}]})
 

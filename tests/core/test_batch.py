@@ -90,8 +90,14 @@ def test_micro_batches_join_to_the_whole_step_in_data_order():
     first = build_packed_batch(cut, order=[2, 0])
     half = [Group("b", groups[1].prompt, groups[1].completions[s : s + 1], groups[1].columns) for s in (1, 0)]
     parts = [first, *(build_packed_batch([h], order=[1], slots=[[s]]) for h, s in zip(half, (1, 0), strict=True))]
-    named = [{"logprobs": p.target_ids.float() + 100 * p.table.group_order[p.table.completion_group][p.table.token_completion],
-              "scores": p.table.columns["reward"] + 10 * p.table.group_order[p.table.completion_group]} for p in parts]  # fmt: skip
+    named = [
+        {
+            "logprobs": p.target_ids.float()
+            + 100 * p.table.group_order[p.table.completion_group][p.table.token_completion],
+            "scores": p.table.columns["reward"] + 10 * p.table.group_order[p.table.completion_group],
+        }
+        for p in parts
+    ]
     outputs, table = concat_steps([p.table for p in parts], named)
     assert table.group_ids == ("a", "b", "c")
     assert table.completion_slot.tolist() == [0, 1, 0, 1, 0, 1]

@@ -299,9 +299,16 @@ def test_gradients_in_closed_form_equal_autograd(transform, temperature, monkeyp
         asked = Functional("unread", _refuse_grad), functional
         monkeypatch.setattr(head, "LOGPROBS", LOGPROBS if functional.pull else replace(LOGPROBS, pull=None))
         out = compute_token_logprobs(
-            hidden, weight, targets, bias=bias, transform=transform, temperature=temperature, functionals=asked,
-            against=other, block=7,
-        )  # fmt: skip
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            transform=transform,
+            temperature=temperature,
+            functionals=asked,
+            against=other,
+            block=7,
+        )
         loss = _weigh(out["logprobs"]) + _weigh(out[kl.name]).square()
         found.append((loss, *torch.autograd.grad(loss, [hidden, weight, bias])))
     assert all((a - b).norm() <= 1e-11 * b.norm() for a, b in zip(*found, strict=True))

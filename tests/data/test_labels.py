@@ -49,9 +49,12 @@ def test_t12_a_pair_is_a_good_and_a_bad_row_side_by_side(tmp_path: Path) -> None
     rows = write_lines(tmp_path / "b.jsonl", [labelled(9, False)])
     made = prepare_data(kto(pairs, rows), plain_tokenizer())
     assert [(g.id, dict(g.columns)) for g in made.train] == [
-        ("a.jsonl:1#chosen", {"label": 1.0}), ("a.jsonl:1#rejected", {"label": 0.0}),
-        ("a.jsonl:2#chosen", {"label": 1.0}), ("a.jsonl:2#rejected", {"label": 0.0}), ("b.jsonl:1", {"label": 0.0}),
-    ]  # fmt: skip
+        ("a.jsonl:1#chosen", {"label": 1.0}),
+        ("a.jsonl:1#rejected", {"label": 0.0}),
+        ("a.jsonl:2#chosen", {"label": 1.0}),
+        ("a.jsonl:2#rejected", {"label": 0.0}),
+        ("b.jsonl:1", {"label": 0.0}),
+    ]
     assert made.train[0].prompt.tolist() == made.train[1].prompt.tolist()
     assert made.report.splits["train"].groups == 5 and made.report.splits["train"].kept == 3
     assert not made.report.notes

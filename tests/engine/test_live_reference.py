@@ -55,9 +55,13 @@ class Live:
         self.groups = build_groups(n, k=k_of(self.method))
         self.parameters = trainable(self.policy)
         self.ctx = StepContext(
-            self.policy, self.method, Runtime(torch.device("cpu")), list(self.parameters.values()), seed=0,
+            self.policy,
+            self.method,
+            Runtime(torch.device("cpu")),
+            list(self.parameters.values()),
+            seed=0,
             reference=self.reference,
-        )  # fmt: skip
+        )
 
     def step(self, budget: int = 10_000, cap: int | None = None, state: Any = None) -> tuple[Any, Tensor]:
         plan = build_plan(self.groups, budget=budget, cap=cap, coupled=self.method.coupled)
@@ -88,9 +92,14 @@ def dense_pair(name: str, live: Live, group: Group) -> Tensor:
 def dense_steps(sides: Sequence[Any]) -> float:
     """+1, 0 or −1 from three log-ratios g⁻, g, g⁺ of the mixed logits."""
     down, here, up = (
-        float(sum(sign * log_sum((1 + e) * own - e * other, y) for sign, (own, other, y) in zip((1, -1), sides, strict=True)).detach())  # type: ignore[union-attr]
+        float(
+            sum(
+                sign * log_sum((1 + e) * own - e * other, y)
+                for sign, (own, other, y) in zip((1, -1), sides, strict=True)
+            ).detach()
+        )  # type: ignore[union-attr]
         for e in (-EPSILON, 0.0, EPSILON)
-    )  # fmt: skip
+    )
     return 1.0 if up > here > down else -1.0 if up < here < down else 0.0
 
 
@@ -275,9 +284,16 @@ def test_no_tensor_has_tokens_times_vocabulary_elements(name: str) -> None:
     from burnish.models.policy import Policy
 
     cfg = Qwen3Config(
-        vocab_size=4096, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, max_position_embeddings=2048, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=4096,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+    )
     live = Live(name, n=1)
     live.policy, other = (Policy(Qwen3ForCausalLM(cfg), head="lm", attention="sdpa") for _ in range(2))
     live.parameters = trainable(live.policy)

@@ -300,9 +300,15 @@ def test_max_bad_steps_one_stops_at_the_first(tmp_path, arm_fault):
 def test_s1_10_retention_best_and_early_stopping(tmp_path):
     """S1-10: save_total_limit keeps the newest and the best; load_best_model_at_end; early stopping really stops."""
     job = make_job(
-        tmp_path / "a", num_train_epochs=20.0, learning_rate=0.05, eval_steps=2, save_steps=2, save_total_limit=1,
-        load_best_model_at_end=True, early_stopping_patience=2,
-    )  # fmt: skip
+        tmp_path / "a",
+        num_train_epochs=20.0,
+        learning_rate=0.05,
+        eval_steps=2,
+        save_steps=2,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        early_stopping_patience=2,
+    )
     outcome = run_training(job)
     assert outcome.stopped_early
     assert outcome.steps < 100

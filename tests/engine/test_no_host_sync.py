@@ -32,9 +32,16 @@ from burnish.models.reference import build_reference
 from tests.engine.tiny import VOCAB, build_groups, build_method
 
 OPS = {
-    "_local_scalar_dense", "nonzero", "nonzero_static", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim",
+    "_local_scalar_dense",
+    "nonzero",
+    "nonzero_static",
+    "masked_select",
+    "equal",
+    "is_nonzero",
+    "_unique2",
+    "unique_dim",
     "bincount",
-}  # fmt: skip
+}
 CALLS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__"}
 CASES = ["sft", "reward", "dpo", "dpo, reference in the step", "dpo, lora", "reward, lora"]
 
@@ -94,10 +101,20 @@ def _build(case: str) -> tuple[Policy, Any, list, bool]:
     kind, _, variant = case.partition(", ")
     method, head, k, reference = build_method("sigmoid" if kind == "dpo" else kind)
     config = Qwen3Config(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, tie_word_embeddings=True, pad_token_id=0,
-        eos_token_id=1, bos_token_id=None, num_labels=1,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        num_labels=1,
+    )
     torch.manual_seed(0)
     model: Any = (Qwen3ForCausalLM if head == "lm" else Qwen3ForSequenceClassification)(config)
     if variant == "lora":
@@ -144,10 +161,19 @@ def test_the_nets_catch_reads() -> None:
     gate = Gate()
     x = torch.ones(3)
     reads = [
-        lambda: x.sum().item(), lambda: bool(x.sum()), lambda: float(x[0]), lambda: x.tolist(), lambda: x.cpu(),
-        lambda: x.numpy(), lambda: x.nonzero(), lambda: x[x > 0], lambda: torch.equal(x, x), lambda: x.masked_select(x > 0),
-        lambda: torch.unique(x), lambda: x.clone().__setitem__(x > 0, 1.0),
-    ]  # fmt: skip
+        lambda: x.sum().item(),
+        lambda: bool(x.sum()),
+        lambda: float(x[0]),
+        lambda: x.tolist(),
+        lambda: x.cpu(),
+        lambda: x.numpy(),
+        lambda: x.nonzero(),
+        lambda: x[x > 0],
+        lambda: torch.equal(x, x),
+        lambda: x.masked_select(x > 0),
+        lambda: torch.unique(x),
+        lambda: x.clone().__setitem__(x > 0, 1.0),
+    ]
     with NoCalls(gate), NoReads(gate):
         for read in reads:
             with pytest.raises(HostRead):

@@ -136,9 +136,7 @@ def test_t12_both_labels_are_in_every_step(shuffle: bool) -> None:
     stretches of one label stay as short as chance makes them.
     """
     method, rows = Kto(KtoSettings()), take_apart(100)
-    source = OfflineSource(
-        rows, batch_size=16, epochs=8, max_steps=-1, seed=5, shuffle=shuffle, arrange=method.arrange
-    )  # fmt: skip
+    source = OfflineSource(rows, batch_size=16, epochs=8, max_steps=-1, seed=5, shuffle=shuffle, arrange=method.arrange)
     shares, longest = [], 0
     for epoch in range(8):
         labels: list[float] = []
@@ -162,7 +160,7 @@ def test_t12_an_odd_last_row_has_a_partner_of_its_own() -> None:
     rows = [*take_apart(4), replace(build_groups(1, k=1, seed=77)[0], id="odd")]
     source = OfflineSource(
         rows, batch_size=4, epochs=1, max_steps=-1, seed=1, shuffle=True, arrange=Kto(KtoSettings()).arrange
-    )  # fmt: skip
+    )
     (last,) = source.step(2).groups
     own, lent = last.completions
     owners = [row for row in rows if np.array_equal(row.completions[0].ids[: len(lent.ids)], lent.ids)]

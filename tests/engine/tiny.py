@@ -77,9 +77,21 @@ def build_policy(
     from burnish.models.policy import Policy
 
     cfg = GPT2Config(
-        vocab_size=VOCAB, n_embd=32, n_layer=layers, n_head=4, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, pad_token_id=0, eos_token_id=1, bos_token_id=1, num_labels=1, initializer_range=0.15, **config,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        n_embd=32,
+        n_layer=layers,
+        n_head=4,
+        n_positions=128,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=1,
+        num_labels=1,
+        initializer_range=0.15,
+        **config,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         cls = GPT2LMHeadModel if head == "lm" else GPT2ForSequenceClassification

@@ -146,11 +146,17 @@ def test_the_sign_test_leaves_ties_out() -> None:
     assert compute_sign_test(0, 0) == 1.0
 
 
-@pytest.mark.parametrize("call", [
-    lambda: compute_wilson(1, 0), lambda: compute_wilson(5, 4), lambda: compute_clopper_pearson(-1, 4),
-    lambda: compute_ratio(np.array([]), np.array([])), lambda: compute_bootstrap(np.array([])),
-    lambda: compute_mcnemar(np.array([True]), np.array([True, False])),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: compute_wilson(1, 0),
+        lambda: compute_wilson(5, 4),
+        lambda: compute_clopper_pearson(-1, 4),
+        lambda: compute_ratio(np.array([]), np.array([])),
+        lambda: compute_bootstrap(np.array([])),
+        lambda: compute_mcnemar(np.array([True]), np.array([True, False])),
+    ],
+)
 def test_nothing_to_measure_is_an_error(call) -> None:
     with pytest.raises(ValueError):
         call()

@@ -38,7 +38,7 @@ ROWS = [
         ("p", "preferences", "vs_base/accuracy", None),
         ("other", "loss", "loss", None),
     ],
-)  # fmt: skip
+)
 def test_the_numbers_behind_a_figure(subject, task, metric, values):
     found = read_items(ROWS, subject, task, metric)
     assert (found.values if found else None) == values

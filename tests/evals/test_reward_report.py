@@ -22,8 +22,15 @@ def test_s2_08_every_statistic_by_hand() -> None:
     for side, values in (("chosen", chosen), ("rejected", rejected), ("difference", chosen - rejected)):
         found = report[side]
         q = np.percentile(values, [25, 50, 75])
-        want = {"mean": values.mean(), "std": values.std(ddof=1), "min": values.min(), "max": values.max(),
-                "q1": q[0], "median": q[1], "q3": q[2]}  # fmt: skip
+        want = {
+            "mean": values.mean(),
+            "std": values.std(ddof=1),
+            "min": values.min(),
+            "max": values.max(),
+            "q1": q[0],
+            "median": q[1],
+            "q3": q[2],
+        }
         assert {k: found[k] for k in want} == pytest.approx(want)
     assert report["log_loss"] == pytest.approx(np.mean([math.log1p(math.exp(-d)) for d in (1, -3, 0, 8, 0)]))
     for kind, test in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
@@ -36,9 +43,12 @@ def test_length_bias_and_sources() -> None:
     lengths = np.array([10.0, 20.0, 5.0, 7.0])
     difference = np.array([1.0, 2.0, -1.0, -2.0])  # longer answers always win
     report = compute_reward_report(
-        difference, np.zeros(4), chosen_tokens=lengths, rejected_tokens=lengths - difference * 3,
+        difference,
+        np.zeros(4),
+        chosen_tokens=lengths,
+        rejected_tokens=lengths - difference * 3,
         sources=["a", "a", "b", "b"],
-    )  # fmt: skip
+    )
     assert report["length_bias"]["r"] == pytest.approx(1.0) and report["length_bias"]["prefers_longer"] == 1.0
     assert report["by_source"] == {"a": {"accuracy": 1.0, "pairs": 2}, "b": {"accuracy": 0.0, "pairs": 2}}
 

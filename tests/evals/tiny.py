@@ -27,10 +27,20 @@ def build_tokenizer(path: str = "tiny", words: str = "w") -> TextTokenizer:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
     backend.add_special_tokens(["<pad>", "<eos>"])
     return TextTokenizer(
-        path=path, backend=backend, special_tokens={"eos_token": "<eos>", "pad_token": "<pad>"}, bos_id=None, eos_id=1,
-        eos_ids=frozenset({1}), pad_id=0, vocab_size=VOCAB, chat_template=None, chat_templates={},
-        model_max_length=128, adds_bos=False, fingerprint=words,
-    )  # fmt: skip
+        path=path,
+        backend=backend,
+        special_tokens={"eos_token": "<eos>", "pad_token": "<pad>"},
+        bos_id=None,
+        eos_id=1,
+        eos_ids=frozenset({1}),
+        pad_id=0,
+        vocab_size=VOCAB,
+        chat_template=None,
+        chat_templates={},
+        model_max_length=128,
+        adds_bos=False,
+        fingerprint=words,
+    )
 
 
 class Shelf:

@@ -127,9 +127,7 @@ def take(pairs: Pairs, rows: Any) -> Pairs:
 
 def change(function: Callable[..., torch.Tensor], *pairs: Pairs) -> Pairs:
     """Pairs whose every tensor is the function of those of some pairs."""
-    sums = {
-        name: tuple(function(*(p.sums[name][side] for p in pairs)) for side in (0, 1)) for name in pairs[0].sums
-    }  # fmt: skip
+    sums = {name: tuple(function(*(p.sums[name][side] for p in pairs)) for side in (0, 1)) for name in pairs[0].sums}
     return Pairs(*(function(*(getattr(p, name) for p in pairs)) for name in TENSORS), sums)  # type: ignore[arg-type]
 
 
@@ -137,9 +135,15 @@ def swap(pairs: Pairs) -> Pairs:
     """Chosen and rejected exchanged."""
     p = pairs
     return Pairs(
-        p.rejected, p.chosen, p.rejected_ratio, p.chosen_ratio, p.rejected_tokens, p.chosen_tokens, -p.reference_gap,
+        p.rejected,
+        p.chosen,
+        p.rejected_ratio,
+        p.chosen_ratio,
+        p.rejected_tokens,
+        p.chosen_tokens,
+        -p.reference_gap,
         {name: (rejected, chosen) for name, (chosen, rejected) in p.sums.items()},
-    )  # fmt: skip
+    )
 
 
 def detach(pairs: Pairs) -> Pairs:

@@ -50,13 +50,16 @@ DPO_CASES: dict[str, dict[str, Any]] = {
     "js_divergence, ipo": {"loss_type": "ipo", "beta": 0.1, "f_divergence_type": "js_divergence"},
     "alpha_divergence": {"loss_type": "sigmoid", "beta": 0.1, "f_divergence_type": "alpha_divergence"},
     "alpha_divergence 1.3, hinge": {
-        "loss_type": "hinge", "beta": 0.1, "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.3,
+        "loss_type": "hinge",
+        "beta": 0.1,
+        "f_divergence_type": "alpha_divergence",
+        "f_alpha_divergence_coef": 1.3,
     },
     "ld_alpha": {"loss_type": "sigmoid", "beta": 0.1, "ld_alpha": 0.4},
     "ld_alpha, aot": {"loss_type": "aot", "beta": 0.1, "ld_alpha": 0.0},
     "use_weighting": {"loss_type": "sigmoid", "beta": 0.1, "use_weighting": True},
     "use_weighting, ipo": {"loss_type": "ipo", "beta": 0.5, "use_weighting": True},
-}  # fmt: skip
+}
 CPO_CASES: dict[str, dict[str, Any]] = {
     "sigmoid": {"loss_type": "sigmoid", "beta": 0.1, "cpo_alpha": 1.0},
     "sigmoid smoothing 0.2": {"loss_type": "sigmoid", "beta": 0.3, "cpo_alpha": 0.0, "label_smoothing": 0.2},
@@ -64,9 +67,13 @@ CPO_CASES: dict[str, dict[str, Any]] = {
     "ipo": {"loss_type": "ipo", "beta": 0.1, "cpo_alpha": 1.0},
     "simpo": {"loss_type": "simpo", "beta": 2.0, "cpo_alpha": 0.0, "simpo_gamma": 1.0},
     "simpo with NLL, smoothing 0.1": {
-        "loss_type": "simpo", "beta": 2.5, "cpo_alpha": 0.5, "simpo_gamma": 0.3, "label_smoothing": 0.1,
+        "loss_type": "simpo",
+        "beta": 2.5,
+        "cpo_alpha": 0.5,
+        "simpo_gamma": 0.3,
+        "label_smoothing": 0.1,
     },
-}  # fmt: skip
+}
 # TRL's ORPO takes the NLL over the prompt too; after prompts of one token there is nothing of it to predict.
 ORPO_CASES: dict[str, dict[str, Any]] = {"orpo": {"beta": 0.1}, "orpo beta 2": {"beta": 2.0}}
 ORPO_PROMPTS = [prompt[:1] for prompt in PROMPTS]
@@ -122,11 +129,17 @@ def main(path: Path) -> int:
             "versions": {name: version(name) for name in ("trl", "transformers", "torch", "numpy")},
             "precision": "fp32, CPU, one thread, evaluation mode",
         },
-        "inputs": {"config": CONFIG, "seeds": {"policy": 0, "reference": 1, "scorer": 2}, "prompts": PROMPTS,
-                   "chosen": CHOSEN, "rejected": REJECTED, "margins": MARGINS},
+        "inputs": {
+            "config": CONFIG,
+            "seeds": {"policy": 0, "reference": 1, "scorer": 2},
+            "prompts": PROMPTS,
+            "chosen": CHOSEN,
+            "rejected": REJECTED,
+            "margins": MARGINS,
+        },
         "cases": {"dpo": DPO_CASES, "cpo": CPO_CASES, "orpo": ORPO_CASES, "reward": REWARD_CASES},
         "values": ask_oracle(load_oracle(shared)),
-    }  # fmt: skip
+    }
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"{path}: {path.stat().st_size:,} bytes")
     return 0

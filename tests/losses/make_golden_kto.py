@@ -43,9 +43,15 @@ def ask_oracle_kto(oracle: Any) -> dict[str, Any]:
             options = dict(case)
             labels = options.pop("labels", LABELS)
             values[way][name] = oracle.kto(
-                models[policy], models[reference], PROMPTS, COMPLETIONS, labels, kl_completions=partners, grad=True,
+                models[policy],
+                models[reference],
+                PROMPTS,
+                COMPLETIONS,
+                labels,
+                kl_completions=partners,
+                grad=True,
                 **options,
-            )  # fmt: skip
+            )
     return values
 
 

@@ -126,11 +126,13 @@ def test_label_smoothing(kind_and_name: str, smoothing: float) -> None:
     pairs = detach(draw_pairs(30, seed=6))
     p = as_numpy(pairs)
     x = {
-        "dpo sigmoid": 0.3 * delta(p), "dpo sigmoid_norm": 0.3 * mean_delta(p), "cpo sigmoid": 0.3 * (p["chosen"] - p["rejected"]),
+        "dpo sigmoid": 0.3 * delta(p),
+        "dpo sigmoid_norm": 0.3 * mean_delta(p),
+        "cpo sigmoid": 0.3 * (p["chosen"] - p["rejected"]),
         "dpo aot": 0.3 * (np.sort(p["reference_gap"] + delta(p)) - np.sort(p["reference_gap"])),
         "dpo aot_unpaired": 0.3 * (np.sort(p["chosen_ratio"]) - np.sort(p["rejected_ratio"])),
         "simpo simpo": 0.3 * mean_gap(p) - 1.0,
-    }[kind_and_name]  # fmt: skip
+    }[kind_and_name]
     found = Case(kind, name, {"label_smoothing": smoothing}).compute(pairs).loss.numpy()
     np.testing.assert_allclose(found, smoothed(x, smoothing), **NEAR)
 

@@ -72,8 +72,10 @@ def test_exchanging_teacher_and_student_exchanges_the_divergences() -> None:
     student, teacher = draw(7)
     student = student.detach()
     for name, beta, mirrored, other in (
-        ("forward_kl", 0.5, "reverse_kl", 0.5), ("reverse_kl", 0.5, "forward_kl", 0.5), ("jsd", 0.2, "jsd", 0.8),
-    ):  # fmt: skip
+        ("forward_kl", 0.5, "reverse_kl", 0.5),
+        ("reverse_kl", 0.5, "forward_kl", 0.5),
+        ("jsd", 0.2, "jsd", 0.8),
+    ):
         there = build_divergence(name, jsd_beta=beta).fn(student, TARGETS, teacher)
         back = build_divergence(mirrored, jsd_beta=other).fn(teacher, TARGETS, student)
         torch.testing.assert_close(there, back, rtol=1e-12, atol=0)

@@ -35,14 +35,32 @@ SORTING = [case for case in CASES if not case.entry.aligned]
 LN2 = math.log(2)
 # Policy = reference and both answers equally likely, at β = 0.3, whatever the log-probs are; sft: −Σ log π = 20.
 START = {
-    "dpo sigmoid": LN2, "dpo robust": LN2, "dpo hinge": 1.0, "dpo ipo": (1 / 0.6) ** 2, "dpo sigmoid_norm": LN2,
+    "dpo sigmoid": LN2,
+    "dpo robust": LN2,
+    "dpo hinge": 1.0,
+    "dpo ipo": (1 / 0.6) ** 2,
+    "dpo sigmoid_norm": LN2,
     "dpo exo_pair": 0.5 * (math.log(0.5) - math.log(0.999)) + 0.5 * (math.log(0.5) - math.log(0.001)),
-    "dpo discopop": 0.5 * LN2 + 0.5, "dpo nca_pair": 2 * LN2, "dpo sppo_hard": 2 * (1 / 0.6) ** 2,
-    "dpo bco_pair": math.log1p(math.exp(0.2)) + math.log1p(math.exp(-0.2)), "dpo apo_zero": 1.0, "dpo apo_down": 1.0,
-    "dpo tdpo1": LN2, "dpo tdpo2": LN2, "dpo radpo1": LN2, "dpo radpo2": LN2, "dpo epsilon": LN2,
-    "dpo aot": LN2, "dpo aot_unpaired": LN2, "dpo sft": 20.0, "cpo sigmoid": LN2, "cpo hinge": 1.0,
-    "cpo ipo": (1 / 0.6) ** 2, "simpo simpo": math.log1p(math.e), "orpo orpo": 0.3 * LN2,
-}  # fmt: skip
+    "dpo discopop": 0.5 * LN2 + 0.5,
+    "dpo nca_pair": 2 * LN2,
+    "dpo sppo_hard": 2 * (1 / 0.6) ** 2,
+    "dpo bco_pair": math.log1p(math.exp(0.2)) + math.log1p(math.exp(-0.2)),
+    "dpo apo_zero": 1.0,
+    "dpo apo_down": 1.0,
+    "dpo tdpo1": LN2,
+    "dpo tdpo2": LN2,
+    "dpo radpo1": LN2,
+    "dpo radpo2": LN2,
+    "dpo epsilon": LN2,
+    "dpo aot": LN2,
+    "dpo aot_unpaired": LN2,
+    "dpo sft": 20.0,
+    "cpo sigmoid": LN2,
+    "cpo hinge": 1.0,
+    "cpo ipo": (1 / 0.6) ** 2,
+    "simpo simpo": math.log1p(math.e),
+    "orpo orpo": 0.3 * LN2,
+}
 
 
 def gradient(total: Tensor, pairs: Pairs) -> list[Tensor]:

@@ -56,10 +56,16 @@ def test_a_name_becomes_its_function_with_the_settings_it_reads() -> None:
 
 
 CHANGED: dict[str, Any] = {
-    "beta": 0.77, "label_smoothing": 0.3, "discopop_tau": 0.2, "f_divergence_type": "js_divergence",
-    "f_alpha_divergence_coef": 0.7, "simpo_gamma": 0.1, "tdpo_alpha": 0.9, "radpo_confidence": 0.7,
+    "beta": 0.77,
+    "label_smoothing": 0.3,
+    "discopop_tau": 0.2,
+    "f_divergence_type": "js_divergence",
+    "f_alpha_divergence_coef": 0.7,
+    "simpo_gamma": 0.1,
+    "tdpo_alpha": 0.9,
+    "radpo_confidence": 0.7,
     "epsilon": 0.2,
-}  # fmt: skip
+}
 
 
 # What has to be chosen too before a setting can matter.

@@ -69,9 +69,16 @@ def draw_units(count: int, seed: int = 3) -> list[list[float]]:
 def build_risk(estimator: str, **changes):
     own = {"ema": {"ema_rate": RATE}, "window": {"window": WINDOW}, "robbins_monro": {"step_size": ETA}}[estimator]
     settings = {
-        "type": "risk", "estimator": estimator, "delta": DELTA, "warmup": WARMUP, "gamma": GAMMA, "alpha": ALPHA,
-        "beta_min": LOW, "beta_max": HIGH, **own,
-    }  # fmt: skip
+        "type": "risk",
+        "estimator": estimator,
+        "delta": DELTA,
+        "warmup": WARMUP,
+        "gamma": GAMMA,
+        "alpha": ALPHA,
+        "beta_min": LOW,
+        "beta_max": HIGH,
+        **own,
+    }
     return build(**{**settings, **changes})
 
 

@@ -15,10 +15,19 @@ import torch
 from burnish.core.group import Completion, Group
 
 CONFIG: dict[str, Any] = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "tie_word_embeddings": False,
-    "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
-}  # fmt: skip
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+}
 
 PROMPTS = [[10, 20, 30], [40, 50], [11, 12, 13, 14], [70], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]]
 CHOSEN = [[60, 70, 80, 1], [90, 1], [20, 21, 1], [30, 31, 32, 33, 1], [41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 1]]

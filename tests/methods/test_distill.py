@@ -41,8 +41,9 @@ def test_the_mix_with_cross_entropy() -> None:
     """α · divergence + (1 − α) · cross-entropy, each a term with its own line in the log."""
     method, result = compute(DistillSettings(alpha=0.75))
     assert [(t.name, t.weight, t.sum.item()) for t in result.terms] == [
-        ("distill", 0.75, pytest.approx(1.0)), ("ce", 0.25, pytest.approx(10.0)),
-    ]  # fmt: skip
+        ("distill", 0.75, pytest.approx(1.0)),
+        ("ce", 0.25, pytest.approx(10.0)),
+    ]
     assert method.counts(build_rows()) == {"distill": 4.0, "ce": 4.0}
 
 

@@ -51,9 +51,14 @@ def test_metrics_by_hand() -> None:
     assert (term.name, term.unit, term.count, term.weight) == ("dpo", "pair", 1.0, 1.0)
     assert term.sum.item() == pytest.approx(math.log1p(math.exp(-1)), rel=1e-6)
     assert figures(result) == {
-        "rewards/chosen": 0.5, "rewards/rejected": -0.5, "rewards/margins": 1.0, "rewards/accuracies": 1.0,
-        "rewards/ties": 0.0, "logps/chosen": -1.0, "logps/rejected": -4.0,
-    }  # fmt: skip
+        "rewards/chosen": 0.5,
+        "rewards/rejected": -0.5,
+        "rewards/margins": 1.0,
+        "rewards/accuracies": 1.0,
+        "rewards/ties": 0.0,
+        "logps/chosen": -1.0,
+        "logps/rejected": -4.0,
+    }
 
 
 def test_a_mix_has_a_term_for_each_loss_and_weighs_them() -> None:

@@ -114,9 +114,7 @@ def test_a_partner_is_a_second_completion_and_never_longer_than_the_data() -> No
 
 def test_t12_partners_follow_the_order_of_each_epoch() -> None:
     method = Kto(KtoSettings())
-    source = OfflineSource(
-        rows(6), batch_size=4, epochs=2, max_steps=-1, seed=3, shuffle=True, arrange=method.arrange
-    )  # fmt: skip
+    source = OfflineSource(rows(6), batch_size=4, epochs=2, max_steps=-1, seed=3, shuffle=True, arrange=method.arrange)
     lent = []
     for epoch in range(2):
         order = source.order(epoch)
@@ -156,8 +154,12 @@ def test_s1_04_a_step_by_hand() -> None:
     assert (term.name, term.unit, term.count, method.counts(HAND)) == ("kto", "sequence", 2.0, {"kto": 2.0})
     assert term.sum.item() == pytest.approx(0.5 + 1 / (1 + math.exp(1.5)), rel=1e-12)
     assert figures(result) == {
-        "kl": 1.0, "rewards/chosen": 0.5, "rewards/rejected": -1.0, "logps/chosen": 0.0, "logps/rejected": -3.0
-    }  # fmt: skip
+        "kl": 1.0,
+        "rewards/chosen": 0.5,
+        "rewards/rejected": -1.0,
+        "logps/chosen": 0.0,
+        "logps/rejected": -3.0,
+    }
     term.sum.backward()
     assert leaf.grad is not None
     assert leaf.grad[1] == leaf.grad[3] == 0.0, "no gradient reaches a partner"
@@ -219,10 +221,19 @@ def test_a_row_without_a_label_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("good", "bad", "weights", "warned"),
-    [(4, 4, (1.0, 1.0), ""), (4, 3, (1.0, 1.0), ""), (3, 4, (1.0, 1.0), "0.75"), (1, 9, (1.0, 1.0), "between 9 and 12"),
-     (1, 9, (9.0, 1.0), ""), (1, 9, (12.0, 1.0), ""), (1, 9, (13.0, 1.0), "1.44"), (5, 0, (1.0, 1.0), "all 5 rows are desirable"),
-     (0, 5, (1.0, 1.0), "all 5 rows are undesirable"), (2, 2, (1.0, 0.0), "inf")],
-)  # fmt: skip
+    [
+        (4, 4, (1.0, 1.0), ""),
+        (4, 3, (1.0, 1.0), ""),
+        (3, 4, (1.0, 1.0), "0.75"),
+        (1, 9, (1.0, 1.0), "between 9 and 12"),
+        (1, 9, (9.0, 1.0), ""),
+        (1, 9, (12.0, 1.0), ""),
+        (1, 9, (13.0, 1.0), "1.44"),
+        (5, 0, (1.0, 1.0), "all 5 rows are desirable"),
+        (0, 5, (1.0, 1.0), "all 5 rows are undesirable"),
+        (2, 2, (1.0, 0.0), "inf"),
+    ],
+)
 def test_the_balance_that_the_paper_advises_is_checked(good: int, bad: int, weights: tuple, warned: str) -> None:
     """λ_D n_D / (λ_U n_U) in [1, 4/3], section 4.2."""
     groups = rows(good + bad, [1.0] * good + [0.0] * bad)

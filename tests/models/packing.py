@@ -15,9 +15,14 @@ from burnish.core.group import Completion, Group
 VOCABULARY = 97
 
 _LLAMA = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 8, "max_position_embeddings": 128,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+}
 _GPT2 = {
     "n_embd": 32,
     "n_layer": 2,
@@ -39,7 +44,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": (
         "GPTNeoX",
         {
-            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
             "max_position_embeddings": 128,
         },
     ),
@@ -47,15 +55,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3_window": ("Phi3", {k: v for k, v in _LLAMA.items() if k != "head_dim"} | {"sliding_window": 6}),
     "qwen2_window": (
         "Qwen2",
-        {k: v for k, v in _LLAMA.items() if k != "head_dim"} | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+        {k: v for k, v in _LLAMA.items() if k != "head_dim"}
+        | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     ),
     "gemma2": ("Gemma2", _HYBRID | {"sliding_window": 4, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0}),
     "gemma3": ("Gemma3", _HYBRID | {"sliding_window": 4, "query_pre_attn_scalar": 8, "_sliding_window_pattern": 2}),
     "gpt_oss": (
-        "GptOss", _HYBRID | {"sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0},
+        "GptOss",
+        _HYBRID | {"sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0},
     ),
     "stablelm": ("StableLm", {k: v for k, v in _LLAMA.items() if k != "head_dim"}),
-    "granite": ("Granite", {k: v for k, v in _LLAMA.items() if k != "head_dim"} | {"logits_scaling": 3.0, "attention_multiplier": 0.2}),
+    "granite": (
+        "Granite",
+        {k: v for k, v in _LLAMA.items() if k != "head_dim"} | {"logits_scaling": 3.0, "attention_multiplier": 0.2},
+    ),
     "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "falcon": ("Falcon", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
     "gptj": ("GPTJ", _GPT2 | {"rotary_dim": 4}),
@@ -63,10 +76,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("Mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
     "bamba": (
         "Bamba",
-        _LLAMA | {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1,
-                  "mamba_expand": 2, "mamba_chunk_size": 16},
+        _LLAMA
+        | {
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+            "mamba_expand": 2,
+            "mamba_chunk_size": 16,
+        },
     ),
-}  # fmt: skip
+}
 
 PACKED = ("qwen3", "llama", "mistral", "mistral_window", "gpt2", "gpt_neox", "phi3")
 PACKED_SPECIAL = ("phi3_window", "qwen2_window", "gemma2", "gemma3", "gpt_oss", "stablelm", "granite")

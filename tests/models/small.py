@@ -19,21 +19,34 @@ VOCAB = 320
 TEXT = ["the quick brown fox jumps over the lazy dog", "post-training makes a model polite", "ÿ is a letter of French"]
 
 LLAMA_LIKE = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 96,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 96,
+}
 NEOX_LIKE = {k: v for k, v in LLAMA_LIKE.items() if k not in ("num_key_value_heads", "head_dim")}
 GPT2_LIKE = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 96}
 SIZES: dict[str, dict[str, Any]] = {
-    "llama": LLAMA_LIKE, "mistral": LLAMA_LIKE, "qwen2": LLAMA_LIKE, "qwen3": LLAMA_LIKE, "gemma": LLAMA_LIKE,
-    "gemma2": LLAMA_LIKE | {"query_pre_attn_scalar": 8}, "phi3": NEOX_LIKE | {"num_key_value_heads": 4},
-    "phi": NEOX_LIKE, "gpt_neox": NEOX_LIKE, "gpt2": GPT2_LIKE, "granite": LLAMA_LIKE,
+    "llama": LLAMA_LIKE,
+    "mistral": LLAMA_LIKE,
+    "qwen2": LLAMA_LIKE,
+    "qwen3": LLAMA_LIKE,
+    "gemma": LLAMA_LIKE,
+    "gemma2": LLAMA_LIKE | {"query_pre_attn_scalar": 8},
+    "phi3": NEOX_LIKE | {"num_key_value_heads": 4},
+    "phi": NEOX_LIKE,
+    "gpt_neox": NEOX_LIKE,
+    "gpt2": GPT2_LIKE,
+    "granite": LLAMA_LIKE,
     "bloom": {"hidden_size": 32, "n_layer": 3, "n_head": 4},
     "falcon": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "new_decoder_architecture": True},
-    "opt": NEOX_LIKE | {"ffn_dim": 48, "word_embed_proj_dim": 32}, "qwen3_moe": LLAMA_LIKE | {
-        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "opt": NEOX_LIKE | {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "qwen3_moe": LLAMA_LIKE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "helium": LLAMA_LIKE,
-}  # fmt: skip
+}
 
 
 def build_config(name: str, **changes: Any) -> Any:
@@ -42,9 +55,15 @@ def build_config(name: str, **changes: Any) -> Any:
 
 
 def save_small(
-    folder: Path, name: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, tokenizer: Any = None,
-    spread: float = 4.0, **changes: Any,
-) -> Path:  # fmt: skip
+    folder: Path,
+    name: str = "llama",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: Any = None,
+    spread: float = 4.0,
+    **changes: Any,
+) -> Path:
     """A random model of an architecture, with weights large enough that mistakes show."""
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
@@ -59,17 +78,24 @@ def save_small(
 
 
 def build_tokenizer(
-    specials: Sequence[str] = ("<s>", "</s>", "<pad>"), *, vocab: int = 300, bos: str | None = "<s>", eos: str = "</s>",
-    pad: str | None = "<pad>", template: str | None = None,
-) -> PreTrainedTokenizerFast:  # fmt: skip
+    specials: Sequence[str] = ("<s>", "</s>", "<pad>"),
+    *,
+    vocab: int = 300,
+    bos: str | None = "<s>",
+    eos: str = "</s>",
+    pad: str | None = "<pad>",
+    template: str | None = None,
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer; ids of `specials` from 0."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=list(specials), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=vocab,
+        special_tokens=list(specials),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )  # fmt: skip
+    )
     backend.train_from_iterator(TEXT, trainer)
     names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **{k: v for k, v in names.items() if v is not None})

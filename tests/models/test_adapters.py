@@ -100,9 +100,15 @@ def test_share_of_a_real_shape() -> None:
     from tests.models.small import build_config
 
     config = build_config(
-        "llama", hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-        num_key_value_heads=4, head_dim=64, vocab_size=32000,
-    )  # fmt: skip
+        "llama",
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=64,
+        vocab_size=32000,
+    )
     with torch.device("meta"):
         model = build_lora(AutoModelForCausalLM.from_config(config), LoraSettings(r=8), head="lm", seed=0)
     share = compute_share(model)

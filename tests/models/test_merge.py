@@ -27,8 +27,16 @@ GROUPS = build_groups(30)
 ROWS = choose_rows(GROUPS)
 
 
-def make_adapter(folder: Path, name: str = "llama", *, head: str = "lm", quantize: str = "none", changes: Any = None,
-                 spread: float = 0.1, **lora: Any) -> Path:  # fmt: skip
+def make_adapter(
+    folder: Path,
+    name: str = "llama",
+    *,
+    head: str = "lm",
+    quantize: str = "none",
+    changes: Any = None,
+    spread: float = 0.1,
+    **lora: Any,
+) -> Path:
     """A trained adapter in folder/final over folder/base."""
     base = save_small(folder / "base", name, **(changes or {}))
     settings = (SftSettings if head == "lm" else RewardSettings)(quantize=quantize, lora=LoraSettings(**lora))  # pyright: ignore
@@ -72,10 +80,14 @@ def expect_equal(folder: Path, adapter: Path, limit: float = LIMIT) -> None:
 @pytest.mark.parametrize(
     ("name", "lora"),
     [
-        ("llama", {"r": 4}), ("qwen3", {"r": 4, "use_rslora": True, "alpha": 7.0}), ("llama", {"r": 4, "use_dora": True}),
-        ("gpt2", {"r": 4}), ("qwen2", {"r": 4, "bias": "all"}), ("gemma2", {"r": 4, "target_modules": "all-linear"}),
+        ("llama", {"r": 4}),
+        ("qwen3", {"r": 4, "use_rslora": True, "alpha": 7.0}),
+        ("llama", {"r": 4, "use_dora": True}),
+        ("gpt2", {"r": 4}),
+        ("qwen2", {"r": 4, "bias": "all"}),
+        ("gemma2", {"r": 4, "target_modules": "all-linear"}),
     ],
-)  # fmt: skip
+)
 def test_s2_13_merged_gives_the_adapter_s_logits(name: str, lora: dict[str, Any], tmp_path: Path) -> None:
     """S2-13: in each form, as plain transformers loads the result; the source folders stay as they were."""
     adapter = make_adapter(tmp_path, name, **lora)
@@ -102,7 +114,7 @@ def test_s2_13_merged_gives_the_adapter_s_logits(name: str, lora: dict[str, Any]
         {"target_modules": ["q_proj", "embed_tokens"]},
     ],
     ids=["saved-head", "saved-embedding", "lora-head", "lora-embedding"],
-)  # fmt: skip
+)
 def test_head_and_embedding_of_an_adapter(tied: bool, config: dict[str, Any], tmp_path: Path) -> None:
     """Saved modules and adapters on head or embedding: where the two are tied, merging must part them, and say so in
     the written configuration; else loading would tie them again."""

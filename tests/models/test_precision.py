@@ -11,9 +11,16 @@ from burnish.models.precision import resolve_precision
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("hidden, training, name", [
-    (64, True, "fp32"), (96, True, "bf16"), (160, True, "bf16"), (160, False, "fp32"), (256, False, "bf16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "hidden, training, name",
+    [
+        (64, True, "fp32"),
+        (96, True, "bf16"),
+        (160, True, "bf16"),
+        (160, False, "fp32"),
+        (256, False, "bf16"),
+    ],
+)
 def test_small_models_train_in_bf16_and_answer_in_fp32(
     hidden: int, training: bool, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,7 +44,7 @@ NF4 = (
     0.5626170039176941,
     0.7229568362236023,
     1.0,
-)  # fmt: skip  (Dettmers et al., arXiv 2305.14314, appendix E)
+)  # (Dettmers et al., arXiv 2305.14314, appendix E)
 WANT = frozenset({"logprobs"})
 
 
@@ -122,8 +122,15 @@ def test_int8_has_a_scale_for_each_row() -> None:
 @pytest.mark.usefixtures("bits")
 def test_s2_13_the_base_really_is_in_4_bits(tmp_path: Path) -> None:
     """S2-13: bytes of the loaded parameters: 4 bits and 8/64 + 32/(64·256) for scales; everything else as it was."""
-    folder = save_small(tmp_path, hidden_size=256, intermediate_size=512, num_attention_heads=8, num_key_value_heads=8,
-                        head_dim=32, tie_word_embeddings=False)  # fmt: skip
+    folder = save_small(
+        tmp_path,
+        hidden_size=256,
+        intermediate_size=512,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=32,
+        tie_word_embeddings=False,
+    )
     linear = 3 * (4 * 256 * 256 + 3 * 256 * 512)
     rest = 4 * (2 * 320 * 256 + 7 * 256)
     found = {}

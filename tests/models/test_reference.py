@@ -145,15 +145,22 @@ def test_key_holds_every_input(base: Path, tmp_path: Path) -> None:
         return [replace(GROUPS[0], completions=(replace(c, **changes), *GROUPS[0].completions[1:])), *GROUPS[1:]]
 
     changes: list[dict[str, Any]] = [
-        {}, {"model": "n"}, {"template": "u"}, {"groups": GROUPS[:-1]}, {"groups": GROUPS[::-1]},
-        {"groups": with_first(ids=c.ids + 1)}, {"groups": with_first(mask=flipped)},
+        {},
+        {"model": "n"},
+        {"template": "u"},
+        {"groups": GROUPS[:-1]},
+        {"groups": GROUPS[::-1]},
+        {"groups": with_first(ids=c.ids + 1)},
+        {"groups": with_first(mask=flipped)},
         {"groups": [replace(GROUPS[0], prompt=GROUPS[0].prompt + 1), *GROUPS[1:]]},
-        {"settings": DpoSettings(max_length=64)}, {"settings": DpoSettings(max_prompt_length=9)},
-        {"settings": DpoSettings(max_completion_length=9)}, {"settings": DpoSettings(truncation="keep_end")},
+        {"settings": DpoSettings(max_length=64)},
+        {"settings": DpoSettings(max_prompt_length=9)},
+        {"settings": DpoSettings(max_completion_length=9)},
+        {"settings": DpoSettings(truncation="keep_end")},
         {"policy": build(base, torch.bfloat16)[1]},
         {"policy": Policy(build_model(settings, str(base), head="lm", seed=0).model, head="lm", attention="padded")},
         {"policy": build(base, torch.bfloat16, lora=LoraSettings(r=2))[1]},
-    ]  # fmt: skip
+    ]
     paths = [ReferenceCache(tmp_path, build_reference_key(**(start | change))).path for change in changes]
     assert len(set(paths)) == len(paths)
     names = build_groups(8)

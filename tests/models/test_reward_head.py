@@ -27,21 +27,31 @@ TURN = "{% for m in messages %}{{ '<|turn|>' + m['content'] + '<|end|>' }}{% end
 TOKENIZERS: dict[str, tuple[Callable[[], Any], int, str, str]] = {
     "own": (lambda: build_tokenizer(), VOCAB, "own", "<pad>"),
     "end is pad, free rows": (
-        lambda: build_tokenizer([END], bos=END, eos=END, pad=END), VOCAB, "new", NEW_PAD,
+        lambda: build_tokenizer([END], bos=END, eos=END, pad=END),
+        VOCAB,
+        "new",
+        NEW_PAD,
     ),
     "no pad, reserved tokens": (
-        lambda: build_tokenizer(["<s>", END, "<|reserved_special_token_0|>"], eos=END, pad=None), VOCAB,
-        "vocabulary", "<|reserved_special_token_0|>",
+        lambda: build_tokenizer(["<s>", END, "<|reserved_special_token_0|>"], eos=END, pad=None),
+        VOCAB,
+        "vocabulary",
+        "<|reserved_special_token_0|>",
     ),
     "pad ends a turn": (
         lambda: build_tokenizer(["<s>", "<|turn|>", END, "<|fim_pad|>"], eos="<s>", bos=None, pad=END, template=TURN),
-        VOCAB, "vocabulary", "<|fim_pad|>",
+        VOCAB,
+        "vocabulary",
+        "<|fim_pad|>",
     ),
     "full vocabulary, a begin token": (lambda: build_tokenizer(["<s>", END], eos=END, pad=END), 0, "bos", "<s>"),
     "full vocabulary, one special token": (
-        lambda: build_tokenizer([END], bos=END, eos=END, pad=END), 0, "renamed", NEW_PAD,
+        lambda: build_tokenizer([END], bos=END, eos=END, pad=END),
+        0,
+        "renamed",
+        NEW_PAD,
     ),
-}  # fmt: skip
+}
 
 
 def burnish_scores(model: Any, groups: list[Group], attention: str = "auto") -> torch.Tensor:
@@ -74,9 +84,13 @@ def test_plain_transformers_scores_a_padded_batch_alike(case: str, lora: bool, t
     tokenizer = make()
     end = tokenizer.convert_tokens_to_ids(END if END in tokenizer.get_vocab() else "</s>")
     base = save_small(
-        tmp_path / "base", tokenizer=tokenizer, vocab_size=rows or len(tokenizer), eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        tmp_path / "base",
+        tokenizer=tokenizer,
+        vocab_size=rows or len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     settings = RewardSettings(lora=LoraSettings(r=2) if lora else None)
     built = build_model(settings, str(base), head="score", seed=0)
     pad = built.loaded.pad

@@ -30,17 +30,42 @@ def _meta(kind: str, **fields):
 
 
 _PACKS = [
-    ("llama", {}), ("qwen3", {}), ("qwen3_moe", {"num_hidden_layers": 2}), ("mistral", {}), ("gemma2", {}), ("gpt_oss", {"num_hidden_layers": 2}),
-    ("deepseek_v3", {"num_hidden_layers": 4}), ("cohere2", {}), ("olmo3", {}), ("phi3", {"sliding_window": 2047}), ("stablelm", {}),
+    ("llama", {}),
+    ("qwen3", {}),
+    ("qwen3_moe", {"num_hidden_layers": 2}),
+    ("mistral", {}),
+    ("gemma2", {}),
+    ("gpt_oss", {"num_hidden_layers": 2}),
+    ("deepseek_v3", {"num_hidden_layers": 4}),
+    ("cohere2", {}),
+    ("olmo3", {}),
+    ("phi3", {"sliding_window": 2047}),
+    ("stablelm", {}),
     ("qwen2", {"use_sliding_window": True, "max_window_layers": 20}),
-    ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48,
-              "original_max_position_embeddings": 4096}, "max_position_embeddings": 131072}),
-]  # fmt: skip
+    (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 48,
+                "long_factor": [2.0] * 48,
+                "original_max_position_embeddings": 4096,
+            },
+            "max_position_embeddings": 131072,
+        },
+    ),
+]
 _REFUSES = [
-    ("bloom", {}, "registry"), ("falcon", {}, "registry"), ("gptj", {}, "registry"), ("gpt_neo", {}, "registry"),
-    ("doge", {"num_hidden_layers": 2}, "mask"), ("llama4_text", {"num_hidden_layers": 4, "num_local_experts": 2}, "differ"),
-    ("lfm2", {"layer_types": (["conv"] * 2 + ["full_attention"]) * 5 + ["conv"]}, "differ"), ("mamba", {}, "registry"),
-]  # fmt: skip
+    ("bloom", {}, "registry"),
+    ("falcon", {}, "registry"),
+    ("gptj", {}, "registry"),
+    ("gpt_neo", {}, "registry"),
+    ("doge", {"num_hidden_layers": 2}, "mask"),
+    ("llama4_text", {"num_hidden_layers": 4, "num_local_experts": 2}, "differ"),
+    ("lfm2", {"layer_types": (["conv"] * 2 + ["full_attention"]) * 5 + ["conv"]}, "differ"),
+    ("mamba", {}, "registry"),
+]
 
 
 @pytest.mark.parametrize(("kind", "fields"), _PACKS)

@@ -10,9 +10,14 @@ from burnish.errors import ConfigError
 
 def test_train_gives_a_stage_and_its_result(tmp_path, inputs):
     stage = burnish.train(
-        "sft", model=str(inputs / "model"), data=str(inputs / "chat.jsonl"), max_steps=2, batch_size=2,
-        output_dir=tmp_path, run_name="one",
-    )  # fmt: skip
+        "sft",
+        model=str(inputs / "model"),
+        data=str(inputs / "chat.jsonl"),
+        max_steps=2,
+        batch_size=2,
+        output_dir=tmp_path,
+        run_name="one",
+    )
     assert stage.state == "done"
     assert stage.final is not None
     assert (stage.final / "model.safetensors").exists()

@@ -25,11 +25,25 @@ def make_items(right: int) -> list[float]:
 
 def add_evaluation(folder: Path, subjects: dict[str, list[float]]) -> None:
     folder.mkdir(parents=True)
-    table = [{"subject": s, "task": "pocket/maths", "metric": "accuracy", "value": float(np.mean(v)), "low": 0.1,
-              "high": 0.9, "n": N, "higher_is_better": True} for s, v in subjects.items()]  # fmt: skip
+    table = [
+        {
+            "subject": s,
+            "task": "pocket/maths",
+            "metric": "accuracy",
+            "value": float(np.mean(v)),
+            "low": 0.1,
+            "high": 0.9,
+            "n": N,
+            "higher_is_better": True,
+        }
+        for s, v in subjects.items()
+    ]
     save_stage(folder, {"state": "done", "kind": "evaluate", "name": "evaluate", "figures": {"table": table}})
-    rows = [{"task": "pocket/maths", "subject": s, "id": f"i{n}", "mark": bool(x), "end": "eos"}
-            for s, v in subjects.items() for n, x in enumerate(v)]  # fmt: skip
+    rows = [
+        {"task": "pocket/maths", "subject": s, "id": f"i{n}", "mark": bool(x), "end": "eos"}
+        for s, v in subjects.items()
+        for n, x in enumerate(v)
+    ]
     (folder / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -43,9 +57,18 @@ def make_grid(
         for model, method, at in itertools.product(models, right, range(len(seeds))):
             name = f"{model}_{method}_{seeds[at]}"
             place = f"cells/{name}/03-evaluate"
-            cells.append({"name": name, "values": {"model": model, "prefer": method, "seed": seeds[at]}, "base": model,
-                          "stages": {"sft": f"shared/01-sft--{model}", "prefer": f"cells/{name}/02-prefer",
-                                     "evaluate": place}})  # fmt: skip
+            cells.append(
+                {
+                    "name": name,
+                    "values": {"model": model, "prefer": method, "seed": seeds[at]},
+                    "base": model,
+                    "stages": {
+                        "sft": f"shared/01-sft--{model}",
+                        "prefer": f"cells/{name}/02-prefer",
+                        "evaluate": place,
+                    },
+                }
+            )
             with RunFolder.open(path / "cells", name, recipe_text="", resolved={"name": "g"}) as cell:
                 add_evaluation(path / place, {"sft": make_items(100), "prefer": make_items(right[method][at])})
                 cell.finish("done", seconds=2.0, exit_code=0)
@@ -74,8 +97,9 @@ def test_means_and_intervals_over_seeds(grid):
     """Student's interval of the mean of three seeds, written out."""
     rows = build_summary(grid)["rows"]
     assert [(r["name"], r["subject"], r["values"]) for r in rows] == [
-        ("sft", "sft", {}), *[(name, "prefer", {"prefer": name}) for name in ("dpo", "ipo", "hinge")],
-    ]  # fmt: skip
+        ("sft", "sft", {}),
+        *[(name, "prefer", {"prefer": name}) for name in ("dpo", "ipo", "hinge")],
+    ]
     values = np.array([130, 141, 149]) / N
     half = stats.t.ppf(0.975, 2) * values.std(ddof=1) / np.sqrt(3)
     found = figure(rows[2])
@@ -139,15 +163,23 @@ def test_each_model_has_its_own_baseline(tmp_path):
     path = make_grid(tmp_path, {"dpo": [100, 110], "ipo": [130, 140]}, {"prefer": "dpo"}, models=("m", "n"))
     rows = build_summary(path)["rows"]
     assert [(r["model"], r["name"], r["compared_with"]) for r in rows] == [
-        ("m", "sft", 1), ("m", "dpo", None), ("m", "ipo", 1), ("n", "sft", 4), ("n", "dpo", None), ("n", "ipo", 4),
-    ]  # fmt: skip
+        ("m", "sft", 1),
+        ("m", "dpo", None),
+        ("m", "ipo", 1),
+        ("n", "sft", 4),
+        ("n", "dpo", None),
+        ("n", "ipo", 4),
+    ]
 
 
 def test_a_model_as_the_baseline(tmp_path):
     rows = build_summary(make_grid(tmp_path, {"dpo": [100, 110]}, {"model": "m"}, models=("m", "n")))["rows"]
     assert [(r["model"], r["subject"], r["compared_with"]) for r in rows] == [
-        ("m", "sft", None), ("m", "prefer", None), ("n", "sft", 0), ("n", "prefer", 1),
-    ]  # fmt: skip
+        ("m", "sft", None),
+        ("m", "prefer", None),
+        ("n", "sft", 0),
+        ("n", "prefer", 1),
+    ]
 
 
 def test_unfinished_cells_are_counted_and_left_out(grid):

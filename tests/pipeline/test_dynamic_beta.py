@@ -31,16 +31,23 @@ def write_hh(file: Path) -> Path:
 def test_s0_02_dynamic_beta_from_one_recipe_on_hh_rows_or_judged_rollouts(inputs: Path, tmp_path: Path):
     """S0-02: fine-tuning and dynamic-β DPO in one YAML; one word on the command line changes the pairs."""
     recipe: dict[str, Any] = {
-        "name": "dynamic", "model": str(inputs / "model"), "max_steps": 4, "batch_size": 2, "learning_rate": 1e-2,
+        "name": "dynamic",
+        "model": str(inputs / "model"),
+        "max_steps": 4,
+        "batch_size": 2,
+        "learning_rate": 1e-2,
         "output_dir": str(tmp_path / "runs"),
         "stages": [
             {"kind": "sft", "data": str(inputs / "chat.jsonl")},
             {
-                "kind": "dpo", "init_from": "sft", "data": str(write_hh(tmp_path / "hh.jsonl")), "num_train_epochs": 2.0,
+                "kind": "dpo",
+                "init_from": "sft",
+                "data": str(write_hh(tmp_path / "hh.jsonl")),
+                "num_train_epochs": 2.0,
                 "dynamic_beta": {"type": "risk", "beta_warmup": 1, "estimator": "ema", "lambda": 0.5, "alpha": 0.5},
             },
         ],
-    }  # fmt: skip
+    }
     file = tmp_path / "dynamic.yaml"
     file.write_text(yaml.safe_dump(recipe, sort_keys=False))
     betas = {}

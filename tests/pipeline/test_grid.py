@@ -24,7 +24,11 @@ def write_grid(folder: Path, inputs: Path, **changes: Any) -> Path:
     pairs, chat = str(inputs / "pairs.jsonl"), str(inputs / "chat.jsonl")
     held = str(write_rows(folder / "held.jsonl", "pocket/preferences", 6, split="test"))
     recipe: dict[str, Any] = {
-        "name": "small", "model": str(inputs / "model"), "max_steps": 2, "batch_size": 4, "learning_rate": 1e-3,
+        "name": "small",
+        "model": str(inputs / "model"),
+        "max_steps": 2,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
         "output_dir": str(folder / "runs"),
         "grid": {"prefer": {"dpo": {"kind": "dpo"}, "ipo": {"kind": "ipo"}}, "prefer.seed": [1, 2]},
         "stages": [
@@ -32,7 +36,7 @@ def write_grid(folder: Path, inputs: Path, **changes: Any) -> Path:
             {"name": "prefer", "init_from": "sft", "data": pairs, "eval_data": held},
             {"kind": "evaluate", "of": ["prefer"], "data": held, "tasks": ["preferences"], "max_items": 6},
         ],
-    } | changes  # fmt: skip
+    } | changes
     file = folder / "small.yaml"
     file.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return file
@@ -258,9 +262,16 @@ def test_resume_and_single_checkpoints(grid, capfd):
 
 def test_a_grid_from_python(tmp_path, inputs):
     record = run(
-        {"name": "py", "model": str(inputs / "model"), "grid": {"seed": [1, 2]}, "max_steps": 1, "batch_size": 2,
-         "stages": [{"kind": "sft", "data": str(inputs / "chat.jsonl")}]}, output_dir=tmp_path,
-    )  # fmt: skip
+        {
+            "name": "py",
+            "model": str(inputs / "model"),
+            "grid": {"seed": [1, 2]},
+            "max_steps": 1,
+            "batch_size": 2,
+            "stages": [{"kind": "sft", "data": str(inputs / "chat.jsonl")}],
+        },
+        output_dir=tmp_path,
+    )
     assert {name: cell.state for name, cell in record.cells.items()} == {"seed=1": "done", "seed=2": "done"}
     assert record.summary["rows"] == []
 

@@ -20,12 +20,24 @@ FEW = [
     "update.after_optimizer:11",  # in the second cell
 ]
 MANY = [
-    "grid.next:1", "grid.next:2", "grid.link:1", "grid.link:2", "stage.started:1", "stage.recorded:1", "stage.recorded:2",
-    "burnish.pipeline.grid:link_stage:1:before", "burnish.pipeline.reference:compute_reference_table:1:before",
-    "burnish.pipeline.reference:compute_reference_table:1:after", "burnish.pipeline.comparison:write_json_file:1:before",
-    "burnish.report.compare:write_file:1:before", "folder.rename:3", "folder.rename:6", "folder.manifest:2",
-    "stage.started:3", "update.after_optimizer:5 > grid.next:1 > update.after_optimizer:6",
-]  # fmt: skip
+    "grid.next:1",
+    "grid.next:2",
+    "grid.link:1",
+    "grid.link:2",
+    "stage.started:1",
+    "stage.recorded:1",
+    "stage.recorded:2",
+    "burnish.pipeline.grid:link_stage:1:before",
+    "burnish.pipeline.reference:compute_reference_table:1:before",
+    "burnish.pipeline.reference:compute_reference_table:1:after",
+    "burnish.pipeline.comparison:write_json_file:1:before",
+    "burnish.report.compare:write_file:1:before",
+    "folder.rename:3",
+    "folder.rename:6",
+    "folder.manifest:2",
+    "stage.started:3",
+    "update.after_optimizer:5 > grid.next:1 > update.after_optimizer:6",
+]
 
 
 def digest(root: Path) -> dict[str, str]:

@@ -173,10 +173,17 @@ def test_r01_kills_with_lora(server, inputs, kind, tmp_path):
 
 # Two processes: who is killed (rank 0, rank 1, both by the hook at a point) and when (training rows written).
 PAIRS = [
-    ("0", "0"), ("0", "7"), ("0", "31"), ("1", "3"), ("1", "18"), ("1", "40"),
-    ("both", "step.backward:9"), ("both", "folder.manifest:4"), ("both", "update.after_optimizer:23"),
+    ("0", "0"),
+    ("0", "7"),
+    ("0", "31"),
+    ("1", "3"),
+    ("1", "18"),
+    ("1", "40"),
+    ("both", "step.backward:9"),
+    ("both", "folder.manifest:4"),
+    ("both", "update.after_optimizer:23"),
     ("both", "12"),
-]  # fmt: skip
+]
 
 
 def find_ranks(parent: int) -> list[int]:

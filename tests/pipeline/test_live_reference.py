@@ -88,13 +88,19 @@ def test_a_kill_keeps_the_running_beta(server: ForkServer, inputs: Path, tmp_pat
 
 def write_recipe(folder: Path, inputs: Path, **changes: Any) -> Path:
     recipe: dict[str, Any] = {
-        "name": "small", "model": str(inputs / "model"), "seed": 3, "batch_size": 6, "learning_rate": 1e-2,
-        "output_dir": str(folder / "runs"), "data": str(inputs / "chat.jsonl"), "precision": "fp32",
+        "name": "small",
+        "model": str(inputs / "model"),
+        "seed": 3,
+        "batch_size": 6,
+        "learning_rate": 1e-2,
+        "output_dir": str(folder / "runs"),
+        "data": str(inputs / "chat.jsonl"),
+        "precision": "fp32",
         "stages": [
             {"kind": "sft", "name": "large", "max_steps": 6},
             {"kind": "distill", "max_steps": 24, "num_train_epochs": 9.0, "teacher": "large"} | changes,
         ],
-    }  # fmt: skip
+    }
     file = folder / "small.yaml"
     file.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return file

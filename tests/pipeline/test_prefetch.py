@@ -38,9 +38,13 @@ def _recipe(inputs: Path, **changed) -> dict:
 
 def _run(code: str, cwd: Path, **environment: str) -> str:
     found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=cwd,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
         env={**os.environ, "BURNISH_CACHE": str(cwd / "cache"), **environment},
-    )  # fmt: skip
+    )
     assert found.returncode == 0, found.stderr
     return found.stdout
 
@@ -105,9 +109,13 @@ def test_the_first_run_does_not_call_its_data_cached(inputs: Path, tmp_path: Pat
     logs = []
     for name in ("a", "b"):
         found = subprocess.run(
-            [sys.executable, *words, f"run_name={name}"], capture_output=True, text=True, timeout=300, cwd=tmp_path,
+            [sys.executable, *words, f"run_name={name}"],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=tmp_path,
             env={**os.environ, "BURNISH_CACHE": str(tmp_path / "cache")},
-        )  # fmt: skip
+        )
         assert found.returncode == 0, found.stderr
         logs.append(found.stdout + found.stderr)
     assert "rows read" in logs[0] and "taken from the cache" not in logs[0]

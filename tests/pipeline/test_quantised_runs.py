@@ -23,8 +23,15 @@ pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'bur
 
 def write_recipe(folder: Path, inputs: Path, **changes: Any) -> Path:
     recipe: dict[str, Any] = {
-        "name": "small", "model": str(inputs / "model"), "seed": 3, "max_steps": 3, "batch_size": 4,
-        "learning_rate": 1e-2, "validation_split": 0.25, "output_dir": str(folder / "runs"), "lora": {"r": 4},
+        "name": "small",
+        "model": str(inputs / "model"),
+        "seed": 3,
+        "max_steps": 3,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "validation_split": 0.25,
+        "output_dir": str(folder / "runs"),
+        "lora": {"r": 4},
         "quantize": "nf4",
         "stages": [
             {"kind": "sft", "data": str(inputs / "chat.jsonl")},
@@ -32,7 +39,7 @@ def write_recipe(folder: Path, inputs: Path, **changes: Any) -> Path:
             {"kind": "dpo", "init_from": "sft", "data": str(inputs / "pairs.jsonl"), "reference_mode": "adapter"},
             {"kind": "evaluate", "tasks": ["loss", "preferences", "win_rate"], "max_items": 6, "max_new_tokens": 4},
         ],
-    } | changes  # fmt: skip
+    } | changes
     file = folder / "small.yaml"
     file.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return file
@@ -220,9 +227,18 @@ def test_qlora_lowers_the_loss_of_pocket(tmp_path: Path) -> None:
     from burnish.models.quantise import Quantization, read_quantization
 
     stage = burnish.train(
-        "sft", model="pocket", data="pocket/chat", max_steps=40, batch_size=8, max_samples=400, lora={"r": 8},
-        learning_rate=5e-3, quantize="nf4", output_dir=tmp_path, run_name="q",
-    )  # fmt: skip
+        "sft",
+        model="pocket",
+        data="pocket/chat",
+        max_steps=40,
+        batch_size=8,
+        max_samples=400,
+        lora={"r": 8},
+        learning_rate=5e-3,
+        quantize="nf4",
+        output_dir=tmp_path,
+        run_name="q",
+    )
     assert stage.final is not None
     base = str(resolve_model("pocket"))
     rows = prepare_data(SftSettings(data="pocket/chat"), TextTokenizer.load(base), context=512).held_out[:64]

@@ -45,9 +45,15 @@ class Found:
 
 def measure(inputs: Path, cache: Path, mode: str, stage: dict[str, Any]) -> Found:
     settings = one(
-        data=str(inputs / "pairs.jsonl"), validation_split=0.25, batch_size=8, num_train_epochs=2.0, seed=3,
-        reference_mode=mode, lora={"r": 4}, **stage,
-    )  # fmt: skip
+        data=str(inputs / "pairs.jsonl"),
+        validation_split=0.25,
+        batch_size=8,
+        num_train_epochs=2.0,
+        seed=3,
+        reference_mode=mode,
+        lora={"r": 4},
+        **stage,
+    )
     found = load_inputs(settings, str(inputs / "model"), lambda folder: "")
     built = build_model(settings, found.path, head="lm", seed=0)
     policy = Policy(built.model, head="lm")

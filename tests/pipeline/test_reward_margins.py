@@ -37,14 +37,25 @@ FAST: dict[str, Any] = {"batch_size": 6, "learning_rate": 1e-2, "precision": "fp
 def write_recipe(folder: Path, inputs: Path, *, reward: dict[str, Any] | None = None, **changes: Any) -> Path:
     """A reward stage of some steps, and one that it weighs."""
     recipe: dict[str, Any] = {
-        "name": "small", "model": str(inputs / "model"), "output_dir": str(folder / "runs"), **FAST,
-        "data": str(inputs / "pairs.jsonl"), "validation_split": 0.25,
+        "name": "small",
+        "model": str(inputs / "model"),
+        "output_dir": str(folder / "runs"),
+        **FAST,
+        "data": str(inputs / "pairs.jsonl"),
+        "validation_split": 0.25,
         "stages": [
             {"kind": "reward", "max_steps": 6, "num_train_epochs": 9.0, "head_init_std": 1.0} | (reward or {}),
-            {"kind": "madpo", "reward_model": "reward", "max_steps": 4, "num_train_epochs": 9.0, "madpo_tau": 0.5,
-             "madpo_c_max": 4.0} | changes,
+            {
+                "kind": "madpo",
+                "reward_model": "reward",
+                "max_steps": 4,
+                "num_train_epochs": 9.0,
+                "madpo_tau": 0.5,
+                "madpo_c_max": 4.0,
+            }
+            | changes,
         ],
-    }  # fmt: skip
+    }
     file = folder / "small.yaml"
     file.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return file
@@ -170,10 +181,16 @@ def test_another_reward_model_trains_the_stage_anew_and_a_moved_one_does_not(
 def test_each_way_to_keep_the_reference(scorer: Path, inputs: Path, tmp_path: Path, mode: str) -> None:
     lora = {"lora": {"r": 4}} if mode == "adapter" else {}
     recipe = write_recipe(
-        tmp_path, inputs, reward_model=str(scorer), reference_mode=mode, loss_type=["bco_pair", "sft"],
-        use_weighting=True, dynamic_beta={"type": "risk", "warmup": 0, "alpha": 0.3}, micro_batch_tokens=200,
+        tmp_path,
+        inputs,
+        reward_model=str(scorer),
+        reference_mode=mode,
+        loss_type=["bco_pair", "sft"],
+        use_weighting=True,
+        dynamic_beta={"type": "risk", "warmup": 0, "alpha": 0.3},
+        micro_batch_tokens=200,
         **lora,
-    )  # fmt: skip
+    )
     assert main(["run", str(recipe)]) == 0
     row = read_rows(stage_of(tmp_path))[-1]
     assert {"madpo_weights", "wpo_weights", "dpo/beta", "loss/dpo/sft"} <= set(row)

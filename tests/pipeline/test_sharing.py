@@ -28,9 +28,11 @@ def folders(recipe: dict[str, Any], *words: str) -> dict[str, list[str]]:
 def test_a_stage_before_the_fork_is_shared_and_named_after_what_it_depends_on():
     found = folders(EVALUATED)
     assert found["pocket_dpo_seed=1"] == [
-        "shared/01-sft--pocket", "shared/02-before--pocket", "cells/pocket_dpo_seed=1/03-prefer",
+        "shared/01-sft--pocket",
+        "shared/02-before--pocket",
+        "cells/pocket_dpo_seed=1/03-prefer",
         "cells/pocket_dpo_seed=1/04-evaluate",
-    ]  # fmt: skip
+    ]
     assert found["pocket-small_ipo_seed=2"][:2] == ["shared/01-sft--pocket-small", "shared/02-before--pocket-small"]
     assert len({tuple(x[:2]) for x in found.values()}) == 2
     assert len({x[2] for x in found.values()}) == 8

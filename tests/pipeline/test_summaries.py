@@ -40,9 +40,9 @@ def test_a_plan_of_a_grid_reads_each_content_once(
     inputs: Path, tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """4 cells of 3 kinds and 2 seeds, 8 training stages: the texts, the pairs; also without a cache on disk."""
-    recipe = write_grid(tmp_path, inputs, grid={
-        "prefer": {"dpo": {"kind": "dpo"}, "simpo": {"kind": "simpo"}}, "prefer.seed": [1, 2]
-    })  # fmt: skip
+    recipe = write_grid(
+        tmp_path, inputs, grid={"prefer": {"dpo": {"kind": "dpo"}, "simpo": {"kind": "simpo"}}, "prefer.seed": [1, 2]}
+    )
     monkeypatch.setenv("BURNISH_CACHE", "off")
     assert main(["run", str(recipe), "--dry-run", "--json"]) == 0
     text = capsys.readouterr().out
@@ -51,8 +51,10 @@ def test_a_plan_of_a_grid_reads_each_content_once(
     assert reads == ["rows of sft", "rows of dpo"]
     trained = [row for row in plan["stages"].values() if row["kind"] != "evaluate"]
     assert sorted((row["kind"], row["train"], row["held_out"]) for row in trained) == [
-        *[("dpo", 24, 6)] * 2, ("sft", 24, 0), *[("simpo", 24, 6)] * 2
-    ]  # fmt: skip
+        *[("dpo", 24, 6)] * 2,
+        ("sft", 24, 0),
+        *[("simpo", 24, 6)] * 2,
+    ]
 
 
 def test_a_plan_takes_from_the_cache_once(

@@ -28,10 +28,19 @@ def build_model_folder(folder: Path, *, seed: int = 0, hidden: int = 32, layers:
     assert source is not None
     base = json.loads((source / "config.json").read_text())
     config = Qwen3Config(
-        vocab_size=base["vocab_size"], hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512, tie_word_embeddings=True,
-        pad_token_id=base["pad_token_id"], eos_token_id=base["eos_token_id"], bos_token_id=base.get("bos_token_id"),
-    )  # fmt: skip
+        vocab_size=base["vocab_size"],
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=base["pad_token_id"],
+        eos_token_id=base["eos_token_id"],
+        bos_token_id=base.get("bos_token_id"),
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         Qwen3ForCausalLM(config).save_pretrained(str(folder))

@@ -29,10 +29,18 @@ def build_job(folder: Path, *, resume: bool = False, run_id: str = "r", label: s
     policy = build_policy(head, dtype=torch.float32, layers=1)
     folder.mkdir(parents=True, exist_ok=True)
     return TrainJob(
-        policy=policy, method=method, settings=SftSettings(**options), train=build_groups(20, k=k),
-        held_out=build_groups(4, k=k, seed=9), trainable=trainable(policy), runtime=Runtime(torch.device("cpu")),
-        stage_dir=folder, resume=resume, stamp={"run_id": run_id}, label=label,
-    )  # fmt: skip
+        policy=policy,
+        method=method,
+        settings=SftSettings(**options),
+        train=build_groups(20, k=k),
+        held_out=build_groups(4, k=k, seed=9),
+        trainable=trainable(policy),
+        runtime=Runtime(torch.device("cpu")),
+        stage_dir=folder,
+        resume=resume,
+        stamp={"run_id": run_id},
+        label=label,
+    )
 
 
 def finish(job: TrainJob) -> tuple[str, bytes]:

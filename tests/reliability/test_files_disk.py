@@ -30,10 +30,19 @@ from tests.reliability.stages import build_job, fault, finish
 
 POINTS = [
     f"{point}:{nth}"
-    for point in ("folder.mkdir", "folder.write", "folder.fsync_file", "folder.manifest", "folder.fsync_dir",
-                  "folder.rename", "folder.fsync_parent", "metrics.write", "metrics.fsync")
+    for point in (
+        "folder.mkdir",
+        "folder.write",
+        "folder.fsync_file",
+        "folder.manifest",
+        "folder.fsync_dir",
+        "folder.rename",
+        "folder.fsync_parent",
+        "metrics.write",
+        "metrics.fsync",
+    )
     for nth in (1, 2, 4)
-]  # fmt: skip
+]
 FEW = ["folder.write:5", "metrics.write:5", "metrics.fsync:2"]
 
 
@@ -114,9 +123,15 @@ def test_r14_a_checkpoint_is_no_larger_than_said(tmp_path):
 def check_bounded(folder: Path, caplog, steps: int) -> None:
     with caplog.at_level("INFO", logger="burnish"):
         job = build_job(
-            folder, label="sft", num_train_epochs=steps / 5, save_steps=20, save_total_limit=2, eval_steps=100,
-            load_best_model_at_end=True, learning_rate=1e-4,
-        )  # fmt: skip
+            folder,
+            label="sft",
+            num_train_epochs=steps / 5,
+            save_steps=20,
+            save_total_limit=2,
+            eval_steps=100,
+            load_best_model_at_end=True,
+            learning_rate=1e-4,
+        )
         said: list[int] = []
 
         def measure(step: int, figures, seconds: float) -> None:
@@ -327,10 +342,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build_command(inputs: Path, out: Path) -> list[str]:
     options = {
-        "model": inputs / "model", "data": inputs / "pairs.jsonl", "output-dir": out, "run-name": "run",
-        "batch-size": 2, "max-steps": 4, "save-steps": 2, "learning-rate": 1e-3, "precision": "fp32",
-        "validation-split": 0.25, "seed": 3,
-    }  # fmt: skip
+        "model": inputs / "model",
+        "data": inputs / "pairs.jsonl",
+        "output-dir": out,
+        "run-name": "run",
+        "batch-size": 2,
+        "max-steps": 4,
+        "save-steps": 2,
+        "learning-rate": 1e-3,
+        "precision": "fp32",
+        "validation-split": 0.25,
+        "seed": 3,
+    }
     return ["dpo", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
 
 
@@ -449,7 +472,9 @@ def test_r14_a_really_full_disk_under_a_command(inputs, tmp_path):
     command = [*build_command(inputs, tmp_path / "disk"), *longer]
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", keep, "sh", str(tmp_path / "disk"), sys.executable, *command],
-        capture_output=True, text=True, env=env,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     assert done.stdout.strip() == "ok", done.stderr[-3000:]
     assert read_result(tmp_path / "copy") == read_result(tmp_path / "calm")

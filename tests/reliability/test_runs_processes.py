@@ -26,9 +26,14 @@ def start(command: list[str], folder: Path, *, fault: str = "") -> tuple[int, st
         del env["BURNISH_FAULT"]
     begun = mono()
     parent = subprocess.Popen(
-        [sys.executable, "-m", "burnish", *command, "--num-processes", "2"], env=env, cwd=folder,
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "burnish", *command, "--num-processes", "2"],
+        env=env,
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
     _, text = parent.communicate(timeout=240)
     assert find_session(parent.pid) == [], "a process of the run is left"
     return parent.returncode, text, mono() - begun
@@ -107,9 +112,13 @@ def test_r24_processes_do_not_outlive_their_parent(inputs, tmp_path):
     command = [*build_command(inputs, "dpo", False, tmp_path), "--max-steps", "2000", "--save-steps", "5000"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
     parent = subprocess.Popen(
-        [sys.executable, "-m", "burnish", *command, "--num-processes", "2"], env=env, cwd=tmp_path,
-        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "burnish", *command, "--num-processes", "2"],
+        env=env,
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     metrics = tmp_path / "run" / "01-dpo" / "metrics.jsonl"
     begun = mono()
     while not metrics.exists() and mono() - begun < 120:

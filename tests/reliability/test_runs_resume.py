@@ -289,8 +289,18 @@ def test_r30_five_kills_at_every_boundary(server, inputs, tmp_path, calm, bounda
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point", ["step.forward:2", "step.forward:5", "step.backward:8", "folder.rename:5",
-                                   "reference.forward:1", "measure.forward:3", "generate.batch:2"])  # fmt: skip
+@pytest.mark.parametrize(
+    "point",
+    [
+        "step.forward:2",
+        "step.forward:5",
+        "step.backward:8",
+        "folder.rename:5",
+        "reference.forward:1",
+        "measure.forward:3",
+        "generate.batch:2",
+    ],
+)
 def test_r30_kills_inside_stages(server, inputs, tmp_path, calm, point):
     """R-30: in the middle of each stage."""
     name, _, number = point.partition(":")

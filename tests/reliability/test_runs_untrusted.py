@@ -79,8 +79,16 @@ def pickled_weights(case: Case) -> None:
 
 
 def pickles_beside(case: Case) -> None:
-    names = ("pytorch_model.bin", "training_info.pt", "optimizer.pt", "rng_state.pth", "scheduler.pt", "tokenizer.pkl",
-             "training_args.bin", "model.ckpt")  # fmt: skip
+    names = (
+        "pytorch_model.bin",
+        "training_info.pt",
+        "optimizer.pt",
+        "rng_state.pth",
+        "scheduler.pt",
+        "tokenizer.pkl",
+        "training_args.bin",
+        "model.ckpt",
+    )
     for name in names:
         (case.model / name).write_bytes(case.pickle)
 
@@ -180,11 +188,15 @@ REFUSED: dict[str, tuple[Callable[[Case], None], str]] = {
     "adapter with a module": (adapter_module, "code from elsewhere"),
     "pickled adapter": (pickled_adapter, "pickled"),
     "template that starts a program": (
-        template("{{ cycler.__init__.__globals__.os.system('touch CANARY') }}"), "template"),
+        template("{{ cycler.__init__.__globals__.os.system('touch CANARY') }}"),
+        "template",
+    ),
     "template that reads classes": (template("{{ ''.__class__.__mro__[1].__subclasses__()[0]() }}"), "template"),
     "template that changes its input": (template("{{ messages.append(messages[0]) }}"), "template"),
     "template without end": (
-        template("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"), "template"),
+        template("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"),
+        "template",
+    ),
     "template without end, by itself": (template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), "template"),
     "huge template": (template("{{ 'a' * 10**10 }}"), "template"),
     "configuration without end": (deep_config, "config.json"),
@@ -194,7 +206,7 @@ REFUSED: dict[str, tuple[Callable[[Case], None], str]] = {
     "pickle as tensors": (data_named("data.pt"), "data.pt"),
     "loading script": (loading_script, "set"),
     "pickled checkpoint": (pickled_checkpoint, "checkpoint-1"),
-}  # fmt: skip
+}
 FAST = ("pickled weights", "code of the model", "template that starts a program", "pickle as parquet")
 TABLE = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in REFUSED]
 
@@ -238,8 +250,14 @@ def test_r27_the_audit_sees_an_unpickler(watch):
 
 
 FORBIDDEN = {
-    "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal",
-}  # fmt: skip
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "shelve",
+    "marshal",
+}
 
 
 def find_unpicklers(source: str) -> list[str]:

@@ -17,9 +17,16 @@ TRAIN_ROWS = {"count": 0, "rows": []}
 def split(read: int, kept: int, **named: tuple[int, list[str]]) -> dict[str, Any]:
     """A split's report, as `data.report.SplitReport` writes it."""
     out: dict[str, Any] = {
-        "rows_read": read, "kept": kept, "groups": kept, "prompt_tokens": kept * 31, "completion_tokens": kept * 24,
-        "scored_tokens": kept * 25, "sources": {"pocket/chat": kept}, "unused": 0, "notes": [],
-    }  # fmt: skip
+        "rows_read": read,
+        "kept": kept,
+        "groups": kept,
+        "prompt_tokens": kept * 31,
+        "completion_tokens": kept * 24,
+        "scored_tokens": kept * 25,
+        "sources": {"pocket/chat": kept},
+        "unused": 0,
+        "notes": [],
+    }
     for key in ("malformed", "over_length", "cut", "identical", "made_equal", "leaked", "duplicates", "apart"):
         count, rows = named.get(key, (0, []))
         out[key] = {"count": count, "rows": rows}
@@ -117,25 +124,45 @@ def add_training(run: RunFolder, index: int, kind: str, *, model: str | None = N
         ],
     )
     record: dict[str, Any] = {
-        "state": "done", "kind": kind, "name": kind, "key": "0" * 64, "inputs": {"model": "ab" * 32, "data": "cd" * 32},
+        "state": "done",
+        "kind": kind,
+        "name": kind,
+        "key": "0" * 64,
+        "inputs": {"model": "ab" * 32, "data": "cd" * 32},
         "settings": settings_of(
-            kind, model="pocket", data=data, learning_rate=2e-4, batch_size=16, num_train_epochs=2.0, warmup_ratio=0.05,
+            kind,
+            model="pocket",
+            data=data,
+            learning_rate=2e-4,
+            batch_size=16,
+            num_train_epochs=2.0,
+            warmup_ratio=0.05,
             lora={"r": 16, "alpha": 32.0} if kind == "dpo" else None,
         ),
         "figures": {
-            "steps": steps, "updates": steps, "seconds": 74.213, "tokens": 304_211, "train_loss": rows[-2]["loss"],
-            "eval": {}, "best_step": None, "stopped_early": False,
+            "steps": steps,
+            "updates": steps,
+            "seconds": 74.213,
+            "tokens": 304_211,
+            "train_loss": rows[-2]["loss"],
+            "eval": {},
+            "best_step": None,
+            "stopped_early": False,
         },
         "data": {
             "splits": {
                 "train": split(6000, 5991, over_length=(7, ["train:18", "train:401"]), malformed=(2, ["train:7"])),
                 "held_out": split(400, 400),
             },
-            "held_out_from": "the source's own test split", "notes": [],
+            "held_out_from": "the source's own test split",
+            "notes": [],
         },
         "trainable": {"parameters": 1_415_616 if kind != "dpo" else 98_304, "of": 1_415_616},
-        "precision": "fp32", "attention": "sdpa", "resumed_from": None, "seconds": 81.5,
-    }  # fmt: skip
+        "precision": "fp32",
+        "attention": "sdpa",
+        "resumed_from": None,
+        "seconds": 81.5,
+    }
     save_stage(folder, {**record, **kw})
     return folder
 
@@ -143,9 +170,15 @@ def add_training(run: RunFolder, index: int, kind: str, *, model: str | None = N
 def proportion(subject: str, task: str, metric: str, value: float, n: int = 400) -> dict[str, Any]:
     half = 1.96 * math.sqrt(value * (1 - value) / n)
     return {
-        "subject": subject, "task": task, "metric": metric, "value": value, "low": value - half, "high": value + half,
-        "n": n, "higher_is_better": True,
-    }  # fmt: skip
+        "subject": subject,
+        "task": task,
+        "metric": metric,
+        "value": value,
+        "low": value - half,
+        "high": value + half,
+        "n": n,
+        "higher_is_better": True,
+    }
 
 
 def evaluation() -> dict[str, Any]:
@@ -159,46 +192,132 @@ def evaluation() -> dict[str, Any]:
         proportion("dpo", "preferences", "accuracy", 0.8475),
         proportion("reward", "preferences", "accuracy", 0.9025),
         *(
-            {"subject": s, "task": "held-out text", "metric": "loss", "value": v, "low": v - 0.03, "high": v + 0.03,
-             "n": 400, "higher_is_better": False}
+            {
+                "subject": s,
+                "task": "held-out text",
+                "metric": "loss",
+                "value": v,
+                "low": v - 0.03,
+                "high": v + 0.03,
+                "n": 400,
+                "higher_is_better": False,
+            }
             for s, v in (("base", 2.431), ("sft", 0.914), ("dpo", 1.003))
         ),
         proportion("dpo", "pocket/chat", "win_rate", 0.6125, 200),
-    ]  # fmt: skip
+    ]
     comparisons = [
-        {"task": "pocket/maths", "metric": "accuracy", "a": "base", "b": "sft", "difference": 0.295, "low": 0.241,
-         "high": 0.344, "p_value": 3e-22, "test": "McNemar exact", "n": 400},
-        {"task": "pocket/maths", "metric": "accuracy", "a": "sft", "b": "dpo", "difference": -0.0075, "low": -0.0301,
-         "high": 0.0151, "p_value": 0.6291, "test": "McNemar exact", "n": 400},
-        {"task": "preferences", "metric": "accuracy", "a": "sft", "b": "dpo", "difference": 0.2275, "low": 0.18,
-         "high": 0.27, "p_value": 1e-15, "test": "mcnemar", "n": 400},
-        {"task": "preferences", "metric": "accuracy", "a": "base", "b": "sft", "difference": 0.1075, "low": 0.04,
-         "high": 0.17, "p_value": 0.0021, "test": "mcnemar", "n": 400},
-        {"task": "held-out text", "metric": "loss", "a": "base", "b": "sft", "difference": -1.517, "low": -1.55,
-         "high": -1.48, "p_value": 1e-30, "test": "paired bootstrap", "n": 400},
-        {"task": "held-out text", "metric": "loss", "a": "sft", "b": "dpo", "difference": 0.089, "low": 0.06,
-         "high": 0.12, "p_value": 0.0004, "test": "paired bootstrap", "n": 400},
-    ]  # fmt: skip
+        {
+            "task": "pocket/maths",
+            "metric": "accuracy",
+            "a": "base",
+            "b": "sft",
+            "difference": 0.295,
+            "low": 0.241,
+            "high": 0.344,
+            "p_value": 3e-22,
+            "test": "McNemar exact",
+            "n": 400,
+        },
+        {
+            "task": "pocket/maths",
+            "metric": "accuracy",
+            "a": "sft",
+            "b": "dpo",
+            "difference": -0.0075,
+            "low": -0.0301,
+            "high": 0.0151,
+            "p_value": 0.6291,
+            "test": "McNemar exact",
+            "n": 400,
+        },
+        {
+            "task": "preferences",
+            "metric": "accuracy",
+            "a": "sft",
+            "b": "dpo",
+            "difference": 0.2275,
+            "low": 0.18,
+            "high": 0.27,
+            "p_value": 1e-15,
+            "test": "mcnemar",
+            "n": 400,
+        },
+        {
+            "task": "preferences",
+            "metric": "accuracy",
+            "a": "base",
+            "b": "sft",
+            "difference": 0.1075,
+            "low": 0.04,
+            "high": 0.17,
+            "p_value": 0.0021,
+            "test": "mcnemar",
+            "n": 400,
+        },
+        {
+            "task": "held-out text",
+            "metric": "loss",
+            "a": "base",
+            "b": "sft",
+            "difference": -1.517,
+            "low": -1.55,
+            "high": -1.48,
+            "p_value": 1e-30,
+            "test": "paired bootstrap",
+            "n": 400,
+        },
+        {
+            "task": "held-out text",
+            "metric": "loss",
+            "a": "sft",
+            "b": "dpo",
+            "difference": 0.089,
+            "low": 0.06,
+            "high": 0.12,
+            "p_value": 0.0004,
+            "test": "paired bootstrap",
+            "n": 400,
+        },
+    ]
     table.append(proportion("dpo", "win_rate", "vs_sft/win_rate", 0.7, 60))
     comparisons.append(
-        {"task": "win_rate", "metric": "vs_sft/win_rate", "a": "sft", "b": "dpo", "difference": 0.2, "low": 0.08,
-         "high": 0.3, "p_value": 0.003, "test": "sign", "n": 60}
-    )  # fmt: skip
+        {
+            "task": "win_rate",
+            "metric": "vs_sft/win_rate",
+            "a": "sft",
+            "b": "dpo",
+            "difference": 0.2,
+            "low": 0.08,
+            "high": 0.3,
+            "p_value": 0.003,
+            "test": "sign",
+            "n": 60,
+        }
+    )
     spread = {"mean": 0.2, "std": 0.6, "min": -1.4, "q1": -0.2, "median": 0.2, "q3": 0.8, "max": 1.3}
     report = {
-        "pairs": 400, "accuracy": {"value": 0.9025, "low": 0.87, "high": 0.93}, "log_loss": 0.31, "chosen": spread,
-        "differences": {"positive": 360, "negative": 38, "zero": 2, "positive_ratio": 0.9}, "rejected": spread,
-        "difference": spread, "pearson": {"r": 0.1, "p_value": 0.3}, "spearman": {"r": 0.11, "p_value": 0.2},
+        "pairs": 400,
+        "accuracy": {"value": 0.9025, "low": 0.87, "high": 0.93},
+        "log_loss": 0.31,
+        "chosen": spread,
+        "differences": {"positive": 360, "negative": 38, "zero": 2, "positive_ratio": 0.9},
+        "rejected": spread,
+        "difference": spread,
+        "pearson": {"r": 0.1, "p_value": 0.3},
+        "spearman": {"r": 0.11, "p_value": 0.2},
         "length_bias": {"r": 0.31, "p_value": 1e-6, "prefers_longer": 0.62, "pairs_of_unequal_length": 390},
         "by_source": {"harmless": {"accuracy": 0.9, "pairs": 200}, "helpful": {"accuracy": 0.91, "pairs": 200}},
-    }  # fmt: skip
+    }
     notes = ["pocket/maths: 3 items have no final number in their reference, left out: a, b, c"]
     return {"table": table, "comparisons": comparisons, "reward_reports": {"reward": report}, "notes": notes}
 
 
 SAMPLES = [
     {
-        "task": "pocket/maths", "id": "test:12", "reference": "14",
+        "task": "pocket/maths",
+        "id": "test:12",
+        "reference": "14",
         "prompt": "Mira has 5 baskets with 4 pears each. She gives 6 pears to Tom. How many pears are left?",
         "answers": {
             "base": "Mira has 5 baskets with 4 pears each. Mira has 5 baskets with 4 pears each. Mira has",
@@ -208,44 +327,63 @@ SAMPLES = [
         "marks": {"base": False, "sft": True, "dpo": True},
     },
     {
-        "task": "pocket/maths", "id": "test:31", "reference": "9",
+        "task": "pocket/maths",
+        "id": "test:31",
+        "reference": "9",
         "prompt": "A train has 3 wagons. Each wagon carries 7 people; 12 get off. How many people stay?",
         "answers": {"base": "", "sft": "3 * 7 = 21. 21 - 12 = 8.\n#### 8", "dpo": "3 * 7 = 21, 21 - 12 = 9.\n#### 9"},
         "marks": {"base": False, "sft": False, "dpo": True},
     },
     {
-        "task": "pocket/chat", "id": "test:3", "reference": None,
+        "task": "pocket/chat",
+        "id": "test:3",
+        "reference": None,
         "prompt": [{"role": "user", "content": "Where does Elna live, and what is the town known for?"}],
-        "answers": {"base": "Elna Elna Elna", "sft": "Elna lives in Tarn. It is known for its <b>bells</b> & bridges.",
-                    "dpo": "Elna lives in Tarn, a town known for its bells."},
+        "answers": {
+            "base": "Elna Elna Elna",
+            "sft": "Elna lives in Tarn. It is known for its <b>bells</b> & bridges.",
+            "dpo": "Elna lives in Tarn, a town known for its bells.",
+        },
         "marks": {},
     },
-]  # fmt: skip
+]
 
 
 def resolved_of(name: str, kinds: tuple[str, ...], **extra: Any) -> dict[str, Any]:
     return {
-        "name": name, "model": "pocket", "seed": 7, **extra,
+        "name": name,
+        "model": "pocket",
+        "seed": 7,
+        **extra,
         "stages": [{"kind": k, "name": k, "learning_rate": 2e-4, "batch_size": 16} for k in kinds],
-    }  # fmt: skip
+    }
 
 
 def make_quickstart(root: Path, *, steps: int = 300) -> Path:
     """A run of the whole pipeline, finished."""
     resolved = resolved_of("quickstart", ("sft", "reward", "dpo", "evaluate"))
     with RunFolder.open(
-        root, "quickstart", recipe_text="name: quickstart\nmodel: pocket\nseed: 7\n", resolved=resolved,
+        root,
+        "quickstart",
+        recipe_text="name: quickstart\nmodel: pocket\nseed: 7\n",
+        resolved=resolved,
         command=["/usr/bin/burnish", "run", "quickstart", "seed=7"],
         environment={"threads": 2, "device": "cpu", "processes": 1},
-    ) as run:  # fmt: skip
+    ) as run:
         for index, kind in enumerate(("sft", "reward", "dpo"), 1):
             add_training(run, index, kind, steps=steps)
         folder = run.stage_dir(4, "evaluate")
         save_stage(
             folder,
-            {"state": "done", "kind": "evaluate", "name": "evaluate", "figures": evaluation(), "seconds": 41.0,
-             "settings": settings_of("evaluate", tasks=["pocket/maths", "preferences", "loss", "win_rate"])},
-        )  # fmt: skip
+            {
+                "state": "done",
+                "kind": "evaluate",
+                "name": "evaluate",
+                "figures": evaluation(),
+                "seconds": 41.0,
+                "settings": settings_of("evaluate", tasks=["pocket/maths", "preferences", "loss", "win_rate"]),
+            },
+        )
         write_rows(folder / "samples.jsonl", SAMPLES)
         run.finish("done", seconds=312.4, exit_code=0)
         return run.path
@@ -264,10 +402,19 @@ def make_hostile(root: Path) -> Path:
         environment={"device": evil, evil: evil},
     ) as run:
         folder = add_training(
-            run, 1, "sft", steps=20, error=evil, precision=evil, attention=evil,
-            data={"splits": {evil: {**split(5, 4), "malformed": {"count": 1, "rows": [evil]}, "notes": [evil]}},
-                  "held_out_from": evil, "notes": [evil]},
-        )  # fmt: skip
+            run,
+            1,
+            "sft",
+            steps=20,
+            error=evil,
+            precision=evil,
+            attention=evil,
+            data={
+                "splits": {evil: {**split(5, 4), "malformed": {"count": 1, "rows": [evil]}, "notes": [evil]}},
+                "held_out_from": evil,
+                "notes": [evil],
+            },
+        )
         rows = [{"step": s, "kind": "train", "loss": 1.0, evil: 2.0} for s in range(20)]
         write_rows(folder / "metrics.jsonl", rows)
         figures = {

@@ -22,11 +22,30 @@ EVIL = """</script><script>alert(1)</script><img src=x onerror=alert(1)>"'&"""
 
 
 def make_figure(value: float, *, base: bool = False, verdict: str = "better", **more: Any) -> dict[str, Any]:
-    out = {"task": "preferences", "metric": "accuracy", "runs": 2, "n": 400, "higher_is_better": True, "value": value,
-           "low": value - 0.02, "high": value + 0.02, "over": "seeds", "values": {"1": value - 0.01, "2": value + 0.01}}  # fmt: skip
+    out = {
+        "task": "preferences",
+        "metric": "accuracy",
+        "runs": 2,
+        "n": 400,
+        "higher_is_better": True,
+        "value": value,
+        "low": value - 0.02,
+        "high": value + 0.02,
+        "over": "seeds",
+        "values": {"1": value - 0.01, "2": value + 0.01},
+    }
     if not base:
-        out["change"] = {"difference": value - 0.8, "low": 0.01, "high": 0.03, "p_value": 0.01, "p_holm": 0.02, "n": 400,
-                         "test": "sign-flip", "seeds": {"low": 0.005, "high": 0.035, "n": 2}, "verdict": verdict}  # fmt: skip
+        out["change"] = {
+            "difference": value - 0.8,
+            "low": 0.01,
+            "high": 0.03,
+            "p_value": 0.01,
+            "p_holm": 0.02,
+            "n": 400,
+            "test": "sign-flip",
+            "seeds": {"low": 0.005, "high": 0.035, "n": 2},
+            "verdict": verdict,
+        }
     return out | more
 
 
@@ -35,34 +54,84 @@ def make_grid(root: Path, *, name: str = "ipo", state: str = "done") -> Path:
     forms = ["dpo", name]
     cells = []
     with RunFolder.open(
-        root, "g", recipe_text=f"name: g  # {EVIL if name == EVIL else ''}\n", resolved={"name": "g"},
-        command=["burnish", "run", name], environment={"threads": 1, "device": "cpu"},
-    ) as run:  # fmt: skip
+        root,
+        "g",
+        recipe_text=f"name: g  # {EVIL if name == EVIL else ''}\n",
+        resolved={"name": "g"},
+        command=["burnish", "run", name],
+        environment={"threads": 1, "device": "cpu"},
+    ) as run:
         for at, form in enumerate(forms):
             for seed in (1, 2):
                 cell = f"{'ab'[at]}_seed={seed}"
-                cells.append({"name": cell, "values": {"prefer": form, "seed": f"seed={seed}"}, "base": "pocket",
-                              "stages": {"prefer": f"cells/{cell}/01-dpo"}})  # fmt: skip
+                cells.append(
+                    {
+                        "name": cell,
+                        "values": {"prefer": form, "seed": f"seed={seed}"},
+                        "base": "pocket",
+                        "stages": {"prefer": f"cells/{cell}/01-dpo"},
+                    }
+                )
                 with RunFolder.open(run.path / "cells", cell, recipe_text="", resolved={"name": "g"}) as own:
                     add_training(own, 1, "dpo", seed=seed + at, steps=40)
                     own.finish(state, seconds=3.0, exit_code=0 if state == "done" else 1)
                     render_report(own.path)
         axes = [
-            {"label": "prefer", "stage": "prefer", "seed": False, "choices": [{"name": f, "value": {"kind": f}} for f in forms]},
-            {"label": "seed", "stage": None, "seed": True, "choices": [{"name": f"seed={s}", "value": s} for s in (1, 2)]},
-        ]  # fmt: skip
+            {
+                "label": "prefer",
+                "stage": "prefer",
+                "seed": False,
+                "choices": [{"name": f, "value": {"kind": f}} for f in forms],
+            },
+            {
+                "label": "seed",
+                "stage": None,
+                "seed": True,
+                "choices": [{"name": f"seed={s}", "value": s} for s in (1, 2)],
+            },
+        ]
         save_grid(run.path, {"axes": axes, "baseline": {"prefer": "dpo"}, "cells": cells})
         rows = [
-            {"name": "sft", "model": None, "subject": "sft", "values": {}, "cells": ["a_seed=1"], "baseline": False,
-             "compared_with": 1, "figures": [make_figure(0.4, verdict="worse")]},
-            {"name": "dpo", "model": None, "subject": "prefer", "values": {"prefer": "dpo"},
-             "cells": ["a_seed=1", "a_seed=2"], "baseline": True, "compared_with": None,
-             "figures": [make_figure(0.8, base=True)]},
-            {"name": name, "model": None, "subject": "prefer", "values": {"prefer": name},
-             "cells": ["b_seed=1", "b_seed=2"], "baseline": False, "compared_with": 1, "figures": [make_figure(0.82)]},
-        ]  # fmt: skip
-        states = [{**{k: c[k] for k in ("name", "values")}, "state": state, "seconds": 3.0,
-                   "error": EVIL if state == "failed" else None} for c in cells]  # fmt: skip
+            {
+                "name": "sft",
+                "model": None,
+                "subject": "sft",
+                "values": {},
+                "cells": ["a_seed=1"],
+                "baseline": False,
+                "compared_with": 1,
+                "figures": [make_figure(0.4, verdict="worse")],
+            },
+            {
+                "name": "dpo",
+                "model": None,
+                "subject": "prefer",
+                "values": {"prefer": "dpo"},
+                "cells": ["a_seed=1", "a_seed=2"],
+                "baseline": True,
+                "compared_with": None,
+                "figures": [make_figure(0.8, base=True)],
+            },
+            {
+                "name": name,
+                "model": None,
+                "subject": "prefer",
+                "values": {"prefer": name},
+                "cells": ["b_seed=1", "b_seed=2"],
+                "baseline": False,
+                "compared_with": 1,
+                "figures": [make_figure(0.82)],
+            },
+        ]
+        states = [
+            {
+                **{k: c[k] for k in ("name", "values")},
+                "state": state,
+                "seconds": 3.0,
+                "error": EVIL if state == "failed" else None,
+            }
+            for c in cells
+        ]
         metrics = [{"task": "preferences", "metric": "accuracy", "main": True}]
         summary = {"cells": states, "rows": rows, "metrics": metrics, "notes": [f"Note {name}."], "axes": axes}
         (run.path / "summary.json").write_text(json.dumps(summary))

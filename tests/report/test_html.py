@@ -26,10 +26,50 @@ from tests.report.runs import (
 
 VOID = {"meta", "br"}
 TAGS = {
-    "html", "head", "meta", "title", "style", "body", "header", "main", "footer", "section", "nav", "p", "h1", "h2",
-    "h3", "h4", "a", "dl", "div", "dt", "dd", "span", "b", "ul", "li", "table", "tr", "th", "td", "figure", "figcaption", "i",
-    "svg", "line", "text", "path", "circle", "details", "summary", "pre", "code", "article", "br",
-}  # fmt: skip
+    "html",
+    "head",
+    "meta",
+    "title",
+    "style",
+    "body",
+    "header",
+    "main",
+    "footer",
+    "section",
+    "nav",
+    "p",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "a",
+    "dl",
+    "div",
+    "dt",
+    "dd",
+    "span",
+    "b",
+    "ul",
+    "li",
+    "table",
+    "tr",
+    "th",
+    "td",
+    "figure",
+    "figcaption",
+    "i",
+    "svg",
+    "line",
+    "text",
+    "path",
+    "circle",
+    "details",
+    "summary",
+    "pre",
+    "code",
+    "article",
+    "br",
+}
 
 
 class Checker(HTMLParser):
@@ -125,11 +165,15 @@ def test_other_runs(tmp_path, make):
         assert "Values of different models are not tested against each other" in words
     else:
         for expected in (
-            "dpo (interrupted) on pocket. Interrupted after", "stopped by a signal after step 200",
-            "the last line of metrics.jsonl is torn", "1 step was skipped for a non-finite loss or gradient (step 60)",
-            "lowest at step 80", "continued from step 50", "1 value beyond the scale",
+            "dpo (interrupted) on pocket. Interrupted after",
+            "stopped by a signal after step 200",
+            "the last line of metrics.jsonl is torn",
+            "1 step was skipped for a non-finite loss or gradient (step 60)",
+            "lowest at step 80",
+            "continued from step 50",
+            "1 value beyond the scale",
             "No evaluation has been made in this run",
-        ):  # fmt: skip
+        ):
             assert expected in words, expected
 
 

@@ -77,9 +77,11 @@ def test_a_band_lies_between_its_edges_and_a_pale_one_does_not_stretch_the_scale
     line = [Series("x", [(s, 1.0) for s in range(5)])]
     calm = draw_lines(line, metric="m", label="", bands=[Band([(s, 0.0, 2.0) for s in range(5)])])
     wild = draw_lines(
-        line, metric="m", label="",
+        line,
+        metric="m",
+        label="",
         bands=[Band([(s, -99.0, 99.0) for s in range(5)], pale=True), Band([(s, 0.0, 2.0) for s in range(5)])],
-    )  # fmt: skip
+    )
     assert calm and wild
     assert 'class="band s1"' in calm.svg and 'class="band pale s1"' in wild.svg
     ticks = [[t.text for t in ET.fromstring(c.svg).iter("text")] for c in (calm, wild)]

@@ -26,8 +26,19 @@ from tests.report.runs import evaluation, proportion, settings_of
 
 def test_numbers():
     assert [show_number(v) for v in (0, 1, 0.914, 2.4309, 14.03, 138.26, 1234.5, 2.5e6, 0.0421, 1e-5, -0.5, -0.0)] == [
-        "0", "1.000", "0.914", "2.431", "14.03", "138.3", "1,234", "2.5e6", "0.0421", "1e−5", "−0.500", "0",
-    ]  # fmt: skip
+        "0",
+        "1.000",
+        "0.914",
+        "2.431",
+        "14.03",
+        "138.3",
+        "1,234",
+        "2.5e6",
+        "0.0421",
+        "1e−5",
+        "−0.500",
+        "0",
+    ]
     assert show_number(0.089, sign=True) == "+0.0890" and show_number(math.nan) == "nan"
     assert show_value("accuracy", 0.4125) == "41.2\u202f%" and show_value("loss", None) == "–"
     assert show_value("win_rate", math.inf) == "inf"
@@ -39,11 +50,23 @@ def test_numbers():
     assert show_interval("loss", -0.1, 0.2, difference=True) == "−0.100 to +0.200"
     assert show_interval("loss", None, 0.2) == ""
     assert [show_p(p) for p in (0.0004, 0.0021, 0.0456, 0.63, None, math.nan)] == [
-        "p < 0.001", "p = 0.002", "p = 0.046", "p = 0.63", "", "",
-    ]  # fmt: skip
+        "p < 0.001",
+        "p = 0.002",
+        "p = 0.046",
+        "p = 0.63",
+        "",
+        "",
+    ]
     assert [show_seconds(s) for s in (0.42, 8.21, 59.4, 252, 120, 7500, 7200, 100_000)] == [
-        "0.4 s", "8.2 s", "59 s", "4 min 12 s", "2 min", "2 h 5 min", "2 h", "1 d 4 h",
-    ]  # fmt: skip
+        "0.4 s",
+        "8.2 s",
+        "59 s",
+        "4 min 12 s",
+        "2 min",
+        "2 h 5 min",
+        "2 h",
+        "1 d 4 h",
+    ]
     assert show_count(1_479_936) == "1,479,936" and show_count(7.6e9) == "7.6 B"
 
 
@@ -63,20 +86,41 @@ def test_the_direction_of_a_difference_is_taken_from_the_values():
         figures = {
             "table": [proportion("base", "t", "accuracy", 0.2), proportion("sft", "t", "accuracy", 0.5)],
             "comparisons": [
-                {"task": "t", "metric": "accuracy", "a": "base", "b": "sft", "difference": sign * 0.3,
-                 "low": 0.25 if sign > 0 else -0.35, "high": 0.35 if sign > 0 else -0.25, "p_value": 0.001,
-                 "test": "mcnemar"}
+                {
+                    "task": "t",
+                    "metric": "accuracy",
+                    "a": "base",
+                    "b": "sft",
+                    "difference": sign * 0.3,
+                    "low": 0.25 if sign > 0 else -0.35,
+                    "high": 0.35 if sign > 0 else -0.25,
+                    "p_value": 0.001,
+                    "test": "mcnemar",
+                }
             ],
-        }  # fmt: skip
+        }
         (change,) = read_blocks(figures)[0].changes
         assert (change.difference, change.low, change.high) == (0.3, 0.25, 0.35)
         assert change.verdict == "better"
 
 
 def change(p, difference=0.1, better=True):
-    return {"table": [proportion("a", "t", "accuracy", 0.5), proportion("b", "t", "accuracy", 0.5 + difference)],
-            "comparisons": [{"task": "t", "metric": "accuracy", "a": "a", "b": "b", "difference": difference,
-                             "low": 0, "high": 0.2, "p_value": p, "test": "x"}]}  # fmt: skip
+    return {
+        "table": [proportion("a", "t", "accuracy", 0.5), proportion("b", "t", "accuracy", 0.5 + difference)],
+        "comparisons": [
+            {
+                "task": "t",
+                "metric": "accuracy",
+                "a": "a",
+                "b": "b",
+                "difference": difference,
+                "low": 0,
+                "high": 0.2,
+                "p_value": p,
+                "test": "x",
+            }
+        ],
+    }
 
 
 def test_remarks_are_honest():

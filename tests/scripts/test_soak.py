@@ -32,8 +32,10 @@ def test_soak_in_small(tmp_path: Path) -> None:
     ]
     run = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "soak.py"), *words, "--log", str(log)],
-        capture_output=True, text=True, env=os.environ | {"BURNISH_FAULT": ""},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=os.environ | {"BURNISH_FAULT": ""},
+    )
     text = log.read_text()
     assert run.returncode == 0, text + run.stderr
     assert "seed 2" in text and "PASSED" in text

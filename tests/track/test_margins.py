@@ -14,10 +14,18 @@ def test_s0_14_the_fields_of_a_record() -> None:
     """S0-14: by hand; std with ddof 0, quantiles interpolated, pos_frac without zeros."""
     row = summarise_margins(np.asarray([2.0, -1.0, 0.0, 3.0, 1e-6]), sample=2)
     assert row == {
-        "batch_size": 5, "mean": pytest.approx(4.000001 / 5), "std": pytest.approx(1.469694, rel=1e-5), "min": -1.0,
-        "p10": pytest.approx(-0.6), "median": pytest.approx(1e-6), "p90": pytest.approx(2.6), "max": 3.0,
-        "pos_frac": 0.6, "zero_frac": 0.4, "sample": [2.0, -1.0],
-    }  # fmt: skip
+        "batch_size": 5,
+        "mean": pytest.approx(4.000001 / 5),
+        "std": pytest.approx(1.469694, rel=1e-5),
+        "min": -1.0,
+        "p10": pytest.approx(-0.6),
+        "median": pytest.approx(1e-6),
+        "p90": pytest.approx(2.6),
+        "max": 3.0,
+        "pos_frac": 0.6,
+        "zero_frac": 0.4,
+        "sample": [2.0, -1.0],
+    }
 
 
 def test_zeros_are_said_only_when_the_policy_has_had_time() -> None:

@@ -121,12 +121,27 @@ def test_which_figures_are_shown():
 
 def test_formats():
     assert [format_seconds(s) for s in (0, 59.6, 200, 900, 7500, 7200, 100_000, -3)] == [
-        "0 s", "1 min", "3 min 20 s", "15 min", "2 h 5 min", "2 h", "1 d 4 h", "0 s",
-    ]  # fmt: skip
+        "0 s",
+        "1 min",
+        "3 min 20 s",
+        "15 min",
+        "2 h 5 min",
+        "2 h",
+        "1 d 4 h",
+        "0 s",
+    ]
     figures = (2.3456, 0.5, 123.4, 12345.6, 1e-5, 0.0, -0.25, float("nan"), 1e9)
     assert [format_figure(f) for f in figures] == [
-        "2.35", "0.500", "123", "12346", "1.00e-05", "0.00", "-0.250", "nan", "1.00e+09",
-    ]  # fmt: skip
+        "2.35",
+        "0.500",
+        "123",
+        "12346",
+        "1.00e-05",
+        "0.00",
+        "-0.250",
+        "nan",
+        "1.00e+09",
+    ]
     assert [format_count(c) for c in (812, 4096, 1_200_000, 5e9)] == ["812", "4.1k", "1.2M", "5G"]
 
 

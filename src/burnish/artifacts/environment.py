@@ -14,15 +14,37 @@ from burnish import __version__
 from burnish.artifacts.redact import redact_tree
 
 _PACKAGES = (
-    "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "numpy", "scipy",
-    "pydantic", "bitsandbytes", "deepspeed", "vllm",
-)  # fmt: skip
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "pydantic",
+    "bitsandbytes",
+    "deepspeed",
+    "vllm",
+)
 _VARIABLES = (
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM", "CUDA_VISIBLE_DEVICES",
-    "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "HF_HUB_OFFLINE",
-    "TRANSFORMERS_OFFLINE", "BURNISH_KERNELS",
-    "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NCCL_P2P_DISABLE", "PYTHONHASHSEED",
-)  # fmt: skip
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "TOKENIZERS_PARALLELISM",
+    "CUDA_VISIBLE_DEVICES",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_ALLOC_CONF",
+    "HF_HUB_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+    "BURNISH_KERNELS",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "NCCL_P2P_DISABLE",
+    "PYTHONHASHSEED",
+)
 
 
 def describe_environment(extra: dict[str, Any] | None = None) -> dict[str, Any]:

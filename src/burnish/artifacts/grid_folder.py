@@ -53,9 +53,10 @@ def load_grid(folder: Path) -> dict[str, Any]:
         sound = all(isinstance(c["name"], str) and isinstance(c["values"], dict) for c in cells)
     except OSError as exc:
         raise UsageError(
-            f"no grid of burnish here: {place.name} cannot be read", where=str(place.parent),
+            f"no grid of burnish here: {place.name} cannot be read",
+            where=str(place.parent),
             remedy="name a grid that `burnish runs list` shows",
-        ) from exc  # fmt: skip
+        ) from exc
     except (ValueError, KeyError, TypeError, RecursionError):
         sound, found, version = False, {}, FORMAT
     check_format(version, found, place, FORMAT)

@@ -17,16 +17,25 @@ from burnish.config.registry import load_object
 @click.option("--force", is_flag=True, help="Replace what an earlier merge wrote there.")
 @click.option("--data", metavar="SOURCE", help="Rows to check on; default: the held-out rows of the adapter's stage.")
 @click.option(
-    "--save-dtype", type=click.Choice(["fp32", "source", "bf16"]), default="fp32", show_default=True,
+    "--save-dtype",
+    type=click.Choice(["fp32", "source", "bf16"]),
+    default="fp32",
+    show_default=True,
     help="Type of the written weights; source = as the base is stored.",
-)  # fmt: skip
+)
 @click.option("--output-dir", metavar="DIR", default="runs", show_default=True, help="Folder of runs.")
 @click.option("--json", "as_json", is_flag=True, help="The figures as JSON.")
 @click.option("--verbose", is_flag=True, help="Show tracebacks.")
 def merge(
-    source: str, output: str | None, force: bool, data: str | None, save_dtype: str, output_dir: str, as_json: bool,
+    source: str,
+    output: str | None,
+    force: bool,
+    data: str | None,
+    save_dtype: str,
+    output_dir: str,
+    as_json: bool,
     verbose: bool,
-) -> int:  # fmt: skip
+) -> int:
     """Fold an adapter into its full-precision base.
 
     The merged model is compared with base + adapter on real tokens and written only if no logit differs by more than

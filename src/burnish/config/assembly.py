@@ -274,9 +274,11 @@ class Assembly:
             nodes = {key: node for key, node in self.top[layer].items() if key in RECIPE_KEYS and key != "stages"}
             if _is_given(nodes.get("model")) and _is_given(nodes.get("models")):
                 self._problem(
-                    "models", "both model and models are given", "keep one: model for one, models for several",
+                    "models",
+                    "both model and models are given",
+                    "keep one: model for one, models for several",
                     nodes["models"].place,
-                )  # fmt: skip
+                )
                 nodes.pop("models")
             if _is_given(nodes.get("model")):
                 merged.pop("models", None)

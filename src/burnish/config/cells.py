@@ -69,9 +69,14 @@ def _change(tree: Node, word: Override) -> Node:
 
 
 def build_grid(
-    tree: Node, assemble: Assemble, build: Build, words: Sequence[Override], problems: list[Problem],
-    notes: list[str], origin: str,
-) -> tuple[Recipe | None, Grid | None, Mapping[str, str]]:  # fmt: skip
+    tree: Node,
+    assemble: Assemble,
+    build: Build,
+    words: Sequence[Override],
+    problems: list[Problem],
+    notes: list[str],
+    origin: str,
+) -> tuple[Recipe | None, Grid | None, Mapping[str, str]]:
     """The recipe (the first cell's, with the grid's keys), the grid, and the sources of the recipe's values.
 
     Args:

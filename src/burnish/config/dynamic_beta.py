@@ -33,9 +33,10 @@ class DynamicBetaSettings(Settings):
     warmup: int | None = setting(None, "risk: units during which β stays β_0 and margins are pooled; default 30.", ge=0)
     gamma: float | None = setting(None, "risk: slope within tanh; default 2.", gt=0)
     alpha: float | None = setting(
-        None, "risk: largest change of log β a unit, default 0.005. beta_dpo: slope of β over the margin, default 0.6.",
+        None,
+        "risk: largest change of log β a unit, default 0.005. beta_dpo: slope of β over the margin, default 0.6.",
         ge=0,
-    )  # fmt: skip
+    )
     beta_min: float | None = setting(None, "risk: β stays above this; default 0.", ge=0)
     beta_max: float | None = setting(None, "risk: β stays below this; default 2.", gt=0)
     ema_rate: float | None = setting(None, "risk, ema: weight of the newest unit's quantile; default 0.1.", gt=0, le=1)
@@ -79,16 +80,30 @@ REQUIRED: Any = object()
 READ_BY: dict[str, dict[str, Any]] = {
     "constant": {},
     "risk": {
-        "unit": "step", "estimator": "window", "delta": 0.1, "warmup": 30, "gamma": 2.0, "alpha": 0.005, "beta_min": 0.0,
-        "beta_max": 2.0, "ema_rate": 0.1, "window": 1024, "step_size": 0.5,
+        "unit": "step",
+        "estimator": "window",
+        "delta": 0.1,
+        "warmup": 30,
+        "gamma": 2.0,
+        "alpha": 0.005,
+        "beta_min": 0.0,
+        "beta_max": 2.0,
+        "ema_rate": 0.1,
+        "window": 1024,
+        "step_size": 0.5,
     },
     "beta_dpo": {
-        "unit": "step", "level": "batch", "margin": "log_ratio", "alpha": 0.6, "momentum": 0.9, "keep": 0.8,
+        "unit": "step",
+        "level": "batch",
+        "margin": "log_ratio",
+        "alpha": 0.6,
+        "momentum": 0.9,
+        "keep": 0.8,
         "moments": "first",
     },
     "linear": {"beta_end": REQUIRED, "steps": REQUIRED},
     "cosine": {"beta_end": REQUIRED, "steps": REQUIRED},
-}  # fmt: skip
+}
 OF_ESTIMATOR = {"ema_rate": "ema", "window": "window", "step_size": "robbins_monro"}
 
 

@@ -34,10 +34,18 @@ _PLAN_ATTRIBUTE = "_burnish_plan"
 # Keyword arguments that carry nothing which changes the result of attention over a packed row.
 _HARMLESS = frozenset(
     {
-        "position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states", "output_router_logits",
-        "return_dict", "position_embeddings", "cache_position", "past_key_values",
+        "position_ids",
+        "use_cache",
+        "is_causal",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "position_embeddings",
+        "cache_position",
+        "past_key_values",
     }
-)  # fmt: skip
+)
 
 
 class PackingRefused(BurnishError):

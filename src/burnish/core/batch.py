@@ -263,9 +263,14 @@ def build_packed_batch(
         slot_scored=sum_slots(slot_of, scored),
     )
     return PackedBatch(
-        input_ids=_long(ids), position_ids=_long(positions), source_index=_long(source), target_ids=_long(target),
-        last_index=torch.tensor(last, dtype=torch.int64), layout=Layout(cursor, tuple(spans)), table=table,
-    )  # fmt: skip
+        input_ids=_long(ids),
+        position_ids=_long(positions),
+        source_index=_long(source),
+        target_ids=_long(target),
+        last_index=torch.tensor(last, dtype=torch.int64),
+        layout=Layout(cursor, tuple(spans)),
+        table=table,
+    )
 
 
 def find_slot_rows(slots: Sequence[int]) -> dict[int, Tensor]:

@@ -34,10 +34,25 @@ class AttentionHalf(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, bq: Tensor | None, bk: Tensor | None,
-        bv: Tensor | None, q_norm: Tensor | None, k_norm: Tensor | None, wo: Tensor, bo: Tensor | None, cos: Tensor,
-        sin: Tensor, keep: Tensor | None, plan: AttentionPlan, spec: BlockSpec,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        norm: Tensor,
+        wq: Tensor,
+        wk: Tensor,
+        wv: Tensor,
+        bq: Tensor | None,
+        bk: Tensor | None,
+        bv: Tensor | None,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        wo: Tensor,
+        bo: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        keep: Tensor | None,
+        plan: AttentionPlan,
+        spec: BlockSpec,
+    ) -> Tensor:
         bias = None if bq is None or bk is None or bv is None else _stack((bq, bk, bv), spec.low)
         n, rstd = normalise(x, norm, spec.eps, spec.low)
         stacked = _stack((wq, wk, wv), spec.low)

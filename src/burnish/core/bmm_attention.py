@@ -112,9 +112,14 @@ def attend(
 
 
 def attend_backward(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, plan: AttentionPlan, window: int | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    plan: AttentionPlan,
+    window: int | None = None,
     kept: Sequence[Tensor] = (),
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of `attend` for `grad` (T, H, Dv).
 
     Args:

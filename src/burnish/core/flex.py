@@ -91,8 +91,11 @@ def build_block_mask(layout: Layout, window: int | None, device: torch.device | 
     full &= window is None
     given = [move(x, device) for kind in (visible & ~full, full) for x in _list_blocks(kind)]
     return BlockMask.from_kv_blocks(
-        *given, BLOCK_SIZE=size, mask_mod=build_mask_mod(layout, window, device), seq_lengths=(layout.total, layout.total)
-    )  # fmt: skip
+        *given,
+        BLOCK_SIZE=size,
+        mask_mod=build_mask_mod(layout, window, device),
+        seq_lengths=(layout.total, layout.total),
+    )
 
 
 def _list_blocks(blocks: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -130,9 +133,11 @@ def run_flex(
         return torch.tanh(score / limit) * limit
 
     given: dict[str, Any] = {
-        "score_mod": None if softcap is None else cap, "block_mask": plan.block_masks[cached], "scale": scale,
+        "score_mod": None if softcap is None else cap,
+        "block_mask": plan.block_masks[cached],
+        "scale": scale,
         "enable_gqa": query.shape[1] != key.shape[1],
-    }  # fmt: skip
+    }
     if sinks is None:
         return attend(query, key, value, **given).transpose(1, 2).contiguous()
     out, lse = attend(query, key, value, return_lse=True, **given)

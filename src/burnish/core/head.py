@@ -102,9 +102,10 @@ def _check_against(source: HeadInput, functionals: Sequence[Functional], against
     mine, theirs = source.weight.shape[0], against.weight.shape[0]
     if mine != theirs:
         raise UsageError(
-            f"vocabularies differ: {mine} and {theirs} tokens", where="head",
+            f"vocabularies differ: {mine} and {theirs} tokens",
+            where="head",
             remedy="use a reference or teacher with the same vocabulary",
-        )  # fmt: skip
+        )
 
 
 # ---- tiles over the vocabulary ------------------------------------------------------------------------------------
@@ -172,9 +173,16 @@ class _Tiles:
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, t: _Tiling,
-        kept: Tensor | None = None, *, ready: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        t: _Tiling,
+        kept: Tensor | None = None,
+        *,
+        ready: bool = False,
+    ) -> None:
         self.h, self.weight, self.bias, self.targets, self.t = hidden.to(t.dtype), weight, bias, targets, t
         self._kept, self._ready = kept, ready
         self.count, self.vocabulary = hidden.shape[0], weight.shape[0]

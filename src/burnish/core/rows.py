@@ -25,9 +25,13 @@ _AREA = 1 << 20  # logits that a functional sees at once on a CPU; a functional 
 
 
 def compute_functionals(
-    source: HeadInput, targets: Tensor, wanted: Sequence[Functional], temperature: float, against: HeadInput | None,
+    source: HeadInput,
+    targets: Tensor,
+    wanted: Sequence[Functional],
+    temperature: float,
+    against: HeadInput | None,
     block: int,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """(S,) per functional, at least fp32.
 
     Args:
@@ -40,9 +44,14 @@ def compute_functionals(
     device = source.hidden.device.type
     low = compute_dtype(source.hidden, source.weight)
     asked = _Asked(
-        tuple(wanted), source, against, temperature, block, low,
+        tuple(wanted),
+        source,
+        against,
+        temperature,
+        block,
+        low,
         (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)),
-    )  # fmt: skip
+    )
     found: Any = _WholeRows.apply(source.hidden, source.weight, source.bias, targets, asked)
     return list(found)
 
@@ -202,18 +211,23 @@ def _add(total: Tensor | None, part: Tensor) -> Tensor:
 
 def _vocabularies_differ(ours: Tensor, theirs: Tensor) -> UsageError:
     return UsageError(
-        f"vocabularies differ: {ours.shape[1]} and {theirs.shape[1]} tokens", where="head",
+        f"vocabularies differ: {ours.shape[1]} and {theirs.shape[1]} tokens",
+        where="head",
         remedy="use a reference or teacher with the same vocabulary",
-    )  # fmt: skip
+    )
 
 
 # ---- heads that must be called ------------------------------------------------------------------------------------
 
 
 def _run_module(
-    source: HeadInput, targets: Tensor, wanted: Sequence[Functional], temperature: float, against: HeadInput | None,
+    source: HeadInput,
+    targets: Tensor,
+    wanted: Sequence[Functional],
+    temperature: float,
+    against: HeadInput | None,
     block: int,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """The same for a head with adapters or quantisation: autograd goes through it, block by block."""
 
     def run(hidden: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:

@@ -92,9 +92,10 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         state.load_tree(model, moments, values)
     except (KeyError, TypeError, ValueError) as error:
         raise ResourceError(
-            f"the checkpoint does not fit this stage: {error}", where=str(path),
+            f"the checkpoint does not fit this stage: {error}",
+            where=str(path),
             remedy="resume with the version and settings it was made with, or start over with --fresh",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def load_parameters(path: Path, trainable: Mapping[str, torch.nn.Parameter]) -> None:
@@ -121,9 +122,10 @@ def find_resumable(stage_dir: Path, say: Callable[[str], None], *, run_id: str |
         say(problem)
     if found is None and problems:
         raise ResourceError(
-            f"checkpoints are here and every one is damaged or of another run: {problems[0]}", where=str(stage_dir),
+            f"checkpoints are here and every one is damaged or of another run: {problems[0]}",
+            where=str(stage_dir),
             remedy="restore one from a backup, or start over with --fresh",
-        )  # fmt: skip
+        )
     return found
 
 

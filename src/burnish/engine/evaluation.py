@@ -29,9 +29,14 @@ class Module(Protocol):
 
 
 def run_evaluation(
-    ctx: StepContext, groups: Sequence[Group], state: dict[str, Any], *, budget: int, cap: int | None = None,
+    ctx: StepContext,
+    groups: Sequence[Group],
+    state: dict[str, Any],
+    *,
+    budget: int,
+    cap: int | None = None,
     chunk: int | None = None,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Figures over held-out groups, named "eval_<figure>"; with several sources also "eval_<figure>/<source>".
 
     The method's state is read, not moved: its losses get it with `frozen: True`.
@@ -74,9 +79,10 @@ def _evaluate(
     bad = [row for part in ctx.runtime.gather(bad) for row in part]
     if bad:
         raise NumericStop(
-            f"evaluation gives a non-finite number on {len(bad)} rows: {', '.join(bad[:5])}", where="held-out data",
+            f"evaluation gives a non-finite number on {len(bad)} rows: {', '.join(bad[:5])}",
+            where="held-out data",
             remedy="look at these rows with `burnish data show`; lower the learning rate or use precision fp32",
-        )  # fmt: skip
+        )
     sums.reduce(ctx.runtime)
     return sums.figures(sums.announced if ctx.method.coupled else compute_counts(ctx.method, groups))
 

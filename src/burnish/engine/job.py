@@ -81,15 +81,23 @@ class TrainOutcome:
 
 
 def build_source(
-    settings: TrainSettings, train: Sequence[Group], world: int, method: Method,
+    settings: TrainSettings,
+    train: Sequence[Group],
+    world: int,
+    method: Method,
     complete: Callable[[Sequence[Group]], Sequence[Group]] = list,
-) -> OfflineSource:  # fmt: skip
+) -> OfflineSource:
     """The order in which a stage reads its examples."""
     return OfflineSource(
-        train, batch_size=compute_batch(settings, world).batch_size, epochs=settings.num_train_epochs,
-        max_steps=settings.max_steps, seed=settings.seed, shuffle=settings.shuffle,
-        arrange=method.arrange, complete=complete,
-    )  # fmt: skip
+        train,
+        batch_size=compute_batch(settings, world).batch_size,
+        epochs=settings.num_train_epochs,
+        max_steps=settings.max_steps,
+        seed=settings.seed,
+        shuffle=settings.shuffle,
+        arrange=method.arrange,
+        complete=complete,
+    )
 
 
 def choose_budget(settings: TrainSettings, device: str) -> int:

@@ -46,8 +46,11 @@ from burnish.track.whereabouts import enter_phase, here, note_step
 log = logging.getLogger("burnish")
 
 _CUT = {
-    "threads": "{} threads", "ranks": "{} processes", "micro_batch": "{} in a micro-batch", "kernels": "C kernels {}",
-}  # fmt: skip
+    "threads": "{} threads",
+    "ranks": "{} processes",
+    "micro_batch": "{} in a micro-batch",
+    "kernels": "C kernels {}",
+}
 
 
 class Trainer:
@@ -68,10 +71,15 @@ class Trainer:
         )
         self.signals = SignalFlag()
         self.ctx = StepContext(
-            policy=job.policy, method=job.method, runtime=job.runtime, parameters=self.parameters, seed=s.seed,
-            reference=job.reference, reseed=job.dropout,
+            policy=job.policy,
+            method=job.method,
+            runtime=job.runtime,
+            parameters=self.parameters,
+            seed=s.seed,
+            reference=job.reference,
+            reseed=job.dropout,
             should_stop=lambda: bool(self.signals) and job.runtime.world == 1,
-        )  # fmt: skip
+        )
         self.metrics = MetricsLog(job.stage_dir / "metrics.jsonl") if job.stage_dir and job.runtime.is_main else None
         self.timing = MetricsLog(job.stage_dir / "timing.jsonl") if job.stage_dir and job.runtime.is_main else None
         wanted = job.stage_dir and job.runtime.is_main and job.method.records
@@ -125,9 +133,17 @@ class Trainer:
         if best is not None and self.job.stage_dir:
             load_parameters(self.job.stage_dir / f"checkpoint-{best}", self.job.trainable)
         return TrainOutcome(
-            c.step, c.updates, c.tokens, mono() - started, self.last_figures, self.last_evaluation, c.best_step,
-            stopped_early, resumed, c.ledger,
-        )  # fmt: skip
+            c.step,
+            c.updates,
+            c.tokens,
+            mono() - started,
+            self.last_figures,
+            self.last_evaluation,
+            c.best_step,
+            stopped_early,
+            resumed,
+            c.ledger,
+        )
 
     def _plan_disk(self) -> None:
         """Say how much disk the stage takes at most; refuse to begin when that is not free."""
@@ -139,10 +155,15 @@ class Trainer:
             [p.shape for p in self.parameters], self.job.settings.optim, item=item, logs=len(self._logs())
         )
         plan = plan_disk(
-            self.job.settings, checkpoint, total_steps=self.source.total_steps, save_every=self.save_every,
-            steps_per_epoch=self.source.steps_per_epoch, export=self.job.export_bytes,
-            other=measure_folder(folder / "reference"), examples=self.source.batch_size,
-        )  # fmt: skip
+            self.job.settings,
+            checkpoint,
+            total_steps=self.source.total_steps,
+            save_every=self.save_every,
+            steps_per_epoch=self.source.steps_per_epoch,
+            export=self.job.export_bytes,
+            other=measure_folder(folder / "reference"),
+            examples=self.source.batch_size,
+        )
         if self.job.label:
             log.info("disk: at most %s; %s free", plan, format_bytes(free_bytes(folder)))
         check_disk(plan, folder, what=self.job.label or self.job.method.name)
@@ -184,9 +205,12 @@ class Trainer:
 
     def _gradient(self, data: StepData) -> Gradient:
         plan = build_plan(
-            data.groups, budget=self.budget, cap=self.job.settings.per_device_train_batch_size,
-            world=self.job.runtime.world, coupled=self.job.method.coupled,
-        )  # fmt: skip
+            data.groups,
+            budget=self.budget,
+            cap=self.job.settings.per_device_train_batch_size,
+            world=self.job.runtime.world,
+            coupled=self.job.method.coupled,
+        )
         self._warn_oversized(data, plan.oversized)
         self.ctx.scale = self.state.scale
         return compute_gradient(self.ctx, data.groups, plan, self.state.method, self.state.counters.step)
@@ -295,9 +319,13 @@ class Trainer:
         """Evaluate, remember the best; True if training should stop early."""
         c, s = self.state.counters, self.job.settings
         figures = run_evaluation(
-            self.ctx, self.job.held_out, self.state.method, budget=self.budget, cap=s.per_device_train_batch_size,
+            self.ctx,
+            self.job.held_out,
+            self.state.method,
+            budget=self.budget,
+            cap=s.per_device_train_batch_size,
             chunk=self.source.batch_size,
-        )  # fmt: skip
+        )
         self.job.policy.train(True)
         self.last_evaluation = {"step": c.step, **figures}
         self._write({"step": c.step, "kind": "eval", **figures})
@@ -309,9 +337,11 @@ class Trainer:
                 f"metric_for_best_model {name!r} is not among the evaluation's figures: {', '.join(sorted(figures))}",
                 remedy="choose one of these",
             )
-        greater = s.greater_is_better if s.greater_is_better is not None else (
-            default_greater if name == default_name else "loss" not in name
-        )  # fmt: skip
+        greater = (
+            s.greater_is_better
+            if s.greater_is_better is not None
+            else (default_greater if name == default_name else "loss" not in name)
+        )
         value = figures[name]
         if c.best_value is None or (value > c.best_value if greater else value < c.best_value):
             c.best_value, c.best_step, c.stale_evaluations = value, c.step, 0
@@ -361,8 +391,11 @@ class Trainer:
         size = f"{self.budget} tokens" + (f", {cap} examples" if cap is not None else "")
         kernels = load_kernels().identity if self.job.runtime.device.type == "cpu" else "not used"
         return {
-            "threads": torch.get_num_threads(), "ranks": self.job.runtime.world, "micro_batch": size, "kernels": kernels,
-        }  # fmt: skip
+            "threads": torch.get_num_threads(),
+            "ranks": self.job.runtime.world,
+            "micro_batch": size,
+            "kernels": kernels,
+        }
 
     def _resume(self) -> int | None:
         stage_dir = self.job.stage_dir
@@ -416,8 +449,9 @@ class Trainer:
         self._save()
         raise InterruptedRun(
             f"stopped by a signal after step {self.state.counters.step}; everything up to it is saved",
-            signum=int(asked), remedy="give the same command again to go on",
-        )  # fmt: skip
+            signum=int(asked),
+            remedy="give the same command again to go on",
+        )
 
     def _memory_error(self, error: BaseException) -> ResourceError:
         """The message; the state is saved first if it is whole and there is room for it."""

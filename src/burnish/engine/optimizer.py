@@ -53,9 +53,11 @@ def build_optimizer(groups: list[dict], settings: TrainSettings) -> torch.optim.
         return torch.optim.SGD(groups)
     if not torch.cuda.is_available():
         raise ConfigError(
-            "optim: adamw_8bit needs a CUDA device", where="optim", found=settings.optim,
+            "optim: adamw_8bit needs a CUDA device",
+            where="optim",
+            found=settings.optim,
             remedy="use adamw, or adafactor to save memory",
-        )  # fmt: skip
+        )
     from burnish.models.bnb import build_adamw_8bit
 
     return build_adamw_8bit(groups, betas=betas, eps=settings.adam_epsilon)

@@ -46,9 +46,17 @@ class OfflineSource:
     """
 
     def __init__(
-        self, groups: Sequence[Group], *, batch_size: int, epochs: float, max_steps: int, seed: int, shuffle: bool,
-        arrange: Change = list, complete: Change = list,
-    ) -> None:  # fmt: skip
+        self,
+        groups: Sequence[Group],
+        *,
+        batch_size: int,
+        epochs: float,
+        max_steps: int,
+        seed: int,
+        shuffle: bool,
+        arrange: Change = list,
+        complete: Change = list,
+    ) -> None:
         if not groups:
             raise DataError(
                 "no training example is left", remedy="see the data report above; raise max_length or fix the data"

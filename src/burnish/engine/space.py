@@ -78,9 +78,16 @@ def _moments(shape: Sequence[int], count: int, optim: str, item: int) -> int:
 
 
 def plan_disk(
-    settings: TrainSettings, checkpoint: int, *, total_steps: int, save_every: int, steps_per_epoch: int,
-    export: int = 0, other: int = 0, examples: int = 0,
-) -> DiskPlan:  # fmt: skip
+    settings: TrainSettings,
+    checkpoint: int,
+    *,
+    total_steps: int,
+    save_every: int,
+    steps_per_epoch: int,
+    export: int = 0,
+    other: int = 0,
+    examples: int = 0,
+) -> DiskPlan:
     """The plan of a stage of `total_steps` steps of `examples` that saves every `save_every` of them."""
     saves = total_steps // max(save_every, 1) + 2  # the last step's, and one when it is stopped
     copies = saves if settings.save_total_limit == 0 else min(settings.save_total_limit + 1, saves)

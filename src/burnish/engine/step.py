@@ -31,9 +31,13 @@ class PolicyLike(Protocol):
     """What the engine needs of a policy: one call from a batch to flat outputs."""
 
     def __call__(
-        self, batch: PackedBatch, want: frozenset[str], *, functionals: Sequence[Functional] = (),
+        self,
+        batch: PackedBatch,
+        want: frozenset[str],
+        *,
+        functionals: Sequence[Functional] = (),
         against: HeadInput | None = None,
-    ) -> Outputs: ...  # fmt: skip
+    ) -> Outputs: ...
 
 
 class ReferenceLike(Protocol):
@@ -353,9 +357,17 @@ def _finish_gradients(ctx: StepContext) -> Tensor:
 
 
 def _run_coupled(
-    ctx: StepContext, groups: Sequence[Group], mine: Sequence[MicroBatch], coupled: Sequence[int],
-    counts: Mapping[str, float], state: Mapping[str, Any], step: int, sums: Sums, guard: Guard, seen: Observation,
-) -> list[tuple[Table, dict[str, Tensor]]]:  # fmt: skip
+    ctx: StepContext,
+    groups: Sequence[Group],
+    mine: Sequence[MicroBatch],
+    coupled: Sequence[int],
+    counts: Mapping[str, float],
+    state: Mapping[str, Any],
+    step: int,
+    sums: Sums,
+    guard: Guard,
+    seen: Observation,
+) -> list[tuple[Table, dict[str, Tensor]]]:
     """Two passes: outputs of coupled micro-batches without gradient, the loss on them, backward with its coefficients.
 
     With a single coupled micro-batch on a single rank the first forward keeps its graph and the second is spared.

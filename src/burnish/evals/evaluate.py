@@ -229,9 +229,13 @@ def _answer(run: _Run, model: Loaded, task: str, prompts: Sequence[Prompt]) -> A
     ids, limit = [p.ids for p in room], run.settings.max_new_tokens
     with model.policy.unpacked() as plain, model.autocast():
         answers = generate_greedy(
-            plain, ids, eos_ids=model.end_ids, max_new_tokens=limit, context=model.context,
+            plain,
+            ids,
+            eos_ids=model.end_ids,
+            max_new_tokens=limit,
+            context=model.context,
             batch_size=run.settings.batch_size or choose_batch_size(plain, ids, limit),
-        )  # fmt: skip
+        )
     texts = [model.tokenizer.decode(a.body, skip_special_tokens=True).strip() for a in answers]
     return Answered(room, answers, texts)
 

@@ -39,21 +39,33 @@ class Figures:
         """Append an estimate."""
         self.table.append(
             {
-                "subject": subject, "task": task, "metric": metric, "value": interval.value,
-                "low": _finite(interval.low), "high": _finite(interval.high), "n": interval.n,
+                "subject": subject,
+                "task": task,
+                "metric": metric,
+                "value": interval.value,
+                "low": _finite(interval.low),
+                "high": _finite(interval.high),
+                "n": interval.n,
                 "higher_is_better": higher_is_better,
             }
-        )  # fmt: skip
+        )
 
     def compare(self, task: str, metric: str, a: str, b: str, found: Comparison) -> None:
         """Append a paired comparison from a to b: `found` holds b − a."""
         self.comparisons.append(
             {
-                "task": task, "metric": metric, "a": a, "b": b, "difference": found.difference,
-                "low": _finite(found.low), "high": _finite(found.high), "p_value": found.p_value, "test": found.test,
+                "task": task,
+                "metric": metric,
+                "a": a,
+                "b": b,
+                "difference": found.difference,
+                "low": _finite(found.low),
+                "high": _finite(found.high),
+                "p_value": found.p_value,
+                "test": found.test,
                 "n": found.n,
             }
-        )  # fmt: skip
+        )
 
     def note(self, text: str) -> None:
         """Append a sentence, once."""

@@ -126,9 +126,13 @@ def report_reward_preferences(
         _add_share(figures, settings, subject, "preferences", "accuracy", marks[subject.name])
         figures.add(subject.name, "preferences", "margin", compute_mean(difference, settings.confidence))
         figures.reports[subject.name] = compute_reward_report(
-            m.values[:, 0], m.values[:, 1], chosen_tokens=m.tokens[:, 0], rejected_tokens=m.tokens[:, 1],
-            sources=m.sources, confidence=settings.confidence,
-        )  # fmt: skip
+            m.values[:, 0],
+            m.values[:, 1],
+            chosen_tokens=m.tokens[:, 0],
+            rejected_tokens=m.tokens[:, 1],
+            sources=m.sources,
+            confidence=settings.confidence,
+        )
         for i, name in enumerate(m.ids):
             row = {"source": m.sources[i], "chosen": m.values[i, 0], "rejected": m.values[i, 1]}
             _item(figures, "preferences", subject, name, **row)
@@ -171,9 +175,11 @@ def report_checkable(
         left, right_rows = align(kept[subject.name].ids, kept[other.name].ids)
         if left:
             compared = compare_marks(
-                marks[subject.name][left], marks[other.name][right_rows],
-                confidence=settings.confidence, seed=settings.seed,
-            )  # fmt: skip
+                marks[subject.name][left],
+                marks[other.name][right_rows],
+                confidence=settings.confidence,
+                seed=settings.seed,
+            )
             figures.compare(task, "accuracy", other.name, subject.name, compared)
     add_samples(figures, settings, task, subjects, kept, marks)
 
@@ -232,11 +238,14 @@ def add_samples(
         rows = {name: where[name][prompt.id] for name in names}
         figures.samples.append(
             {
-                "task": task, "id": prompt.id, "prompt": prompt.text, "reference": prompt.reference,
+                "task": task,
+                "id": prompt.id,
+                "prompt": prompt.text,
+                "reference": prompt.reference,
                 "answers": {name: found[name].texts[i] for name, i in rows.items()},
                 "marks": {name: bool(marks[name][i]) for name, i in rows.items() if name in marks},
             }
-        )  # fmt: skip
+        )
 
 
 def _drop_broken(figures: Figures, task: str, found: Answered) -> tuple[Answered, list[FinalNumber]]:

@@ -39,9 +39,17 @@ class BetaDpo:
     """
 
     def __init__(
-        self, beta: float, *, level: Literal["batch", "instance"], margin: Literal["log_ratio", "implicit_reward"],
-        alpha: float, momentum: float, keep: float, moments: Literal["first", "zero"], seed: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        beta: float,
+        *,
+        level: Literal["batch", "instance"],
+        margin: Literal["log_ratio", "implicit_reward"],
+        alpha: float,
+        momentum: float,
+        keep: float,
+        moments: Literal["first", "zero"],
+        seed: int = 0,
+    ) -> None:
         self.beta, self.level, self.alpha, self.momentum, self.keep = beta, level, alpha, momentum, keep
         self.scale = beta if margin == "implicit_reward" else 1.0
         self.moments, self.seed = moments, seed

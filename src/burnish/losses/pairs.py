@@ -72,9 +72,13 @@ class PairLoss:
 
 
 def compute_pairs(
-    logprobs: Tensor, ref_logprobs: Tensor | None, table: Table, *, ld_alpha: float | None = None,
+    logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    table: Table,
+    *,
+    ld_alpha: float | None = None,
     functionals: Mapping[str, Tensor] = {},
-) -> Pairs:  # fmt: skip
+) -> Pairs:
     """Sums over the tokens of each completion, chosen and rejected side by side.
 
     Args:

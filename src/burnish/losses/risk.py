@@ -39,10 +39,21 @@ class Risk:
     per_pair = ahead = False
 
     def __init__(
-        self, beta: float, *, estimator: Literal["ema", "window", "robbins_monro"], delta: float, warmup: int,
-        gamma: float, alpha: float, beta_min: float, beta_max: float, ema_rate: float, window: int, step_size: float,
+        self,
+        beta: float,
+        *,
+        estimator: Literal["ema", "window", "robbins_monro"],
+        delta: float,
+        warmup: int,
+        gamma: float,
+        alpha: float,
+        beta_min: float,
+        beta_max: float,
+        ema_rate: float,
+        window: int,
+        step_size: float,
         seed: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.beta, self.estimator, self.delta, self.warmup = beta, estimator, delta, warmup
         self.gamma, self.alpha, self.beta_min, self.beta_max = gamma, alpha, beta_min, beta_max
         self.ema_rate, self.window, self.step_size = ema_rate, window, step_size

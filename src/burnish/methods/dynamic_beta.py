@@ -114,8 +114,10 @@ class BetaControl:
             "beta_used": float(beta.mean()) if len(ids) else None,
             "beta_range": [float(beta.min()), float(beta.max())] if len(ids) else None,
             "kept": len(ids) if found.kept is None else int(found.kept.shape[0]),
-            "units": found.units, "held": found.held, "figures": found.figures,
-        }  # fmt: skip
+            "units": found.units,
+            "held": found.held,
+            "figures": found.figures,
+        }
         return {KEY: {**found.state, "step": step}}
 
     def describe(self, state: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:

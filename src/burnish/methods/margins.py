@@ -12,9 +12,13 @@ from burnish.losses.pairs import Pairs
 from burnish.track.margins import QUIET_STEPS, are_too_many_zeros, find_zero_share, summarise_margins
 
 _MEANS = {
-    "chosen": "chosen_logps", "rejected": "rejected_logps", "chosen_ratio": "chosen_ratio",
-    "rejected_ratio": "rejected_ratio", "chosen_tokens": "chosen_tokens", "rejected_tokens": "rejected_tokens",
-}  # fmt: skip
+    "chosen": "chosen_logps",
+    "rejected": "rejected_logps",
+    "chosen_ratio": "chosen_ratio",
+    "rejected_ratio": "rejected_ratio",
+    "chosen_tokens": "chosen_tokens",
+    "rejected_tokens": "rejected_tokens",
+}
 
 
 def observe_pairs(pairs: Pairs) -> dict[str, Tensor]:

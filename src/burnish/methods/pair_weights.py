@@ -30,9 +30,12 @@ class PairWeights:
         if getattr(settings, "reward_model", None) is not None:
             c_max, c_min = settings.madpo_c_max, settings.madpo_c_min
             self._by_margin = partial(
-                compute_margin_weights, c_max=c_max, c_min=1 / c_max if c_min is None else c_min,
-                steepness=settings.madpo_lambda, tau=settings.madpo_tau,
-            )  # fmt: skip
+                compute_margin_weights,
+                c_max=c_max,
+                c_min=1 / c_max if c_min is None else c_min,
+                steepness=settings.madpo_lambda,
+                tau=settings.madpo_tau,
+            )
         self.functionals = (LOG_SQUARE_SUM,) if self._by_policy else ()
 
     def compute(self, outputs: Outputs, table: Table) -> tuple[Tensor | None, list[Metric]]:

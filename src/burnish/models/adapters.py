@@ -42,13 +42,31 @@ ATTENTION_TARGETS: dict[str, tuple[str, ...]] = {
     "phi3": ("qkv_proj", "o_proj"),
     **dict.fromkeys(
         (
-            "cohere", "cohere2", "gemma", "gemma2", "gemma3", "gemma3_text", "glm", "granite", "llama", "mistral",
-            "mixtral", "olmo", "olmo2", "olmo3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm",
+            "cohere",
+            "cohere2",
+            "gemma",
+            "gemma2",
+            "gemma3",
+            "gemma3_text",
+            "glm",
+            "granite",
+            "llama",
+            "mistral",
+            "mixtral",
+            "olmo",
+            "olmo2",
+            "olmo3",
+            "qwen2",
+            "qwen2_moe",
+            "qwen3",
+            "qwen3_moe",
+            "smollm3",
+            "stablelm",
             "starcoder2",
         ),
         _QKVO,
     ),
-}  # fmt: skip
+}
 
 
 def find_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -87,8 +105,9 @@ def find_targets(model: PreTrainedModel, asked: list[str] | str) -> list[str] | 
         if not targets:
             raise ConfigError(
                 f"no attention layers found in {type(model).__name__}",
-                where="lora.target_modules", remedy=f"name them: target_modules: {leaves[:6]}, or use all-linear",
-            )  # fmt: skip
+                where="lora.target_modules",
+                remedy=f"name them: target_modules: {leaves[:6]}, or use all-linear",
+            )
         return targets
     head_names = {
         n.rpartition(".")[2]
@@ -99,16 +118,19 @@ def find_targets(model: PreTrainedModel, asked: list[str] | str) -> list[str] | 
         if target.rpartition(".")[2] in head_names:
             raise ConfigError(
                 f"an adapter on the head ({target}) is not supported",
-                where="lora.target_modules", found=target,
+                where="lora.target_modules",
+                found=target,
                 remedy="leave it out (a reward model's score head is trained in full anyway), or train it with top_k",
-            )  # fmt: skip
+            )
         if not any(name == target or name.endswith(f".{target}") for name in linears):
             near = difflib.get_close_matches(target, leaves, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ConfigError(
                 f"no linear layer of {type(model).__name__} is called {target!r}",
-                where="lora.target_modules", found=target, remedy=f"{hint}Its linear layers: {', '.join(leaves)}",
-            )  # fmt: skip
+                where="lora.target_modules",
+                found=target,
+                remedy=f"{hint}Its linear layers: {', '.join(leaves)}",
+            )
     return list(asked)
 
 
@@ -126,8 +148,10 @@ def build_lora(model: PreTrainedModel, lora: LoraSettings, *, head: str, seed: i
     if any(conv) and not all(conv):
         raise ConfigError(
             "target_modules mixes Conv1D and Linear layers, which one adapter cannot hold",
-            where="lora.target_modules", found=lora.target_modules, remedy="name layers of one type only",
-        )  # fmt: skip
+            where="lora.target_modules",
+            found=lora.target_modules,
+            remedy="name layers of one type only",
+        )
     config = peft.LoraConfig(
         task_type=TASK_TYPES[head],
         r=lora.r,
@@ -209,8 +233,9 @@ def merge_attached(wrapped: nn.Module) -> PreTrainedModel:
     except ValueError as e:
         raise ConfigError(
             f"the adapter cannot be added to the weights: {str(e).splitlines()[0]}",
-            where="adapter", remedy="take an earlier checkpoint of it, or train it again",
-        ) from None  # fmt: skip
+            where="adapter",
+            remedy="take an earlier checkpoint of it, or train it again",
+        ) from None
     return merged.requires_grad_(True)
 
 
@@ -236,8 +261,9 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> nn.Module:
     except (ValueError, RuntimeError, KeyError) as e:
         raise ConfigError(
             f"the adapter does not fit {type(model).__name__}: {str(e).splitlines()[0]}",
-            where=str(folder), remedy=RIGHT_BASE,
-        ) from None  # fmt: skip
+            where=str(folder),
+            remedy=RIGHT_BASE,
+        ) from None
     expected = set(_adapter_tensors(wrapped))
     stored = {_stored_name(n) for n in found.tensors}
     copies = {n for n in stored if n.endswith(".base_layer.weight")}  # PEFT adds one of an embedding with an adapter
@@ -245,8 +271,10 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> nn.Module:
     if odd:
         raise ConfigError(
             f"the adapter does not fit {type(model).__name__}: {odd[0]} is on one side only ({len(odd)} such tensors)",
-            where=str(folder), found=odd[:8], remedy=RIGHT_BASE,
-        )  # fmt: skip
+            where=str(folder),
+            found=odd[:8],
+            remedy=RIGHT_BASE,
+        )
     return wrapped
 
 
@@ -260,14 +288,16 @@ def _read_lora(folder: Path) -> tuple[ModelFolder, Any]:
     if not isinstance(config, peft.LoraConfig):
         raise ConfigError(
             f"{found.config.get('peft_type')} adapters cannot be merged into the weights",
-            where=str(folder), remedy="give a LoRA adapter or a full model",
-        )  # fmt: skip
+            where=str(folder),
+            remedy="give a LoRA adapter or a full model",
+        )
     if config.megatron_config:
         raise ConfigError(
             f"this adapter asks for the module {config.megatron_core}, code from elsewhere, which burnish does not run",
-            where=str(folder / "adapter_config.json"), found=config.megatron_core,
+            where=str(folder / "adapter_config.json"),
+            found=config.megatron_core,
             remedy="remove megatron_config from it",
-        )  # fmt: skip
+        )
     return found, config
 
 
@@ -298,8 +328,9 @@ def read_low_rank(folder: Path, model: PreTrainedModel) -> dict[str, tuple[Tenso
     if not _is_plain(config) or used != len(found.tensors):
         raise ConfigError(
             "this adapter is no plain LoRA of linear layers, and cannot lie under another one over a quantised base",
-            where=str(folder), remedy="fold it in first (burnish merge), or set quantize: none",
-        )  # fmt: skip
+            where=str(folder),
+            remedy="fold it in first (burnish merge), or set quantize: none",
+        )
     return pairs
 
 

@@ -243,8 +243,9 @@ def _check_stored(bnb: Any, layer: Any, weight: Tensor, kind: str) -> None:
     if not good:
         raise ConfigError(
             f"bitsandbytes {bnb.__version__} reads back other weights than it was given (layer {tuple(weight.shape)})",
-            where="quantize", remedy="set quantize: none, or install another version of bitsandbytes",
-        )  # fmt: skip
+            where="quantize",
+            remedy="set quantize: none, or install another version of bitsandbytes",
+        )
 
 
 def is_frozen(module: nn.Module) -> bool:

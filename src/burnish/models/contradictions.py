@@ -23,13 +23,17 @@ def check_settings(s: TrainSettings) -> None:
     if s.lora is None and s.quantize != "none":
         raise ConfigError(
             f"quantize: {s.quantize} freezes the base, but nothing is trained on top of it",
-            where="quantize", found=s.quantize, remedy="add lora: {}, or set quantize: none",
-        )  # fmt: skip
+            where="quantize",
+            found=s.quantize,
+            remedy="add lora: {}, or set quantize: none",
+        )
     if s.lora is not None and s.lora.dropout and getattr(s, "disable_dropout", False):
         raise ConfigError(
             f"lora.dropout is {s.lora.dropout}, but disable_dropout is on",
-            where="lora.dropout", found=s.lora.dropout, remedy="set lora.dropout: 0, or disable_dropout: false",
-        )  # fmt: skip
+            where="lora.dropout",
+            found=s.lora.dropout,
+            remedy="set lora.dropout: 0, or disable_dropout: false",
+        )
 
 
 def check_joinable(lora: LoraSettings, *, quantised: bool, merged: bool) -> None:
@@ -42,5 +46,7 @@ def check_joinable(lora: LoraSettings, *, quantised: bool, merged: bool) -> None
         what = "use_dora" if lora.use_dora else f"bias {lora.bias}"
         raise ConfigError(
             f"{what} over an earlier adapter on a quantised base cannot be written as one adapter",
-            where="lora", found=what, remedy="leave it out, or fold the earlier adapter in first (burnish merge)",
-        )  # fmt: skip
+            where="lora",
+            found=what,
+            remedy="leave it out, or fold the earlier adapter in first (burnish merge)",
+        )

@@ -30,10 +30,17 @@ ExportDtype = Literal["source", "masters"]
 
 
 def export_model(
-    built: BuiltModel, folder: Path, *, tokenizer_source: str | Path | None, head: Head, extra: Mapping[str, Any],
-    dtype: ExportDtype | torch.dtype = "source", chat_template: str | None = None, stop_ids: Sequence[int] = (),
+    built: BuiltModel,
+    folder: Path,
+    *,
+    tokenizer_source: str | Path | None,
+    head: Head,
+    extra: Mapping[str, Any],
+    dtype: ExportDtype | torch.dtype = "source",
+    chat_template: str | None = None,
+    stop_ids: Sequence[int] = (),
     max_shard_size: str = "5GB",
-) -> None:  # fmt: skip
+) -> None:
     """Write what inference needs into `folder`, which exists and is empty; the caller seals and renames it.
 
     Args:
@@ -52,8 +59,9 @@ def export_model(
         if chosen in (torch.bfloat16, torch.float16) and (lost := compute_rounding_loss(built, chosen)) > WORTH_SAYING:
             log.warning(
                 "storing the weights as %s rounds away %.0f %% of what this stage changed; save_dtype: fp32 keeps it",
-                str(chosen).removeprefix("torch."), 100 * lost,
-            )  # fmt: skip
+                str(chosen).removeprefix("torch."),
+                100 * lost,
+            )
         _save_full(built.model, built, folder, chosen, max_shard_size)
     elif not save_adapter(built.model, folder, base_model=loaded.name, revision=loaded.revision, earlier=earlier):
         _save_full(merge_copy(built.model), built, folder, _choose_dtype(built, dtype), max_shard_size)

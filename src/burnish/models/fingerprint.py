@@ -17,10 +17,19 @@ from burnish.models.folder import find_adapter_base
 
 CONFIGS = ("config.json", "adapter_config.json", "quantization_config.json")
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "chat_template.jinja",
     "chat_template.json",
-)  # fmt: skip
+)
 
 _KNOWN: dict[tuple[str, int, int, int], str] = {}
 

@@ -26,9 +26,21 @@ CONVERT = (
 RIGHT_BASE = "set base_model_name_or_path in adapter_config.json to the model it was trained on"
 MAX_HEADER = 100 * 2**20
 ITEM_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
-    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+    "C64": 64,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +97,9 @@ def inspect_model_folder(folder: str | Path) -> ModelFolder:
         there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         raise ConfigError(
             f"no config.json here, so this is no model folder (found: {there})",
-            where=str(path), remedy="give the folder with config.json and the weights (a stage's result is its final/)",
-        )  # fmt: skip
+            where=str(path),
+            remedy="give the folder with config.json and the weights (a stage's result is its final/)",
+        )
     config = read_json(path / "config.json")
     return _with_weights(path, find_kind(config, path), config, _find_weight_files(path))
 
@@ -124,9 +137,11 @@ def read_base_config(folder: str | Path) -> dict[str, Any]:
         file = None
     if not isinstance(file, str):
         raise ConfigError(
-            f"the base of this adapter, {base}, is not on this machine", where=str(found.path), found=base,
+            f"the base of this adapter, {base}, is not on this machine",
+            where=str(found.path),
+            found=base,
             remedy=f"give it as model once while online, or {RIGHT_BASE}",
-        )  # fmt: skip
+        )
     return read_json(Path(file))
 
 
@@ -164,8 +179,10 @@ def find_kind(config: dict[str, Any], path: Path) -> Kind:
         return "lm"
     raise ConfigError(
         f"{names[0]} is neither a causal language model nor a sequence-classification (reward) model",
-        where=str(path / "config.json"), found=names, remedy="use a decoder such as Llama, Qwen, Mistral or GPT-2",
-    )  # fmt: skip
+        where=str(path / "config.json"),
+        found=names,
+        remedy="use a decoder such as Llama, Qwen, Mistral or GPT-2",
+    )
 
 
 def _find_weight_files(path: Path) -> list[Path]:
@@ -180,8 +197,10 @@ def _find_weight_files(path: Path) -> list[Path]:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ConfigError(
                 f"the index names {name!r}, which is no safetensors file of this folder",
-                where=str(index), found=name, remedy="do not use this model; fetch it again from its source",
-            )  # fmt: skip
+                where=str(index),
+                found=name,
+                remedy="do not use this model; fetch it again from its source",
+            )
     return [path / name for name in names]
 
 
@@ -193,8 +212,10 @@ def _with_weights(path: Path, kind: Kind, config: dict[str, Any], files: list[Pa
         if pickles:
             raise ConfigError(
                 f"the weights are pickled ({pickles[0]}); a pickle can run any code, so only safetensors is read",
-                where=str(path), found=pickles, remedy=CONVERT,
-            )  # fmt: skip
+                where=str(path),
+                found=pickles,
+                remedy=CONVERT,
+            )
         raise ConfigError(
             f"{file.name} is missing", where=str(path), remedy="fetch the model again (the download may be incomplete)"
         )

@@ -52,8 +52,9 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.Module, nn.ModuleList]:
     if not found:
         raise ConfigError(
             f"{type(model).__name__} has no list of {depth} blocks that burnish recognises",
-            where="top_k", remedy="remove top_k: train the whole model (top_k: 0) or an adapter (lora: {})",
-        )  # fmt: skip
+            where="top_k",
+            remedy="remove top_k: train the whole model (top_k: 0) or an adapter (lora: {})",
+        )
     name, blocks = min(found, key=lambda item: (item[0].count("."), item[0]))
     return name, backbone.get_submodule(name.rpartition(".")[0]), blocks
 
@@ -73,8 +74,9 @@ def find_head(model: PreTrainedModel, head: str) -> nn.Module:
     if found is None:
         raise ConfigError(
             f"{type(model).__name__} has no {'output embedding' if head == 'lm' else 'score head'}",
-            where="model", remedy="use a decoder model such as Llama, Qwen, Mistral or GPT-2",
-        )  # fmt: skip
+            where="model",
+            remedy="use a decoder model such as Llama, Qwen, Mistral or GPT-2",
+        )
     return found
 
 
@@ -113,8 +115,10 @@ def freeze_all_but_top(model: PreTrainedModel, top_k: int, *, head: str) -> list
     if top_k > len(blocks):
         raise ConfigError(
             f"top_k is {top_k}, but the model has {len(blocks)} layers",
-            where="top_k", found=top_k, remedy=f"set top_k to 1 … {len(blocks)}, or 0 to train everything",
-        )  # fmt: skip
+            where="top_k",
+            found=top_k,
+            remedy=f"set top_k to 1 … {len(blocks)}, or 0 to train everything",
+        )
     model.requires_grad_(False)
     norms = find_final_norms(parent, blocks)
     for module in (*blocks[-top_k:], *norms.values(), find_head(model, head)):

@@ -14,9 +14,15 @@ from burnish.models.quantise import Quantization
 
 
 def load_frozen(
-    folder: Path, *, head: Literal["lm", "score"], precision: PrecisionPlan, device: torch.device, attention: Any,
-    quantization: Quantization | None = None, trust_remote_code: bool = False,
-) -> Policy:  # fmt: skip
+    folder: Path,
+    *,
+    head: Literal["lm", "score"],
+    precision: PrecisionPlan,
+    device: torch.device,
+    attention: Any,
+    quantization: Quantization | None = None,
+    trust_remote_code: bool = False,
+) -> Policy:
     """A model in evaluation mode, without gradients and with every dropout off.
 
     Args:
@@ -28,10 +34,15 @@ def load_frozen(
         ConfigError: The folder holds another kind of model, or none that can be loaded.
     """
     model, _ = load_model(
-        str(folder), head=head, dtype=precision.frozen if precision.compute else torch.float32, disable_dropout=True,
-        trust_remote_code=trust_remote_code, need_trained_head=head == "score", quantization=quantization,
+        str(folder),
+        head=head,
+        dtype=precision.frozen if precision.compute else torch.float32,
+        disable_dropout=True,
+        trust_remote_code=trust_remote_code,
+        need_trained_head=head == "score",
+        quantization=quantization,
         attach=quantization is not None,
-    )  # fmt: skip
+    )
     module: Any = model
     module.to(device)
     policy = Policy(model, head=head, attention=attention, compute_dtype=precision.compute).eval()

@@ -84,14 +84,24 @@ def _forward(
     plan = kwargs.get(PLAN_KWARG)
     odd = any(v is not None and v is not False and k not in _HARMLESS for k, v in kwargs.items() if k != PLAN_KWARG)
     if (
-        not isinstance(plan, AttentionPlan) or position_embeddings is None or attention_mask is not None
-        or past_key_values is not None or odd or hidden_states.device.type != "cpu"
+        not isinstance(plan, AttentionPlan)
+        or position_embeddings is None
+        or attention_mask is not None
+        or past_key_values is not None
+        or odd
+        or hidden_states.device.type != "cpu"
         or hidden_states.dtype == torch.float64
-    ):  # fmt: skip
+    ):
         return type(layer).forward(
-            layer, hidden_states, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
-            past_key_values=past_key_values, position_embeddings=position_embeddings, **kwargs,
-        )  # fmt: skip
+            layer,
+            hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            past_key_values=past_key_values,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
     run = partial(_run, layer, plan=plan, positions=position_ids, rotation=position_embeddings)
     if layer.gradient_checkpointing and layer.training:
         return layer._gradient_checkpointing_func(run, hidden_states)
@@ -129,9 +139,23 @@ def _attend(
     head_norms = (a.q_norm.weight, a.k_norm.weight) if hasattr(a, "q_norm") else (None, None)
     spec = _spec(layer, norm, plan, x, a.q_proj.weight)
     out: Any = AttentionHalf.apply(
-        x, norm.weight, a.q_proj.weight, a.k_proj.weight, a.v_proj.weight, a.q_proj.bias, a.k_proj.bias, a.v_proj.bias,
-        *head_norms, a.o_proj.weight, a.o_proj.bias, cos[0].to(spec.wide), sin[0].to(spec.wide), keep, plan, spec,
-    )  # fmt: skip
+        x,
+        norm.weight,
+        a.q_proj.weight,
+        a.k_proj.weight,
+        a.v_proj.weight,
+        a.q_proj.bias,
+        a.k_proj.bias,
+        a.v_proj.bias,
+        *head_norms,
+        a.o_proj.weight,
+        a.o_proj.bias,
+        cos[0].to(spec.wide),
+        sin[0].to(spec.wide),
+        keep,
+        plan,
+        spec,
+    )
     return out
 
 

@@ -129,8 +129,10 @@ def resolve_model_path(name: str, *, revision: str | None = None) -> str:
         if revision is not None:
             raise ConfigError(
                 f"revision {revision!r} has no meaning for a local model",
-                where="revision", found=revision, remedy="remove revision, or give a hub id as model",
-            )  # fmt: skip
+                where="revision",
+                found=revision,
+                remedy="remove revision, or give a hub id as model",
+            )
         return str(local.resolve())
     if _HUB_ID.match(name):
         return name
@@ -138,9 +140,10 @@ def resolve_model_path(name: str, *, revision: str | None = None) -> str:
     near = difflib.get_close_matches(local.name, [p.name for p in parent.iterdir()] if parent.is_dir() else [], n=1)
     raise ConfigError(
         f"there is no model {name!r}: no such folder",
-        where="model", found=name,
+        where="model",
+        found=name,
         remedy=f"did you mean {parent / near[0]}?" if near else "give a folder, a bundled model or a hub id",
-    )  # fmt: skip
+    )
 
 
 def fetch_model_folder(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
@@ -158,13 +161,17 @@ def fetch_model_folder(path: str, *, revision: str | None = None, trust_remote_c
         hint = f"did you mean the bundled model {near[0]}? Else " if near else ""
         raise ServiceError(
             f"model {path!r} is neither a local folder nor in the cache, and the hub cannot be reached",
-            where="model", found=path, remedy=f"{hint}run once with a connection, which fetches it, or give a local folder",
-        ) from None  # fmt: skip
+            where="model",
+            found=path,
+            remedy=f"{hint}run once with a connection, which fetches it, or give a local folder",
+        ) from None
     except HfHubHTTPError as e:
         raise ServiceError(
             f"the hub does not give {path!r}: {str(e).splitlines()[0]}",
-            where="model", found=path, remedy="check the name and revision; private models need HF_TOKEN",
-        ) from None  # fmt: skip
+            where="model",
+            found=path,
+            remedy="check the name and revision; private models need HF_TOKEN",
+        ) from None
     except OSError as e:
         raise ServiceError(
             f"model {path!r} cannot be fetched: {e}", where="model", found=path, remedy="check the network and the disk"
@@ -172,8 +179,10 @@ def fetch_model_folder(path: str, *, revision: str | None = None, trust_remote_c
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(
             f"model {path!r} has no safetensors weights on the hub, and pickled ones are not read",
-            where="model", found=path, remedy=f"use a revision that has them, or {CONVERT}",
-        )  # fmt: skip
+            where="model",
+            found=path,
+            remedy=f"use a revision that has them, or {CONVERT}",
+        )
     return folder
 
 
@@ -192,10 +201,19 @@ def quiet() -> Iterator[None]:
 
 
 def load_model(
-    path: str, *, head: Head, dtype: torch.dtype, seed: int = 0, head_init_std: float = 0.02,
-    revision: str | None = None, trust_remote_code: bool = False, disable_dropout: bool = False,
-    need_trained_head: bool = False, quantization: Quantization | None = None, attach: bool = False,
-) -> tuple[PreTrainedModel, LoadedFrom]:  # fmt: skip
+    path: str,
+    *,
+    head: Head,
+    dtype: torch.dtype,
+    seed: int = 0,
+    head_init_std: float = 0.02,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    disable_dropout: bool = False,
+    need_trained_head: bool = False,
+    quantization: Quantization | None = None,
+    attach: bool = False,
+) -> tuple[PreTrainedModel, LoadedFrom]:
     """Load a model folder, hub id or PEFT folder (base + adapter, added to the weights) as language or reward model.
 
     Args:
@@ -216,15 +234,22 @@ def load_model(
         revision = asked.config.get("revision")
         if base.kind == "adapter":
             raise ConfigError(
-                "the base of this adapter is an adapter itself", where=str(asked.path), found=name,
+                "the base of this adapter is an adapter itself",
+                where=str(asked.path),
+                found=name,
                 remedy="merge the two first, and give the merged model",
-            )  # fmt: skip
+            )
     has_head = (asked.config.get("task_type") == "SEQ_CLS") if asked.kind == "adapter" else asked.kind == "score"
     _check_head(asked, head, has_head=has_head, need_trained=need_trained_head)
     source = LoadedFrom(
-        name=name, revision=revision, folder=asked.path, base=base.path, kind=asked.kind,
-        dtype=DTYPES.get(base.dtype, torch.float32), fresh_head=head == "score" and not has_head,
-    )  # fmt: skip
+        name=name,
+        revision=revision,
+        folder=asked.path,
+        base=base.path,
+        kind=asked.kind,
+        dtype=DTYPES.get(base.dtype, torch.float32),
+        fresh_head=head == "score" and not has_head,
+    )
     load_dtype = torch.promote_types(dtype, torch.float32) if asked.kind == "adapter" else dtype
     if quantization is not None:  # as stored: then the weights stay in the mapped file until each is quantised
         load_dtype = source.dtype
@@ -261,21 +286,25 @@ def _check_head(asked: ModelFolder, head: Head, *, has_head: bool, need_trained:
     if head == "lm" and has_head:
         raise ConfigError(
             "this is a reward model; a language model is needed here",
-            where=str(asked.path), found=asked.config.get("architectures") or asked.config.get("task_type"),
+            where=str(asked.path),
+            found=asked.config.get("architectures") or asked.config.get("task_type"),
             remedy="give the language model it was trained from (init_from: a stage of kind sft or dpo)",
-        )  # fmt: skip
+        )
     if head == "score" and need_trained and not has_head:
         raise ConfigError(
             "this is a language model without a trained score head; a reward model is needed here",
-            where=str(asked.path), found=asked.config.get("architectures") or asked.config.get("task_type"),
+            where=str(asked.path),
+            found=asked.config.get("architectures") or asked.config.get("task_type"),
             remedy="give the result of a stage of kind reward",
-        )  # fmt: skip
+        )
     labels = asked.config.get("num_labels") or len(asked.config.get("id2label") or {}) or 2
     if asked.kind == "score" and labels != 1:
         raise ConfigError(
             f"this classifier has {labels} outputs; a reward model has one",
-            where=str(asked.path), found=labels, remedy="give a reward model with num_labels 1",
-        )  # fmt: skip
+            where=str(asked.path),
+            found=labels,
+            remedy="give a reward model with num_labels 1",
+        )
 
 
 def _load_config(folder: ModelFolder, trust: bool) -> Any:
@@ -283,20 +312,24 @@ def _load_config(folder: ModelFolder, trust: bool) -> Any:
     if needs_code and not trust:
         raise ConfigError(
             "this model brings its own code, which burnish does not run",
-            where=str(folder.path), found=folder.config["auto_map"],
+            where=str(folder.path),
+            found=folder.config["auto_map"],
             remedy="read that code; if you trust it, set trust_remote_code: true",
-        )  # fmt: skip
+        )
     kernel = find_foreign_kernel(folder.config)
     if kernel and not trust:
         raise ConfigError(
             f"this model asks for {kernel}, code from elsewhere, which burnish does not run",
-            where=str(folder.path / "config.json"), found=kernel, remedy="remove that key from config.json",
-        )  # fmt: skip
+            where=str(folder.path / "config.json"),
+            found=kernel,
+            remedy="remove that key from config.json",
+        )
     if "quantization_config" in folder.config:
         raise ConfigError(
             "these weights are quantised and cannot be trained or merged as they are",
-            where=str(folder.path), remedy="give the model's unquantised weights",
-        )  # fmt: skip
+            where=str(folder.path),
+            remedy="give the model's unquantised weights",
+        )
     try:
         return AutoConfig.from_pretrained(str(folder.path), trust_remote_code=trust, local_files_only=True)
     except (ValueError, KeyError) as e:
@@ -307,9 +340,10 @@ def _load_config(folder: ModelFolder, trust: bool) -> Any:
         hint = f"; the nearest that it knows: {', '.join(near)}" if near else ""
         raise ConfigError(
             f"transformers cannot read the configuration (model_type {name!r}): {str(e).splitlines()[0][:200]}",
-            where=str(folder.path / "config.json"), found=name,
+            where=str(folder.path / "config.json"),
+            found=name,
             remedy=f"use an architecture that transformers has{hint}",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def find_foreign_kernel(fields: Mapping[str, Any]) -> str:
@@ -334,14 +368,21 @@ def _load_weights(
     with quiet(), seeded(0):
         try:
             model, info = auto.from_pretrained(
-                str(folder.path), config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust,
-                local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
-            )  # fmt: skip
+                str(folder.path),
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
         except (ValueError, OSError, RuntimeError, KeyError) as e:
             raise ConfigError(
                 f"the model cannot be loaded: {str(e).splitlines()[0][:300]}",
-                where=str(folder.path), remedy="check that the folder is complete and its configuration right",
-            ) from e  # fmt: skip
+                where=str(folder.path),
+                remedy="check that the folder is complete and its configuration right",
+            ) from e
     new_head = head == "score" and folder.kind != "score"
     missing = sorted(n for n in info["missing_keys"] if not (new_head and n.startswith("score.")))
     wrong = missing or sorted(k if isinstance(k, str) else str(k[0]) for k in info["mismatched_keys"])
@@ -349,9 +390,10 @@ def _load_weights(
         what = "are missing" if missing else "have another shape than the configuration says"
         raise ConfigError(
             f"{len(wrong)} weights {what} (first: {wrong[0]})",
-            where=str(folder.path), found=wrong[:8],
+            where=str(folder.path),
+            found=wrong[:8],
             remedy="fetch or export the model again; config.json and weights differ",
-        )  # fmt: skip
+        )
     return model
 
 
@@ -380,8 +422,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any | No
         except (ValueError, OSError, KeyError, TypeError) as e:
             raise ConfigError(
                 f"the tokenizer cannot be loaded: {str(e).splitlines()[0][:200]}",
-                where=str(folder), remedy="fetch the model again; code of its own needs trust_remote_code: true",
-            ) from None  # fmt: skip
+                where=str(folder),
+                remedy="fetch the model again; code of its own needs trust_remote_code: true",
+            ) from None
 
 
 def _finish_reward_model(model: PreTrainedModel, source: LoadedFrom, *, seed: int, std: float, trust: bool) -> None:
@@ -403,9 +446,12 @@ def _finish_reward_model(model: PreTrainedModel, source: LoadedFrom, *, seed: in
 def load_causal_lm(path: str, *, dtype: torch.dtype, settings: Any = None) -> PreTrainedModel:
     """Load a language model; `settings` may carry revision and trust_remote_code."""
     return load_model(
-        path, head="lm", dtype=dtype, revision=getattr(settings, "revision", None),
+        path,
+        head="lm",
+        dtype=dtype,
+        revision=getattr(settings, "revision", None),
         trust_remote_code=getattr(settings, "trust_remote_code", False),
-    )[0]  # fmt: skip
+    )[0]
 
 
 def load_reward_model(
@@ -428,9 +474,14 @@ def find_frozen_dtype(s: TrainSettings, stored: torch.dtype, compute: torch.dtyp
 
 
 def build_model(
-    settings: TrainSettings, path: str, *, head: Head, seed: int, dtype_masters: torch.dtype = torch.float32,
+    settings: TrainSettings,
+    path: str,
+    *,
+    head: Head,
+    seed: int,
+    dtype_masters: torch.dtype = torch.float32,
     compute_dtype: torch.dtype | None = None,
-) -> BuiltModel:  # fmt: skip
+) -> BuiltModel:
     """Load a model and decide what of it trains: everything, the top blocks, or a fresh adapter.
 
     Args:
@@ -447,10 +498,16 @@ def build_model(
         stored = inspect_model_folder(fetched).dtype
         load_dtype = find_frozen_dtype(settings, DTYPES.get(stored, torch.float32), compute, dtype_masters)
     model, loaded = load_model(
-        path, head=head, dtype=load_dtype, seed=seed, head_init_std=getattr(settings, "head_init_std", 0.02),
-        revision=settings.revision, trust_remote_code=settings.trust_remote_code,
-        disable_dropout=getattr(settings, "disable_dropout", False), quantization=choose_quantization(settings),
-    )  # fmt: skip
+        path,
+        head=head,
+        dtype=load_dtype,
+        seed=seed,
+        head_init_std=getattr(settings, "head_init_std", 0.02),
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        disable_dropout=getattr(settings, "disable_dropout", False),
+        quantization=choose_quantization(settings),
+    )
     notes = [*loaded.notes]
     if loaded.dropout:
         notes.append("dropout off: " + ", ".join(f"{k} {v:g} → 0" for k, v in sorted(loaded.dropout.items())))
@@ -470,11 +527,16 @@ def build_model(
     trainable = {n: p for n, p in sorted(trained.named_parameters()) if p.requires_grad}
     share = compute_share(trained)
     return BuiltModel(
-        model=trained, head=head, trainable=trainable, notes=[*notes, str(share)],
-        fresh_adapter=settings.lora is not None, share=share.value,
+        model=trained,
+        head=head,
+        trainable=trainable,
+        notes=[*notes, str(share)],
+        fresh_adapter=settings.lora is not None,
+        share=share.value,
         head_parameters=find_head_parameters(trained) if head == "score" else frozenset(),
-        no_decay=find_no_decay(trained, list(trainable)), loaded=loaded,
-    )  # fmt: skip
+        no_decay=find_no_decay(trained, list(trainable)),
+        loaded=loaded,
+    )
 
 
 def enable_checkpointing(model: nn.Module) -> None:
@@ -485,5 +547,6 @@ def enable_checkpointing(model: nn.Module) -> None:
     except ValueError:
         raise ConfigError(
             f"{type(base).__name__} does not support gradient checkpointing",
-            where="gradient_checkpointing", remedy="set gradient_checkpointing: false",
-        ) from None  # fmt: skip
+            where="gradient_checkpointing",
+            remedy="set gradient_checkpointing: false",
+        ) from None

@@ -77,9 +77,10 @@ def merge_folder(adapter: Path, rows: Sequence[Sequence[int]]) -> Merged:
     if not merged.difference <= LIMIT:
         raise ConfigError(
             f"merged and base + adapter differ by {merged.difference:.3g} in a logit (at most {LIMIT:g}); nothing is written",
-            where=str(adapter), found=merged.difference,
+            where=str(adapter),
+            found=merged.difference,
             remedy="the adapter is of a kind that cannot be folded into the weights: use base + adapter",
-        )  # fmt: skip
+        )
     return merged
 
 
@@ -166,12 +167,24 @@ def save_merged(
     """Write the merged model as plain transformers loads it; the caller seals the folder."""
     trainable = dict(merged.model.named_parameters())
     built = BuiltModel(
-        model=merged.model, head=merged.head, trainable=trainable, notes=[], fresh_adapter=False, share=1.0,
-        head_parameters=frozenset(), no_decay=frozenset(), loaded=merged.loaded,
-    )  # fmt: skip
+        model=merged.model,
+        head=merged.head,
+        trainable=trainable,
+        notes=[],
+        fresh_adapter=False,
+        share=1.0,
+        head_parameters=frozenset(),
+        no_decay=frozenset(),
+        loaded=merged.loaded,
+    )
     export_model(
-        built, folder, tokenizer_source=tokenizer_source, head=merged.head, extra=extra, dtype=dtype,
-    )  # fmt: skip
+        built,
+        folder,
+        tokenizer_source=tokenizer_source,
+        head=merged.head,
+        extra=extra,
+        dtype=dtype,
+    )
 
 
 def draw_rows(vocabulary: int, count: int = 4) -> list[Group]:

@@ -86,8 +86,9 @@ class Policy(nn.Module):
         if any(getattr(c, "is_prompt_learning", False) for c in getattr(model, "peft_config", {}).values()):
             raise UsageError(
                 "prompt-learning adapters add virtual tokens, which packed and padded rows do not have",
-                where="Policy", remedy="use LoRA",
-            )  # fmt: skip
+                where="Policy",
+                remedy="use LoRA",
+            )
         self.model = model
         self.head: str = head
         self.compute_dtype = compute_dtype
@@ -227,10 +228,18 @@ class Policy(nn.Module):
             hidden, targets = F.pad(hidden, (0, 0, 0, spare)), F.pad(targets, (0, spare))
         with self._autocast():
             found = compute_token_logprobs(
-                hidden, source.weight, targets, bias=source.bias, transform=source.transform,
-                want_logprobs="logprobs" in want, want_entropy="entropy" in want, temperature=temperature,
-                functionals=functionals, against=other, module=source.module,
-            )  # fmt: skip
+                hidden,
+                source.weight,
+                targets,
+                bias=source.bias,
+                transform=source.transform,
+                want_logprobs="logprobs" in want,
+                want_entropy="entropy" in want,
+                temperature=temperature,
+                functionals=functionals,
+                against=other,
+                module=source.module,
+            )
         if spare:
             found = {name: column[:count] for name, column in found.items()}
         outputs = Outputs(functionals={f.name: found[f.name] for f in functionals})

@@ -45,9 +45,11 @@ class Quantization:
         if not self.four:
             return {"quant_method": "bitsandbytes", "load_in_8bit": True}
         return {
-            "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": self.kind,
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": self.kind,
             "bnb_4bit_use_double_quant": self.double,
-        }  # fmt: skip
+        }
 
 
 def choose_quantization(settings: TrainSettings) -> Quantization | None:
@@ -82,9 +84,10 @@ def read_quantization(folder: Path) -> Quantization | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise ConfigError(
-        f"{FILE} does not say how the base of this adapter was stored", where=str(folder),
+        f"{FILE} does not say how the base of this adapter was stored",
+        where=str(folder),
         remedy="write load_in_4bit with bnb_4bit_quant_type and bnb_4bit_use_double_quant, or load_in_8bit; or remove it",
-    )  # fmt: skip
+    )
 
 
 def quantise_base(model: PreTrainedModel, quantization: Quantization, *, earlier: Path | None = None) -> None:
@@ -103,9 +106,10 @@ def quantise_base(model: PreTrainedModel, quantization: Quantization, *, earlier
         what = f"keeps its weights in Conv1D layers ({conv})" if conv else "has no linear layer beside its head"
         raise ConfigError(
             f"{type(model).__name__} {what}, so quantize: {quantization.kind} cannot store it in few bits",
-            where="quantize", found=quantization.kind,
+            where="quantize",
+            found=quantization.kind,
             remedy="set quantize: none, or use an architecture of linear layers such as Llama, Qwen or Mistral",
-        )  # fmt: skip
+        )
     beneath = read_low_rank(earlier, model) if earlier is not None else {}
     for name, linear in linears.items():
         assert isinstance(linear, nn.Linear)
@@ -127,8 +131,9 @@ def check_dora(model: nn.Module) -> None:
             raise ConfigError(
                 f"bitsandbytes cannot give use_dora the weights of {name}: its {module.in_features} inputs are no "
                 "multiple of 64",
-                where="lora.use_dora", remedy="set use_dora: false, or quantize: none (or int8)",
-            )  # fmt: skip
+                where="lora.use_dora",
+                remedy="set use_dora: false, or quantize: none (or int8)",
+            )
 
 
 def describe_storage(model: nn.Module) -> str:

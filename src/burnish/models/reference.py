@@ -97,9 +97,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def build_reference(
-    policy: Policy, mode: Mode, *, fresh_adapter: bool = False, path: str | None = None,
-    policy_folder: Path | None = None, settings: Any = None, what: str = "reference",
-) -> Reference:  # fmt: skip
+    policy: Policy,
+    mode: Mode,
+    *,
+    fresh_adapter: bool = False,
+    path: str | None = None,
+    policy_folder: Path | None = None,
+    settings: Any = None,
+    what: str = "reference",
+) -> Reference:
     """The reference of a stage; called before its first step.
 
     Args:
@@ -125,9 +131,14 @@ def build_reference(
         trust = bool(getattr(settings, "trust_remote_code", False))
         quantization = read_quantization(fetch_model_folder(path))
         model, source = load_model(
-            path, head="lm", dtype=wide, trust_remote_code=trust, disable_dropout=True, quantization=quantization,
+            path,
+            head="lm",
+            dtype=wide,
+            trust_remote_code=trust,
+            disable_dropout=True,
+            quantization=quantization,
             attach=quantization is not None,
-        )  # fmt: skip
+        )
         if policy_folder is not None:
             check_same_vocabulary(policy_folder, source.folder, what)
         model.to(policy.device)  # pyright: ignore[reportArgumentType]
@@ -182,8 +193,10 @@ def check_same_vocabulary(policy: Path, other: Path, what: str = "reference") ->
         if known.get(token) != i:
             raise ConfigError(
                 f"the {what} has another vocabulary: token {token!r} is {i} here and {known.get(token)} there",
-                where=what, found=str(other), remedy=f"use a {what} model with the policy's own tokenizer",
-            )  # fmt: skip
+                where=what,
+                found=str(other),
+                remedy=f"use a {what} model with the policy's own tokenizer",
+            )
 
 
 def compute_start_gap(policy: Policy, reference: Reference, batch: PackedBatch) -> float:
@@ -195,9 +208,12 @@ def compute_start_gap(policy: Policy, reference: Reference, batch: PackedBatch) 
 
 
 def compute_reference_table(
-    reference: Reference, groups: Sequence[Group], *, budget: int = 8192,
+    reference: Reference,
+    groups: Sequence[Group],
+    *,
+    budget: int = 8192,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
-) -> ReferenceTable:  # fmt: skip
+) -> ReferenceTable:
     """The reference's log-probs of every completion.
 
     Args:

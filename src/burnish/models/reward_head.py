@@ -46,8 +46,10 @@ def check_reward_support(config: Any, where: str) -> None:
     both = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) & set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES))
     raise ConfigError(
         f"transformers has no sequence-classification class for {name!r}, so it cannot become a reward model",
-        where=where, found=name, remedy=f"use one of these architectures: {', '.join(both)}",
-    )  # fmt: skip
+        where=where,
+        found=name,
+        remedy=f"use one of these architectures: {', '.join(both)}",
+    )
 
 
 def find_score(model: nn.Module) -> nn.Linear:
@@ -60,8 +62,10 @@ def find_score(model: nn.Module) -> nn.Linear:
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise ConfigError(
             f"{type(model).__name__} has no linear `score` head with one output",
-            where="model", found=type(head).__name__, remedy="use a reward model that a stage of kind reward trained",
-        )  # fmt: skip
+            where="model",
+            found=type(head).__name__,
+            remedy="use a reward model that a stage of kind reward trained",
+        )
     return head
 
 
@@ -152,8 +156,9 @@ def choose_pad_token(
         return PadToken(renamed, NEW_PAD, "renamed")
     raise ConfigError(
         "no padding token can be found that a completion never ends in: nothing in the vocabulary is unused",
-        where="model", remedy="add a padding token to the tokenizer and a row to the embedding, and save both",
-    )  # fmt: skip
+        where="model",
+        remedy="add a padding token to the tokenizer and a row to the embedding, and save both",
+    )
 
 
 def _backend(tokenizer: Any) -> dict[str, Any] | None:

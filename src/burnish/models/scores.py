@@ -22,9 +22,12 @@ ScoreTable = list[Row]  # one array a group: (K,) float32, the score of each com
 
 @torch.no_grad()
 def compute_score_table(
-    policy: Policy, groups: Sequence[Group], *, budget: int = 8192,
+    policy: Policy,
+    groups: Sequence[Group],
+    *,
+    budget: int = 8192,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
-) -> ScoreTable:  # fmt: skip
+) -> ScoreTable:
     """The score of every completion.
 
     Args:

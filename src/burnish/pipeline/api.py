@@ -62,9 +62,12 @@ class RunRecord:
 
 
 def run(
-    recipe: str | Path | Mapping[str, Any], *overrides: str, output_dir: str | Path | None = None,
-    run_name: str | None = None, **options: Any,
-) -> RunRecord:  # fmt: skip
+    recipe: str | Path | Mapping[str, Any],
+    *overrides: str,
+    output_dir: str | Path | None = None,
+    run_name: str | None = None,
+    **options: Any,
+) -> RunRecord:
     """Run a recipe: a file, the name of a bundled one, or a mapping.
 
     Args:

@@ -73,8 +73,15 @@ def build_summary(folder: Path) -> dict[str, Any]:
     cells = []
     for cell in grid["cells"]:
         state, record = read_cell_state(folder / CELLS / cell["name"])
-        cells.append({"name": cell["name"], "values": cell["values"], "state": state,
-                      "seconds": record.get("seconds_total"), "error": record.get("error")})  # fmt: skip
+        cells.append(
+            {
+                "name": cell["name"],
+                "values": cell["values"],
+                "state": state,
+                "seconds": record.get("seconds_total"),
+                "error": record.get("error"),
+            }
+        )
     rows = collect_rows(folder, grid)
     found = list(dict.fromkeys(m for row in rows for member in row.members.values() for m in member.table))
     tasks = list(dict.fromkeys(task for task, _ in found))
@@ -84,20 +91,32 @@ def build_summary(folder: Path) -> dict[str, Any]:
     out = []
     for at, row in enumerate(rows):
         figures = [_summarise(row, rows[baselines[at]] if at in baselines else None, m) for m in metrics]
-        out.append({
-            "name": name_row(grid, row), "model": row.values.get(MODEL), "subject": row.subject, "values": row.values,
-            "cells": [m.cell for m in row.members.values()], "baseline": at in baselines.values(),
-            "compared_with": baselines.get(at), "figures": [f for f in figures if f is not None],
-        })  # fmt: skip
+        out.append(
+            {
+                "name": name_row(grid, row),
+                "model": row.values.get(MODEL),
+                "subject": row.subject,
+                "values": row.values,
+                "cells": [m.cell for m in row.members.values()],
+                "baseline": at in baselines.values(),
+                "compared_with": baselines.get(at),
+                "figures": [f for f in figures if f is not None],
+            }
+        )
     _correct(out)
     axes = [
         {"label": a["label"], "choices": [c["name"] for c in a["choices"]], "seed": a["seed"]} for a in grid["axes"]
     ]
     return {
-        "axes": axes, "baseline": grid["baseline"], "seeds": seeds, "confidence": CONFIDENCE, "cells": cells,
-        "metrics": [{"task": t, "metric": m, "main": _is_main(t, m)} for t, m in metrics], "rows": out,
+        "axes": axes,
+        "baseline": grid["baseline"],
+        "seeds": seeds,
+        "confidence": CONFIDENCE,
+        "cells": cells,
+        "metrics": [{"task": t, "metric": m, "main": _is_main(t, m)} for t, m in metrics],
+        "rows": out,
         "notes": _remark(cells, out, items_differ=_items_differ(rows)),
-    }  # fmt: skip
+    }
 
 
 def _is_main(task: str, metric: str) -> bool:
@@ -150,8 +169,10 @@ def _find_relevant(grid: Mapping[str, Any], subject: str) -> list[str]:
     for label in reversed(kept.copy()):
         rest = [other for other in kept if other != label]
         seen: dict[tuple[str, ...], str] = {}
-        if all(seen.setdefault(tuple(c["values"][x] for x in rest), identity[c["name"]]) == identity[c["name"]]
-               for c in grid["cells"]):  # fmt: skip
+        if all(
+            seen.setdefault(tuple(c["values"][x] for x in rest), identity[c["name"]]) == identity[c["name"]]
+            for c in grid["cells"]
+        ):
             kept = rest
     return kept
 
@@ -205,8 +226,13 @@ def _summarise(row: Row, base: Row | None, metric: Metric) -> dict[str, Any] | N
     if not values:
         return None
     first = next(iter(found.values()))
-    out: dict[str, Any] = {"task": metric[0], "metric": metric[1], "runs": len(values), "n": first.get("n"),
-                           "higher_is_better": bool(first.get("higher_is_better", True))}  # fmt: skip
+    out: dict[str, Any] = {
+        "task": metric[0],
+        "metric": metric[1],
+        "runs": len(values),
+        "n": first.get("n"),
+        "higher_is_better": bool(first.get("higher_is_better", True)),
+    }
     interval = compute_mean(np.array(list(values.values())), CONFIDENCE)
     if len(values) > 1:
         low, high = interval.low, interval.high
@@ -229,9 +255,13 @@ def _compare(row: Row, base: Row, metric: Metric) -> dict[str, Any] | None:
     if found is None:
         return None
     change: dict[str, Any] = {
-        "difference": found.difference, "low": _finite(found.low), "high": _finite(found.high),
-        "p_value": found.p_value, "test": found.test, "n": found.n,
-    }  # fmt: skip
+        "difference": found.difference,
+        "low": _finite(found.low),
+        "high": _finite(found.high),
+        "p_value": found.p_value,
+        "test": found.test,
+        "n": found.n,
+    }
     gaps = [_value(row, a, metric) - _value(base, b, metric) for a, b in matched]
     if len(gaps) > 1:
         spread = compute_mean(np.array(gaps), CONFIDENCE)

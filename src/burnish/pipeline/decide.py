@@ -55,9 +55,15 @@ def compute_key(settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
 
 
 def decide(
-    stage_dir: Path, key: str, settings: Mapping[str, Any], inputs: Mapping[str, Any], *, code: Mapping[str, str],
-    allow: Sequence[str] = (), upstream_rerun: bool = False,
-) -> Decision:  # fmt: skip
+    stage_dir: Path,
+    key: str,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    *,
+    code: Mapping[str, str],
+    allow: Sequence[str] = (),
+    upstream_rerun: bool = False,
+) -> Decision:
     """Decide by the stage's record.
 
     Args:

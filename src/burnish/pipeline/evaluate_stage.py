@@ -37,9 +37,13 @@ def run_evaluate_stage(settings: EvaluateSettings, state: RunState, stage_dir: P
         log.info("evaluating %s", ", ".join(s.name for s in subjects))
         judge = next((s for s in subjects if s.name == settings.judge), None)
         figures = evaluate_subjects(
-            subjects, settings, data=build_data(settings, state), out_dir=stage_dir, judge=judge,
+            subjects,
+            settings,
+            data=build_data(settings, state),
+            out_dir=stage_dir,
+            judge=judge,
             device=state.runtime.device,
-        )  # fmt: skip
+        )
         for line in render_table(figures).splitlines():
             log.info("%s", line)
     return {"figures": state.runtime.gather(figures)[0]}
@@ -54,9 +58,10 @@ def build_subjects(settings: EvaluateSettings, state: RunState) -> list[Subject]
     unknown = [n for n in names if n != BASE and n not in trained]
     if unknown:
         raise ConfigError(
-            f"of: no stage {unknown[0]!r} has run before this one", where=f"stages.{settings.name}.of",
+            f"of: no stage {unknown[0]!r} has run before this one",
+            where=f"stages.{settings.name}.of",
             remedy=f"choose from {', '.join([BASE, *trained])}",
-        )  # fmt: skip
+        )
     base = find_base(settings, state)
     subjects = []
     for name in names:

@@ -29,10 +29,11 @@ def open_together(
             if (folder / RUN).exists() and is_grid(folder) != grid:
                 raise UsageError(
                     f"this folder is {'a plain run' if grid else 'a grid'}, and the recipe now is "
-                    f"{'a grid' if grid else 'none'}", where=str(folder),
+                    f"{'a grid' if grid else 'none'}",
+                    where=str(folder),
                     remedy="give this run a name of its own with --run-name, or delete the old one with "
                     "`burnish runs delete`",
-                )  # fmt: skip
+                )
             run = _open_run(loaded, folder, runtime, resolved)
         except BurnishError as error:
             failure = error

@@ -84,9 +84,12 @@ class Forecast:
         return self._foresee(stage, folder, list(self.results), find_inputs)
 
     def _foresee(
-        self, stage: TrainSettings | EvaluateSettings, folder: Path, before: list[str],
+        self,
+        stage: TrainSettings | EvaluateSettings,
+        folder: Path,
+        before: list[str],
         find_inputs: Callable[[], dict[str, str]],
-    ) -> Row:  # fmt: skip
+    ) -> Row:
         name = stage.name or stage.kind
         self.results[name] = None
         try:

@@ -61,9 +61,10 @@ def run_grid(loaded: LoadedRecipe, options: RunOptions, runtime: Any) -> int:
     assert loaded.grid is not None
     if options.resume_from:
         raise UsageError(
-            "a grid cannot continue from one checkpoint", where="--resume-from",
+            "a grid cannot continue from one checkpoint",
+            where="--resume-from",
             remedy="give the grid's command again: every cell continues from its own",
-        )  # fmt: skip
+        )
     chosen = choose_cells(loaded, options)
     placements = place_stages(loaded.grid.axes, loaded.grid.cells)
     folder = find_folder(loaded, options)
@@ -81,9 +82,10 @@ def run_grid(loaded: LoadedRecipe, options: RunOptions, runtime: Any) -> int:
         failures = _run_cells(loaded, chosen, placements, home, options, runtime)
         if options.resume and not home.resumed and not failures:
             raise UsageError(
-                "--resume was given, but there is nothing to resume", where=str(folder),
+                "--resume was given, but there is nothing to resume",
+                where=str(folder),
                 remedy="leave --resume out: finished cells are skipped and interrupted ones continue by themselves",
-            )  # fmt: skip
+            )
         status = next(iter(failures.values())).exit_code if failures else 0
         if failures:
             message = f"{len(failures)} of {len(chosen)} cells failed: {', '.join(failures)}"
@@ -109,28 +111,38 @@ def _resolve(loaded: LoadedRecipe) -> dict[str, Any]:
     recipe, grid = loaded.recipe, loaded.grid
     assert grid is not None
     return {
-        "name": recipe.name, "models": recipe.models, "grid": recipe.grid, "baseline": dict(grid.baseline),
-        "output_dir": recipe.output_dir, "cells": {cell.name: dict(cell.values) for cell in grid.cells},
-    }  # fmt: skip
+        "name": recipe.name,
+        "models": recipe.models,
+        "grid": recipe.grid,
+        "baseline": dict(grid.baseline),
+        "output_dir": recipe.output_dir,
+        "cells": {cell.name: dict(cell.values) for cell in grid.cells},
+    }
 
 
 def describe_grid(grid: Grid, placements: dict[str, list[Placement]]) -> dict[str, Any]:
     """grid.json."""
     cells = [
         {
-            "name": cell.name, "values": dict(cell.values),
+            "name": cell.name,
+            "values": dict(cell.values),
             "stages": {p.stage: p.folder for p in placements[cell.name]},
-            "base": cell.recipe.model or next((m for s in cell.recipe.stages if (m := getattr(s, "model", None))), BASE),
+            "base": cell.recipe.model
+            or next((m for s in cell.recipe.stages if (m := getattr(s, "model", None))), BASE),
         }
         for cell in grid.cells
-    ]  # fmt: skip
+    ]
     return {"axes": describe_axes(grid), "baseline": dict(grid.baseline), "cells": cells}
 
 
 def _run_cells(
-    loaded: LoadedRecipe, cells: Sequence[Cell], placements: dict[str, list[Placement]], home: Home,
-    options: RunOptions, runtime: Any,
-) -> dict[str, BurnishError]:  # fmt: skip
+    loaded: LoadedRecipe,
+    cells: Sequence[Cell],
+    placements: dict[str, list[Placement]],
+    home: Home,
+    options: RunOptions,
+    runtime: Any,
+) -> dict[str, BurnishError]:
     """Cell → what went wrong, of those that failed."""
     folder = home.run.path
     inner = replace(options, json=False, resume=False, model_index=None, cells=())

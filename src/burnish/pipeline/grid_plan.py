@@ -58,26 +58,35 @@ def build_grid_plan(loaded: LoadedRecipe, options: RunOptions) -> dict[str, Any]
         for row, placement in zip(found, mine, strict=True):
             rows.setdefault(placement.folder, {**row, "cells": list(placement.users)})
         state = read_cell_state(folder / CELLS / cell.name)[0]
-        cells.append({"cell": cell.name, "values": dict(cell.values), "state": state,
-                      "stages": [p.folder for p in mine]})  # fmt: skip
+        cells.append(
+            {"cell": cell.name, "values": dict(cell.values), "state": state, "stages": [p.folder for p in mine]}
+        )
     lasting, brief = estimate_space(folder, chosen, placements)
     return {
-        "recipe": loaded.recipe.name, "origin": loaded.origin, "folder": str(folder),
+        "recipe": loaded.recipe.name,
+        "origin": loaded.origin,
+        "folder": str(folder),
         "axes": describe_axes(loaded.grid),
-        "baseline": dict(loaded.grid.baseline), "cells": cells, "stages": rows,
-        "disk_bytes": lasting + brief, "disk_free": free_bytes(folder), "seconds": estimate_left(folder, chosen, placements),
-    }  # fmt: skip
+        "baseline": dict(loaded.grid.baseline),
+        "cells": cells,
+        "stages": rows,
+        "disk_bytes": lasting + brief,
+        "disk_free": free_bytes(folder),
+        "seconds": estimate_left(folder, chosen, placements),
+    }
 
 
 def describe_axes(grid: Grid) -> list[dict[str, Any]]:
     """The axes in plain values."""
     return [
         {
-            "label": axis.label, "stage": axis.stage, "seed": axis.is_seed,
+            "label": axis.label,
+            "stage": axis.stage,
+            "seed": axis.is_seed,
             "choices": [{"name": c.name, "value": c.node.plain()} for c in axis.choices],
         }
         for axis in grid.axes
-    ]  # fmt: skip
+    ]
 
 
 def place_of(placements: Sequence[Placement], folder: Path) -> Callable[[int, str], Path]:

@@ -63,9 +63,14 @@ def fingerprint_result(final: Path) -> str:
 
 
 def fingerprint_inputs(
-    settings: TrainSettings, folder: Path, tokenizer: TextTokenizer, data: str,
-    fingerprint: Callable[[Path], str], reference: Path | None = None, reward_model: Path | None = None,
-) -> dict[str, str]:  # fmt: skip
+    settings: TrainSettings,
+    folder: Path,
+    tokenizer: TextTokenizer,
+    data: str,
+    fingerprint: Callable[[Path], str],
+    reference: Path | None = None,
+    reward_model: Path | None = None,
+) -> dict[str, str]:
     """Fingerprints of a training stage's inputs: model, tokenizer, chat template, data, other models, own loss functions.
 
     Args:
@@ -107,24 +112,29 @@ def check_reward_model(folder: Path, tokenizer: TextTokenizer, longest: tuple[in
     """
     if not is_reward_model(folder):
         raise ConfigError(
-            "this is a language model without a trained score head; a reward model is needed here", where="reward_model",
-            found=str(folder), remedy="name an earlier stage of kind reward, or the folder of a reward model",
-        )  # fmt: skip
+            "this is a language model without a trained score head; a reward model is needed here",
+            where="reward_model",
+            found=str(folder),
+            remedy="name an earlier stage of kind reward, or the folder of a reward model",
+        )
     theirs = TextTokenizer.load(str(folder)).backend.get_vocab(with_added_tokens=True)
     for token, i in sorted(tokenizer.backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]):
         if theirs.get(token) != i:
             raise ConfigError(
                 f"the reward model has another tokenizer: token {token!r} is {i} here and {theirs.get(token)} there",
-                where="reward_model", found=str(folder),
+                where="reward_model",
+                found=str(folder),
                 remedy="use a reward model that was trained from the same base model, e.g. by a stage of kind reward",
-            )  # fmt: skip
+            )
     context = read_context(folder)
     tokens, name = longest
     if context is not None and tokens > context:
         raise ConfigError(
             f"the reward model takes {context} tokens at most, but {name} has {tokens}",
-            where="reward_model", found=str(folder), remedy=f"set max_length: {context}",
-        )  # fmt: skip
+            where="reward_model",
+            found=str(folder),
+            remedy=f"set max_length: {context}",
+        )
 
 
 def choose_held_out(

@@ -148,9 +148,10 @@ def _describe_death(child: Child, signum: int) -> BurnishError:
     if signum != signal.SIGKILL:
         return BurnishError(text, where=where, remedy=RESUME)
     return ResourceError(
-        f"{text}; if nobody did that, the system did because memory ran out", where=where,
+        f"{text}; if nobody did that, the system did because memory ran out",
+        where=where,
         remedy=f"{describe_remedy(place)}; {RESUME}",
-    )  # fmt: skip
+    )
 
 
 def _find_silence(children: Sequence[Child], now: float, limit: float) -> BurnishError | None:

@@ -84,9 +84,10 @@ def find_source(word: str, root: Path) -> Source:
             return _from_run(place)
         if (place / "config.json").is_file():
             raise UsageError(
-                "this is a full model; there is no adapter to merge", where=str(place),
+                "this is a full model; there is no adapter to merge",
+                where=str(place),
                 remedy="give the folder of an adapter (adapter_config.json), or use this model as it is",
-            )  # fmt: skip
+            )
         run, _, stage = str(place).rpartition("/")
         if (Path(run) / "run.json").is_file():
             for folder in stage_folders(Path(run)):
@@ -95,9 +96,11 @@ def find_source(word: str, root: Path) -> Source:
                     return _from_stage(folder)
             raise UsageError(f"the run has no stage {stage!r}", where=run, found=stage, remedy=_list_stages(Path(run)))
     raise UsageError(
-        f"there is no adapter and no stage {word!r}", where=str(root), found=word,
+        f"there is no adapter and no stage {word!r}",
+        where=str(root),
+        found=word,
         remedy="give RUN/STAGE (see `burnish runs list`) or the folder of an adapter",
-    )  # fmt: skip
+    )
 
 
 def _from_stage(folder: Path) -> Source:
@@ -105,13 +108,15 @@ def _from_stage(folder: Path) -> Source:
     if not final.is_dir():
         raise UsageError(
             f"stage {record.get('label') or folder.name} has no result yet (its state: {record.get('state')})",
-            where=str(folder), remedy="let it finish: give its command again",
-        )  # fmt: skip
+            where=str(folder),
+            remedy="let it finish: give its command again",
+        )
     if not (final / "adapter_config.json").is_file():
         raise UsageError(
             f"stage {record.get('label') or folder.name} trained no adapter; its result is a full model already",
-            where=str(final), remedy="use final/ as it is",
-        )  # fmt: skip
+            where=str(final),
+            remedy="use final/ as it is",
+        )
     return _describe_source(final, record)
 
 
@@ -120,9 +125,12 @@ def _from_run(run: Path) -> Source:
     if len(with_adapter) == 1:
         return _from_stage(with_adapter[0])
     raise UsageError(
-        f"the run has {len(with_adapter)} stages with an adapter; name one" if with_adapter else "no stage of it has an adapter",
-        where=str(run), remedy=_list_stages(run),
-    )  # fmt: skip
+        f"the run has {len(with_adapter)} stages with an adapter; name one"
+        if with_adapter
+        else "no stage of it has an adapter",
+        where=str(run),
+        remedy=_list_stages(run),
+    )
 
 
 def _list_stages(run: Path) -> str:
@@ -153,25 +161,29 @@ def choose_output(source: Source, base: Path, output: str | None, *, force: bool
     for kept in (source.folder, base):
         if place.resolve() == kept or kept in place.resolve().parents or place.resolve() in kept.parents:
             raise UsageError(
-                "the merged model would be written into the adapter or its base, or over them", where=str(place),
+                "the merged model would be written into the adapter or its base, or over them",
+                where=str(place),
                 remedy="choose another --output",
-            )  # fmt: skip
+            )
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return place
     if not force:
         raise UsageError(
-            f"{place} is there already", where="--output", found=str(place),
+            f"{place} is there already",
+            where="--output",
+            found=str(place),
             remedy="choose another --output, or replace it with --force",
-        )  # fmt: skip
+        )
     try:
         ours = place.is_dir() and load_manifest(place).kind == KIND
     except BurnishError:
         ours = False
     if not ours:
         raise UsageError(
-            f"{place} was not written by `burnish merge` and is not replaced", where="--output",
+            f"{place} was not written by `burnish merge` and is not replaced",
+            where="--output",
             remedy="remove it yourself, or choose another --output",
-        )  # fmt: skip
+        )
     return place
 
 
@@ -208,9 +220,14 @@ def find_rows(source: Source, tokenizer_folder: Path | None, data: str | None) -
 
 
 def merge_adapter(
-    word: str, *, root: Path, output: str | None = None, force: bool = False, data: str | None = None,
+    word: str,
+    *,
+    root: Path,
+    output: str | None = None,
+    force: bool = False,
+    data: str | None = None,
     save_dtype: str = "fp32",
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Fold an adapter into its full-precision base and write the merged model, sealed.
 
     Returns:
@@ -225,18 +242,23 @@ def merge_adapter(
     base = find_base_folder(source.folder)
     if inspect_model_folder(base).kind == "adapter":
         raise ConfigError(
-            "the base of this adapter is an adapter itself", where=str(source.folder), found=str(base),
+            "the base of this adapter is an adapter itself",
+            where=str(source.folder),
+            found=str(base),
             remedy="merge that one first, and set base_model_name_or_path to the merged model",
-        )  # fmt: skip
+        )
     place = choose_output(source, base, output, force=force)
     tokenizer_folder = next((f for f in (source.folder, base) if _has_tokenizer(f)), None)
     quantization = read_quantization(source.folder)
     rows = find_rows(source, tokenizer_folder, data)
     merged = merge_folder(source.folder, choose_rows(rows.groups))
     found: dict[str, Any] = {
-        "source": str(source.folder), "base": str(base), "difference": merged.difference, "positions": merged.positions,
+        "source": str(source.folder),
+        "base": str(base),
+        "difference": merged.difference,
+        "positions": merged.positions,
         "rows_of": rows.what,
-    }  # fmt: skip
+    }
     if quantization is not None:
         found["quantization"] = str(quantization)
         if rows.own:
@@ -246,9 +268,12 @@ def merge_adapter(
     size = sum(p.numel() for p in merged.model.parameters()) * item
     with FolderWriter(place, kind=KIND, meta=found, expected=size) as writer:
         save_merged(
-            merged, writer.folder, tokenizer_source=tokenizer_folder, dtype=SAVE_DTYPES[save_dtype],
+            merged,
+            writer.folder,
+            tokenizer_source=tokenizer_folder,
+            dtype=SAVE_DTYPES[save_dtype],
             extra={"base_model_path": str(base), "model_type": str(source.record.get("kind") or merged.head)},
-        )  # fmt: skip
+        )
     return {"output": str(place), **found}
 
 
@@ -259,9 +284,10 @@ def _check_seal(source: Source) -> None:
         verify_folder(source.folder)
     except DamagedFolder as error:
         raise DamagedFolder(
-            f"the adapter is damaged: {error.message}", where=str(source.folder),
+            f"the adapter is damaged: {error.message}",
+            where=str(source.folder),
             remedy="remove final/ and give the run's command again: the stage is then run anew",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def _has_tokenizer(folder: Path) -> bool:

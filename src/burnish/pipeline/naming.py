@@ -84,9 +84,11 @@ def choose_cells(loaded: LoadedRecipe, options: RunOptions) -> list[Cell]:
         if not any(fnmatchcase(cell.name, pattern) for cell in cells):
             near = describe_suggestions(suggest(pattern, [cell.name for cell in cells]))
             raise UsageError(
-                f"there is no cell {pattern!r}", where="--cell", found=pattern,
+                f"there is no cell {pattern!r}",
+                where="--cell",
+                found=pattern,
                 remedy=near or "`--dry-run` lists the cells; * stands for any letters",
-            )  # fmt: skip
+            )
     if not options.cells:
         return cells
     return [cell for cell in cells if any(fnmatchcase(cell.name, pattern) for pattern in options.cells)]

@@ -64,9 +64,16 @@ class Referenced:
 
 
 def attach_reference(
-    settings: TrainSettings, method: Method, inputs: StageInputs, built: BuiltModel, policy: Policy,
-    train: Sequence[Group], held_out: Sequence[Group], cache_dir: Path, runtime: Runtime,
-) -> Referenced:  # fmt: skip
+    settings: TrainSettings,
+    method: Method,
+    inputs: StageInputs,
+    built: BuiltModel,
+    policy: Policy,
+    train: Sequence[Group],
+    held_out: Sequence[Group],
+    cache_dir: Path,
+    runtime: Runtime,
+) -> Referenced:
     """Give the groups their reference log-probs, or the stage a reference model.
 
     Called with the policy as the stage received it, before any checkpoint is restored.
@@ -132,8 +139,9 @@ def _choose_mode(settings: ReferenceSettings, method: Method, built: BuiltModel)
     if asked == "cached":
         raise ConfigError(
             "reference_mode is cached, but the loss reads the reference's whole distribution, which is not stored",
-            where="reference_mode", remedy="set reference_mode: auto, copy or adapter",
-        )  # fmt: skip
+            where="reference_mode",
+            remedy="set reference_mode: auto, copy or adapter",
+        )
     if asked != "auto":
         return asked
     alone = settings.lora is not None and settings.lora.bias == "none" and built.fresh_adapter
@@ -150,9 +158,15 @@ def find_used(source: OfflineSource) -> list[int]:
 
 
 def _attach_cached(
-    groups: Sequence[Group], reference: Reference, model: str, settings: ReferenceSettings, inputs: StageInputs,
-    policy: Policy, cache_dir: Path, runtime: Runtime,
-) -> list[Group]:  # fmt: skip
+    groups: Sequence[Group],
+    reference: Reference,
+    model: str,
+    settings: ReferenceSettings,
+    inputs: StageInputs,
+    policy: Policy,
+    cache_dir: Path,
+    runtime: Runtime,
+) -> list[Group]:
     if not groups:
         return []
     key = build_reference_key(
@@ -160,10 +174,12 @@ def _attach_cached(
     )
     budget = choose_budget(settings, runtime.device.type)
     table = load_or_compute(
-        ReferenceCache(cache_dir, key), groups,
-        lambda mine, on_batch: compute_reference_table(reference, mine, budget=budget, on_batch=on_batch), runtime,
+        ReferenceCache(cache_dir, key),
+        groups,
+        lambda mine, on_batch: compute_reference_table(reference, mine, budget=budget, on_batch=on_batch),
+        runtime,
         label="reference log-probs",
-    )  # fmt: skip
+    )
     return attach_table(groups, table)
 
 

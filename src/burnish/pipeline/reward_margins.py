@@ -63,16 +63,24 @@ def attach_reward_margins(
         "device": runtime.device.type,
     }
     key = build_stored_key(
-        model=inputs.fingerprints["reward_model"], groups=groups, settings=settings,
-        template=inputs.tokenizer.chat_template, form=form,
-    )  # fmt: skip
+        model=inputs.fingerprints["reward_model"],
+        groups=groups,
+        settings=settings,
+        template=inputs.tokenizer.chat_template,
+        form=form,
+    )
 
     def compute(mine: list[Group], on_batch: OnBatch) -> ScoreTable:
         log.info("scoring the pairs with %s: %s", folder, precision.why)
         policy = load_frozen(
-            folder, head="score", precision=precision, device=runtime.device, attention=settings.attention,
-            quantization=quantization, trust_remote_code=settings.trust_remote_code,
-        )  # fmt: skip
+            folder,
+            head="score",
+            precision=precision,
+            device=runtime.device,
+            attention=settings.attention,
+            quantization=quantization,
+            trust_remote_code=settings.trust_remote_code,
+        )
         budget = choose_budget(settings, runtime.device.type)
         return compute_score_table(policy, mine, budget=budget, on_batch=on_batch)
 
@@ -97,7 +105,8 @@ def attach_margins(groups: Sequence[Group], table: ScoreTable) -> list[Group]:
     bad = [group.id for group, margin in zip(groups, margins, strict=True) if not math.isfinite(margin)]
     if bad:
         raise NumericStop(
-            f"the reward model gives a non-finite score on {len(bad)} pairs: {', '.join(bad[:5])}", where="reward_model",
+            f"the reward model gives a non-finite score on {len(bad)} pairs: {', '.join(bad[:5])}",
+            where="reward_model",
             remedy="use precision fp32; if it stays, the reward model's weights are damaged",
-        )  # fmt: skip
+        )
     return [replace(g, columns={**g.columns, COLUMN: m}) for g, m in zip(groups, margins, strict=True)]

@@ -127,9 +127,13 @@ def _run_here(loaded: LoadedRecipe, options: RunOptions, prefetch: Prefetch) -> 
 
 
 def run_in_folder(
-    loaded: LoadedRecipe, options: RunOptions, runtime: Any, folder: Path, home: Home | None = None,
+    loaded: LoadedRecipe,
+    options: RunOptions,
+    runtime: Any,
+    folder: Path,
+    home: Home | None = None,
     prefetch: Prefetch | None = None,
-) -> int:  # fmt: skip
+) -> int:
     """Run a recipe in its folder: open, stages in order, report, close.
 
     Args:
@@ -162,16 +166,27 @@ def run_in_folder(
 
 
 def _run_models(
-    run: RunFolder, loaded: LoadedRecipe, options: RunOptions, runtime: Any, models: Sequence[str | None],
-    home: Home | None = None, prefetch: Prefetch | None = None,
-) -> int:  # fmt: skip
+    run: RunFolder,
+    loaded: LoadedRecipe,
+    options: RunOptions,
+    runtime: Any,
+    models: Sequence[str | None],
+    home: Home | None = None,
+    prefetch: Prefetch | None = None,
+) -> int:
     several = len(loaded.recipe.model_list()) > 1
     rows: list[tuple[str, int, str]] = []
     for model in models:
         state = RunState(
-            run, loaded.recipe.for_model(model) if several else loaded.recipe, options, runtime, model,
-            (model or "model") if several else None, home=home, prefetch=prefetch or Prefetch(),
-        )  # fmt: skip
+            run,
+            loaded.recipe.for_model(model) if several else loaded.recipe,
+            options,
+            runtime,
+            model,
+            (model or "model") if several else None,
+            home=home,
+            prefetch=prefetch or Prefetch(),
+        )
         if several:
             log.info("model %s", model)
         try:
@@ -197,9 +212,10 @@ def _run_stages(state: RunState) -> None:
         state.home.resumed += state.resumed
     elif state.options.resume and not state.resumed:
         raise UsageError(
-            "--resume was given, but there is nothing to resume", where=str(state.run.path),
+            "--resume was given, but there is nothing to resume",
+            where=str(state.run.path),
             remedy="leave --resume out: finished stages are skipped and interrupted ones continue by themselves",
-        )  # fmt: skip
+        )
 
 
 def _run_stage(state: RunState, index: int, settings: Any) -> None:
@@ -211,9 +227,10 @@ def _run_stage(state: RunState, index: int, settings: Any) -> None:
     if place in home.failed:
         first = home.failed[place]
         error = BurnishError(
-            f"the stage {settings.name}, which it shares, failed: {first.message}", where=place.name,
+            f"the stage {settings.name}, which it shares, failed: {first.message}",
+            where=place.name,
             remedy=first.remedy,
-        )  # fmt: skip
+        )
         error.exit_code = first.exit_code
         raise error from first
     try:
@@ -252,9 +269,17 @@ def _do_stage(state: RunState, index: int, settings: Any) -> None:
     state.resumed += resume
     made.add(stage_dir)
     record = {
-        "state": "running", "kind": kind, "name": name, "key": key, "settings": values, "inputs": inputs,
-        "code": find_code(), "started": wall(), "label": label, **_continue_record(stage_dir, decision),
-    }  # fmt: skip
+        "state": "running",
+        "kind": kind,
+        "name": name,
+        "key": key,
+        "settings": values,
+        "inputs": inputs,
+        "code": find_code(),
+        "started": wall(),
+        "label": label,
+        **_continue_record(stage_dir, decision),
+    }
     _record(state, stage_dir, record)
     fault_point("stage.started")
     begun = mono()
@@ -269,18 +294,33 @@ def _do_stage(state: RunState, index: int, settings: Any) -> None:
 
             resume_from = Path(state.options.resume_from) if state.options.resume_from else None
             found = run_train_stage(
-                settings, prepared, stage_dir, state.runtime, key=key, resume=resume, resume_from=resume_from,
-                label=label, run=run, reference_dir=state.home.reference if state.home is not None else None,
-            )  # fmt: skip
+                settings,
+                prepared,
+                stage_dir,
+                state.runtime,
+                key=key,
+                resume=resume,
+                resume_from=resume_from,
+                label=label,
+                run=run,
+                reference_dir=state.home.reference if state.home is not None else None,
+            )
         check_log_file()
     except BaseException as caught:
         error = build_memory_error(caught, replace(here())) if is_out_of_memory(caught) else caught
         interrupted = isinstance(error, (InterruptedRun, KeyboardInterrupt))
         text = error.message if isinstance(error, BurnishError) else f"{type(error).__name__}: {error}"
         with suppress(ResourceError):  # on a disk that just failed the first error is the one to report
-            _record(state, stage_dir, record | {
-                "state": "interrupted" if interrupted else "failed", "ended": wall(), "error": redact(text),
-            })  # fmt: skip
+            _record(
+                state,
+                stage_dir,
+                record
+                | {
+                    "state": "interrupted" if interrupted else "failed",
+                    "ended": wall(),
+                    "error": redact(text),
+                },
+            )
         if found := find_disk_failure(error, state.run.path):
             where = Path(os.fsdecode(found.filename)) if isinstance(found.filename, (str, bytes)) else stage_dir
             raise disk_error(found, where, doing=f"go on with {label}") from error
@@ -309,9 +349,10 @@ def _check_results(state: RunState) -> None:
             verify_folder(result.folder)
         except DamagedFolder as error:
             raise DamagedFolder(
-                f"the result of stage {result.name} is damaged: {error.message}", where=str(result.folder),
+                f"the result of stage {result.name} is damaged: {error.message}",
+                where=str(result.folder),
                 remedy=f"remove {result.folder} and give the same command again: the stage is then run anew",
-            ) from None  # fmt: skip
+            ) from None
         state.checked.add(result.name)
 
 
@@ -348,9 +389,14 @@ def _decide_together(
     if state.runtime.is_main:
         try:
             found = decide(
-                stage_dir, key, values, inputs, code=find_code(), allow=state.options.allow_change,
+                stage_dir,
+                key,
+                values,
+                inputs,
+                code=find_code(),
+                allow=state.options.allow_change,
                 upstream_rerun=upstream,
-            )  # fmt: skip
+            )
         except BurnishError as error:
             found = error
     found = state.runtime.gather(found)[0]
@@ -391,9 +437,10 @@ def find_model(state: RunState, settings: TrainSettings) -> str:
         return str(state.results[settings.init_from].folder)
     if settings.model is None:
         raise UsageError(
-            f"stage {settings.name}: no model", where=f"stages.{settings.name}.model",
+            f"stage {settings.name}: no model",
+            where=f"stages.{settings.name}.model",
             remedy="set model: (pocket, a folder or a hub id) at the top of the recipe or in the stage",
-        )  # fmt: skip
+        )
     return settings.model
 
 

@@ -27,9 +27,13 @@ class Cache(Protocol[T]):
 
 
 def load_or_compute(
-    cache: Cache[T], groups: Sequence[Group], compute: Callable[[list[Group], OnBatch], list[T]], runtime: Runtime,
-    *, label: str,
-) -> list[T]:  # fmt: skip
+    cache: Cache[T],
+    groups: Sequence[Group],
+    compute: Callable[[list[Group], OnBatch], list[T]],
+    runtime: Runtime,
+    *,
+    label: str,
+) -> list[T]:
     """One entry a group: from the cache, else computed by all processes and stored by the first; equal on all of them.
 
     Args:

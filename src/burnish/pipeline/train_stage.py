@@ -67,9 +67,12 @@ class StageInputs:
 
 
 def load_inputs(
-    settings: TrainSettings, model: str, fingerprint: Callable[[Path], str], other: str | None = None,
+    settings: TrainSettings,
+    model: str,
+    fingerprint: Callable[[Path], str],
+    other: str | None = None,
     reward_model: str | None = None,
-) -> StageInputs:  # fmt: skip
+) -> StageInputs:
     """Resolve the model, tokenise the data; torch is not touched.
 
     Args:
@@ -95,9 +98,18 @@ def load_inputs(
 
 
 def run_train_stage(
-    settings: TrainSettings, inputs: StageInputs, stage_dir: Path, runtime: Runtime, *, key: str, resume: bool,
-    resume_from: Path | None = None, label: str = "", run: RunFolder, reference_dir: Path | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    settings: TrainSettings,
+    inputs: StageInputs,
+    stage_dir: Path,
+    runtime: Runtime,
+    *,
+    key: str,
+    resume: bool,
+    resume_from: Path | None = None,
+    label: str = "",
+    run: RunFolder,
+    reference_dir: Path | None = None,
+) -> dict[str, Any]:
     """Train and write `final/`; returns what goes into stage.json.
 
     Args:
@@ -131,15 +143,26 @@ def run_train_stage(
     with ExitStack() as stack:
         sinks = _open_sinks(settings, stage_dir, runtime, run, label, stack)
         job = TrainJob(
-            policy=policy, method=method, settings=settings, train=data.train, held_out=data.held_out, runtime=runtime,
+            policy=policy,
+            method=method,
+            settings=settings,
+            train=data.train,
+            held_out=data.held_out,
+            runtime=runtime,
             trainable={f"policy.{n}": p for n, p in built.trainable.items()},
             no_decay=frozenset(f"policy.{n}" for n in built.no_decay),
             head=frozenset(f"policy.{n}" for n in built.head_parameters),
-            reference=data.model, complete=data.complete, stage_dir=stage_dir, resume=resume, resume_from=resume_from,
+            reference=data.model,
+            complete=data.complete,
+            stage_dir=stage_dir,
+            resume=resume,
+            resume_from=resume_from,
             fp16=precision.fp16,
             stamp={"key": key, "inputs": inputs.fingerprints, "kind": settings.kind, "run_id": run.run_id},
-            sinks=sinks, label=label, export_bytes=estimate_export(inputs.folder, built.model, built.trainable, settings),
-        )  # fmt: skip
+            sinks=sinks,
+            label=label,
+            export_bytes=estimate_export(inputs.folder, built.model, built.trainable, settings),
+        )
         enter_phase("start")
         outcome = run_training(job)
     if runtime.is_main:
@@ -168,9 +191,14 @@ def save_final(
         final, kind="final", meta={"stage": settings.name or settings.kind, "steps": outcome.steps}
     ) as writer:
         export_model(
-            built, writer.folder, tokenizer_source=inputs.folder, head=head, extra=redact_tree(extra),
-            dtype=SAVE_DTYPES[settings.save_dtype], stop_ids=sorted(inputs.tokenizer.eos_ids),
-        )  # fmt: skip
+            built,
+            writer.folder,
+            tokenizer_source=inputs.folder,
+            head=head,
+            extra=redact_tree(extra),
+            dtype=SAVE_DTYPES[settings.save_dtype],
+            stop_ids=sorted(inputs.tokenizer.eos_ids),
+        )
         fault_point("export.written")
 
 
@@ -185,8 +213,14 @@ def _describe(
     total = compute_share(built.model).total
     return {
         "figures": {
-            "steps": o.steps, "updates": o.updates, "seconds": round(o.seconds, 3), "tokens": o.tokens,
-            "train_loss": o.figures.get("loss"), "train": o.figures, "eval": o.evaluation, "best_step": o.best_step,
+            "steps": o.steps,
+            "updates": o.updates,
+            "seconds": round(o.seconds, 3),
+            "tokens": o.tokens,
+            "train_loss": o.figures.get("loss"),
+            "train": o.figures,
+            "eval": o.evaluation,
+            "best_step": o.best_step,
             "stopped_early": o.stopped_early,
         },
         "data": inputs.data.report.to_json(),
@@ -195,7 +229,7 @@ def _describe(
         "attention": policy.backend,
         "resumed_from": o.resumed_from,
         "ledger": o.ledger,
-    }  # fmt: skip
+    }
 
 
 def _describe_weights(built: BuiltModel, footprint: Footprint) -> dict[str, Any]:
@@ -204,9 +238,11 @@ def _describe_weights(built: BuiltModel, footprint: Footprint) -> dict[str, Any]
     found: dict[str, Any] = {"bytes": footprint.bytes}
     if quantization is not None:
         found |= {
-            "stored": str(quantization), "quantised": footprint.quantised, "bits": round(footprint.bits, 4),
+            "stored": str(quantization),
+            "quantised": footprint.quantised,
+            "bits": round(footprint.bits, 4),
             "bytes_in_fp32": footprint.plain,
-        }  # fmt: skip
+        }
     return found
 
 
@@ -222,8 +258,13 @@ def _open_sinks(
     if not settings.report_to or not runtime.is_main:
         return ()
     context = SinkContext(
-        folder=stage_dir, run=run.path.name, stage=label, run_id=run.run_id, project=settings.wandb_project,
-        settings=settings.model_dump(mode="json"), redact=redact,
+        folder=stage_dir,
+        run=run.path.name,
+        stage=label,
+        run_id=run.run_id,
+        project=settings.wandb_project,
+        settings=settings.model_dump(mode="json"),
+        redact=redact,
         start_step=max((ref.step for ref in list_checkpoints(stage_dir)), default=0),
-    )  # fmt: skip
+    )
     return (stack.enter_context(build_sinks(settings.report_to, context)).write,)

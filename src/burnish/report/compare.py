@@ -70,9 +70,14 @@ def _read(path: Path) -> GridFiles:
     notes: list[str] = []
     text, _ = read_yaml(path / "recipe.yaml", notes)
     return GridFiles(
-        path, redact_tree(load_run(path)), redact_tree(load_grid(path)), read_summary(redact_tree(load_summary(path))),
-        redact_tree(read_json(path / "environment.json", notes)), redact(text), notes,
-    )  # fmt: skip
+        path,
+        redact_tree(load_run(path)),
+        redact_tree(load_grid(path)),
+        read_summary(redact_tree(load_summary(path))),
+        redact_tree(read_json(path / "environment.json", notes)),
+        redact(text),
+        notes,
+    )
 
 
 def render_page(files: GridFiles) -> str:
@@ -83,8 +88,9 @@ def render_page(files: GridFiles) -> str:
         ("cells", "Cells", _render_cells(files)),
         ("varies", "What varies", _render_axes(files)),
     ]
-    return build_page(str(files.record.get("name") or files.path.name), _render_head(files), sections,
-                      describe_command(files.record))  # fmt: skip
+    return build_page(
+        str(files.record.get("name") or files.path.name), _render_head(files), sections, describe_command(files.record)
+    )
 
 
 # The top

@@ -78,13 +78,15 @@ def _write_displacement(rows: Sequence[dict[str, Any]]) -> list[str]:
     chosen, rejected = means["chosen_ratio"], means["rejected_ratio"]
     if chosen > -0.01 * max(means["chosen_tokens"], 1.0) or chosen > -2 * error:
         return []
-    return [
-        f"The chosen answers ended {show_number(-chosen)} nats less likely than under the reference, the rejected ones "
-        f"{show_number(abs(rejected))} nats {'less' if rejected < 0 else 'more'}: the margin grew by moving probability away "
-        "from both (likelihood displacement)."
-    ] if rejected < 0 else [
-        f"The chosen answers ended {show_number(-chosen)} nats less likely than under the reference."
-    ]  # fmt: skip
+    return (
+        [
+            f"The chosen answers ended {show_number(-chosen)} nats less likely than under the reference, the rejected ones "
+            f"{show_number(abs(rejected))} nats {'less' if rejected < 0 else 'more'}: the margin grew by moving probability away "
+            "from both (likelihood displacement)."
+        ]
+        if rejected < 0
+        else [f"The chosen answers ended {show_number(-chosen)} nats less likely than under the reference."]
+    )
 
 
 def _write_limits(stage: StageFiles) -> list[str]:

@@ -127,10 +127,18 @@ def _read_change(row: dict[str, Any], block: Block) -> Change | None:
         difference, low, high = -difference, _negative(high), _negative(low)
     n = as_number(row.get("n"))
     return Change(
-        block.task, block.metric, a, b, difference, low, high, as_number(row.get("p_value")),
+        block.task,
+        block.metric,
+        a,
+        b,
+        difference,
+        low,
+        high,
+        as_number(row.get("p_value")),
         _TESTS.get(str(row.get("test", "")).lower(), str(row.get("test", ""))),
-        int(n) if n is not None and math.isfinite(n) else None, block.higher_is_better,
-    )  # fmt: skip
+        int(n) if n is not None and math.isfinite(n) else None,
+        block.higher_is_better,
+    )
 
 
 def _negative(value: float | None) -> float | None:

@@ -85,8 +85,11 @@ def _sentence(stage: StageFiles) -> str:
     if trained and of:
         share = 100 * trained / of
         whole = "all" if trained == of else f"{share:.3g} % of"
-        parts.append(f"{show_count(trained)} parameters trained ({whole} {show_count(of)})" if trained != of
-                     else f"all {show_count(of)} parameters trained")  # fmt: skip
+        parts.append(
+            f"{show_count(trained)} parameters trained ({whole} {show_count(of)})"
+            if trained != of
+            else f"all {show_count(of)} parameters trained"
+        )
     parts += [str(record[k]) for k in ("precision",) if record.get(k)]
     if record.get("attention"):
         parts.append(f"{record['attention']} attention")

@@ -93,39 +93,54 @@ def read_summary(raw: Any) -> GridSummary:
     found = as_dict(raw)
     metrics = [(str(m.get("task")), str(m.get("metric")), m.get("main") is True) for m in as_rows(found.get("metrics"))]
     return GridSummary(
-        [_read_row(row) for row in as_rows(found.get("rows"))], metrics,
+        [_read_row(row) for row in as_rows(found.get("rows"))],
+        metrics,
         [cell for cell in as_rows(found.get("cells")) if isinstance(cell.get("name"), str)],
         [str(note) for note in as_list(found.get("notes"))],
-    )  # fmt: skip
+    )
 
 
 def _read_row(row: dict[str, Any]) -> GridRow:
     at = row.get("compared_with")
     return GridRow(
-        str(row.get("name")), _text(row.get("model")), _text(row.get("subject")),
-        {str(k): str(v) for k, v in as_dict(row.get("values")).items()}, [str(c) for c in as_list(row.get("cells"))],
-        row.get("baseline") is True, at if isinstance(at, int) else None,
+        str(row.get("name")),
+        _text(row.get("model")),
+        _text(row.get("subject")),
+        {str(k): str(v) for k, v in as_dict(row.get("values")).items()},
+        [str(c) for c in as_list(row.get("cells"))],
+        row.get("baseline") is True,
+        at if isinstance(at, int) else None,
         [_read_figure(f) for f in as_rows(row.get("figures"))],
-    )  # fmt: skip
+    )
 
 
 def _read_figure(f: dict[str, Any]) -> GridFigure:
     single = [x for x in map(_number, as_dict(f.get("values")).values()) if x is not None]
     change, n = as_dict(f.get("change")), _number(f.get("n"))
     return GridFigure(
-        _text(f.get("task")), _text(f.get("metric")), _number(f.get("value")), _number(f.get("low")),
-        _number(f.get("high")), int(_number(f.get("runs")) or 0), int(n) if n is not None else None,
-        f.get("higher_is_better") is not False, single, _read_change(change) if change else None,
-    )  # fmt: skip
+        _text(f.get("task")),
+        _text(f.get("metric")),
+        _number(f.get("value")),
+        _number(f.get("low")),
+        _number(f.get("high")),
+        int(_number(f.get("runs")) or 0),
+        int(n) if n is not None else None,
+        f.get("higher_is_better") is not False,
+        single,
+        _read_change(change) if change else None,
+    )
 
 
 def _read_change(c: dict[str, Any]) -> GridChange:
     seeds = as_dict(c.get("seeds"))
     return GridChange(
-        _number(c.get("difference")), _number(c.get("low")), _number(c.get("high")),
-        (_number(seeds.get("low")), _number(seeds.get("high"))) if seeds else None, _number(c.get("p_holm")),
+        _number(c.get("difference")),
+        _number(c.get("low")),
+        _number(c.get("high")),
+        (_number(seeds.get("low")), _number(seeds.get("high"))) if seeds else None,
+        _number(c.get("p_holm")),
         _text(c.get("verdict")),
-    )  # fmt: skip
+    )
 
 
 def _text(value: Any) -> str:

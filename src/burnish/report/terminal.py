@@ -76,12 +76,17 @@ def _show_change(figure: GridFigure) -> tuple[str, ...]:
 def _change_rows(block: Block) -> list[tuple[str, ...]]:
     return [
         (
-            _MARKS.get(c.verdict, " "), block.task, say_metric(block.metric), f"{c.a} → {c.b}",
-            show_difference(c.metric, c.difference), show_interval(c.metric, c.low, c.high, difference=True),
-            show_p(c.p_value).removeprefix("p = ").removeprefix("p "), c.test,
+            _MARKS.get(c.verdict, " "),
+            block.task,
+            say_metric(block.metric),
+            f"{c.a} → {c.b}",
+            show_difference(c.metric, c.difference),
+            show_interval(c.metric, c.low, c.high, difference=True),
+            show_p(c.p_value).removeprefix("p = ").removeprefix("p "),
+            c.test,
         )
         for c in block.changes
-    ]  # fmt: skip
+    ]
 
 
 def _align(rows: list[tuple[str, ...]], *, right: set[int]) -> list[str]:

@@ -37,10 +37,18 @@ def summarise_margins(margins: np.ndarray, *, sample: int) -> dict[str, Any]:
 
     low, p10, median, p90, high = np.quantile(margins, [0.0, 0.1, 0.5, 0.9, 1.0]).tolist()
     return {
-        "batch_size": int(margins.shape[0]), "mean": float(margins.mean()), "std": float(margins.std()), "min": low,
-        "p10": p10, "median": median, "p90": p90, "max": high, "pos_frac": float((margins > 0).mean()),
-        "zero_frac": find_zero_share(margins), "sample": margins[:sample].tolist(),
-    }  # fmt: skip
+        "batch_size": int(margins.shape[0]),
+        "mean": float(margins.mean()),
+        "std": float(margins.std()),
+        "min": low,
+        "p10": p10,
+        "median": median,
+        "p90": p90,
+        "max": high,
+        "pos_frac": float((margins > 0).mean()),
+        "zero_frac": find_zero_share(margins),
+        "sample": margins[:sample].tolist(),
+    }
 
 
 def find_zero_share(margins: np.ndarray) -> float:

@@ -139,7 +139,8 @@ def read_timeout() -> float:
             raise ValueError
     except ValueError:
         raise ConfigError(
-            f"{TIMEOUT_VARIABLE}={text!r} is no number of seconds", where=TIMEOUT_VARIABLE,
+            f"{TIMEOUT_VARIABLE}={text!r} is no number of seconds",
+            where=TIMEOUT_VARIABLE,
             remedy="set it to a positive number, or unset it",
-        ) from None  # fmt: skip
+        ) from None
     return seconds

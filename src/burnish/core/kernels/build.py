@@ -159,10 +159,13 @@ def _compile(command: list[str], target: Path) -> Path:
     jobs = [
         subprocess.Popen(
             [*command, *FLAGS, "-c", str(FOLDER / source), "-o", str(made)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
         )
         for source, made in zip(SOURCES, objects, strict=True)
-    ]  # fmt: skip
+    ]
     try:
         outputs = [(job.communicate(timeout=_LIMIT_S)[0], job.returncode) for job in jobs]
     finally:
@@ -173,9 +176,13 @@ def _compile(command: list[str], target: Path) -> Path:
     _check(outputs)
     link = subprocess.run(
         [*command, "-shared", *map(str, objects), "-o", str(target), "-lm"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=_LIMIT_S,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=_LIMIT_S,
         check=False,
-    )  # fmt: skip
+    )
     _check([(link.stdout, link.returncode)])
     with target.open("rb") as made:
         os.fsync(made.fileno())

@@ -191,9 +191,19 @@ def attend_backward(rows: Tensor, table: GroupTable, heads: int, kv_heads: int, 
     """Gradient of `attend` at grad (T, H, D), in fp32 or bf16: (T, H + 2N, D) fp32."""
     d_rows = torch.empty_like(rows)
     _call(
-        "attend_backward", rows, table.offsets, table.segments, grad, lse, d_rows,
-        len(table.offsets) - 1, heads, kv_heads, rows.shape[2], grad.dtype,
-    )  # fmt: skip
+        "attend_backward",
+        rows,
+        table.offsets,
+        table.segments,
+        grad,
+        lse,
+        d_rows,
+        len(table.offsets) - 1,
+        heads,
+        kv_heads,
+        rows.shape[2],
+        grad.dtype,
+    )
     return d_rows
 
 
