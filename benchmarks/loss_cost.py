@@ -91,27 +91,30 @@ def build_step(
     from side_burnish import build_groups
 
     from burnish.config.registry import KINDS, load_object
+    from burnish.engine.context import StepContext
+    from burnish.engine.method import arrange_groups, build_initial_state
+    from burnish.engine.parallel.choose import build_parallel
     from burnish.engine.plan import build_plan
     from burnish.engine.runtime import build_runtime
-    from burnish.engine.step import StepContext, compute_gradient
+    from burnish.engine.step import compute_gradient
     from burnish.models.reference import attach_table
 
     settings = load_object(KINDS[variant.kind].settings)(model="m", data="d", batch_size=PAIRS, **variant.settings)
     method = load_object(KINDS[variant.kind].runner)(settings)
     rows = "sft" if variant.kind == "distill" else variant.kind
-    groups = list(method.arrange(build_groups(replace(plan, method=rows), pairs)))
-    if method.needs_reference and not variant.live:  # any numbers: only the cost matters
+    groups = list(arrange_groups(method, build_groups(replace(plan, method=rows), pairs)))
+    if "logprobs" in method.reference and not variant.live:  # any numbers: only the cost matters
         stored = [[np.full(len(c.ids), -6.0, dtype=np.float32) for c in g.completions] for g in groups]
         groups = attach_table(groups, stored)
     context = StepContext(
-        policy=model,
+        models={"policy": model},
         method=method,
-        runtime=build_runtime(),
+        parallel=build_parallel(build_runtime()),
         parameters=[p for p in model.parameters() if p.requires_grad],
         seed=0,
         reference=reference if variant.live else None,
     )
-    state = method.initial_state()
+    state = build_initial_state(method)
 
     def take(budget: int) -> None:
         found = compute_gradient(context, groups, build_plan(groups, budget=budget, coupled=method.coupled), state, 0)

@@ -71,7 +71,7 @@ class Clock:
 
 def run_burnish(rows: Path, clock: Clock) -> dict[str, Any]:
     """Train once over the rows; losses, token counts of the rows, precision."""
-    from burnish.engine.job import TrainJob
+    from burnish.engine.job import TrainJob, build_source
     from burnish.engine.loop import run_training
     from burnish.engine.runtime import build_runtime
     from burnish.methods.sft import Sft
@@ -95,10 +95,10 @@ def run_burnish(rows: Path, clock: Clock) -> dict[str, Any]:
 
     run_training(
         TrainJob(
-            policy=policy,
+            models={"policy": policy},
             method=method,
             settings=settings,
-            train=inputs.data.train,
+            source=build_source(settings, inputs.data.train, runtime.world, method),
             held_out=[],
             runtime=runtime,
             trainable=built.trainable,

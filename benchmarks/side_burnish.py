@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,11 @@ from workload import LORA_ALPHA, LORA_RANK, TOP_K, Pair, Plan
 from burnish.config.registry import KINDS, load_object
 from burnish.config.train import TrainSettings
 from burnish.core.group import Completion, Group
-from burnish.engine.job import TrainJob, choose_budget
+from burnish.engine.job import TrainJob, build_source, choose_budget
 from burnish.engine.loop import run_training
+from burnish.engine.method import arrange_groups
 from burnish.engine.runtime import build_runtime
+from burnish.engine.source import Change
 from burnish.models.load import build_model
 from burnish.models.policy import Policy
 from burnish.models.precision import resolve_precision
@@ -107,23 +108,27 @@ class Watch:
 def build_side(plan: Plan, model: Path) -> tuple[TrainSettings, Any, Any, Policy]:
     """(settings, method, built model, policy) of a stage on this machine."""
     settings, runtime = build_settings(plan, model), build_runtime()
-    method = load_object(KINDS[plan.method].runner)(settings)
+    kind = KINDS[plan.method]
+    method, head = load_object(kind.runner)(settings), kind.models["policy"].head
     precision = resolve_precision(plan.precision, runtime.device, plan.shape.hidden)
-    built = build_model(settings, str(model), head=method.head, seed=plan.seed, compute_dtype=precision.compute)
-    policy = Policy(built.model, head=method.head, attention=settings.attention, compute_dtype=precision.compute)
+    built = build_model(settings, str(model), head=head, seed=plan.seed, compute_dtype=precision.compute)
+    policy = Policy(built.model, head=head, attention=settings.attention, compute_dtype=precision.compute)
     return settings, method, built, policy
 
 
-def _build_job(side: tuple[TrainSettings, Any, Any, Policy], groups: list[Group], watch: Watch) -> TrainJob:
+def _build_job(
+    side: tuple[TrainSettings, Any, Any, Policy], groups: list[Group], watch: Watch, complete: Change = list
+) -> TrainJob:
     settings, method, built, policy = side
+    runtime = build_runtime()
     return TrainJob(
-        policy=policy,
+        models={"policy": policy},
         method=method,
         settings=settings,
-        train=groups,
+        source=build_source(settings, groups, runtime.world, method, complete),
         held_out=[],
         trainable=built.trainable,
-        runtime=build_runtime(),
+        runtime=runtime,
         no_decay=built.no_decay,
         head=built.head_parameters,
         on_step=watch,
@@ -144,19 +149,19 @@ def run_burnish(plan: Plan, pairs: Sequence[Pair], folder: Path, profile: Path |
     side = build_side(plan, folder / "model")
     settings, method, built, policy = side
     groups, reference, reference_cpu = build_groups(plan, pairs), 0.0, 0.0
-    complete: Callable[[Sequence[Group]], Sequence[Group]] = list
-    if method.needs_reference:
+    complete: Change = list
+    if "logprobs" in method.reference:
         start, start_cpu = time.perf_counter(), time.process_time()
         budget = choose_budget(settings, policy.device.type)
-        arranged = method.arrange(groups)
+        arranged = arrange_groups(method, groups)
         table = compute_reference_table(Reference(policy, "copy"), arranged, budget=budget)
-        if method.arranges:  # rows take answers of one another as the epoch begins
+        if method.partners is not None:  # rows take answers of one another as the epoch begins
             complete = lambda rows: attach_table(rows, table)  # noqa: E731
         else:
             groups = attach_table(groups, table)
         reference, reference_cpu = time.perf_counter() - start, time.process_time() - start_cpu
     watch = Watch(plan.warmup_steps, profile)
-    run_training(replace(_build_job(side, groups, watch), complete=complete))
+    run_training(_build_job(side, groups, watch, complete))
     watch.close()
     timed = 1.0 - plan.warmup_steps * plan.batch_size / len(pairs)
     first = plan.warmup_steps - 1

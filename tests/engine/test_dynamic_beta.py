@@ -102,12 +102,12 @@ def test_evaluation_uses_the_beta_of_the_moment_and_moves_nothing(tmp_path, name
     small = build_job(tmp_path / "c", CONTROLLED[name], micro_batch_tokens=10_000, max_steps=4)
     trainer = Trainer(small)
     trainer.run()
-    figures = {k: v for k, v in trainer.last_evaluation.items() if k != "step"}
+    figures = {k: v for k, v in trainer.record.evaluation.items() if k != "step"}
     before = json.dumps(trainer.state.method)
     trainer.budget = 30
     trainer._evaluate()
     assert json.dumps(trainer.state.method) == before
-    assert {k: v for k, v in trainer.last_evaluation.items() if k != "step"} == pytest.approx(figures, rel=1e-5)
+    assert {k: v for k, v in trainer.record.evaluation.items() if k != "step"} == pytest.approx(figures, rel=1e-5)
 
 
 def test_s0_07_a_step_uses_the_beta_from_before_it(tmp_path):
@@ -183,8 +183,8 @@ def test_s0_14_a_long_run_of_zeros_is_said_once_and_loudly(tmp_path, caplog):
     job = build_job(tmp_path / "a", CONTROLLED["risk"], held_out=0, learning_rate=1e-12, num_train_epochs=3.0)
     from burnish.models.reference import attach_table, compute_reference_table
 
-    table = compute_reference_table(build_reference_of(job), job.train, budget=10_000)
-    job.train = attach_table(job.train, table)
+    table = compute_reference_table(build_reference_of(job), job.source.groups, budget=10_000)
+    job.source.groups = attach_table(job.source.groups, table)
     run_training(job)
     said = [r.getMessage() for r in caplog.records if "margins are 0" in r.getMessage()]
     assert len(said) == 1 and said[0].startswith("step 11: 100 % of the margins are 0")
@@ -198,4 +198,4 @@ def test_s0_14_a_long_run_of_zeros_is_said_once_and_loudly(tmp_path, caplog):
 def build_reference_of(job: TrainJob):
     from burnish.models.reference import build_reference
 
-    return build_reference(job.policy, "copy")
+    return build_reference(job.models["policy"], "copy")

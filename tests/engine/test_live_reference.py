@@ -14,10 +14,14 @@ from burnish.config.stages import DistillSettings, DpoSettings
 from burnish.core.batch import build_packed_batch
 from burnish.core.group import Group
 from burnish.core.head import HeadInput
+from burnish.engine.context import StepContext
 from burnish.engine.evaluation import run_evaluation
+from burnish.engine.forward import call_models
+from burnish.engine.method import build_initial_state
+from burnish.engine.parallel.choose import build_parallel
 from burnish.engine.plan import build_plan
 from burnish.engine.runtime import Runtime
-from burnish.engine.step import StepContext, call_policy, compute_gradient
+from burnish.engine.step import compute_gradient
 from burnish.errors import BurnishError, UsageError
 from burnish.methods.distill import Distill
 from burnish.methods.dpo import Dpo
@@ -55,9 +59,9 @@ class Live:
         self.groups = build_groups(n, k=k_of(self.method))
         self.parameters = trainable(self.policy)
         self.ctx = StepContext(
-            self.policy,
+            {"policy": self.policy},
             self.method,
-            Runtime(torch.device("cpu")),
+            build_parallel(Runtime(torch.device("cpu"))),
             list(self.parameters.values()),
             seed=0,
             reference=self.reference,
@@ -65,7 +69,7 @@ class Live:
 
     def step(self, budget: int = 10_000, cap: int | None = None, state: Any = None) -> tuple[Any, Tensor]:
         plan = build_plan(self.groups, budget=budget, cap=cap, coupled=self.method.coupled)
-        found = compute_gradient(self.ctx, self.groups, plan, state or self.method.initial_state(), step=0)
+        found = compute_gradient(self.ctx, self.groups, plan, state or build_initial_state(self.method), step=0)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters.values()]
         return found, torch.cat([g.reshape(-1) for g in grads])
 
@@ -153,20 +157,20 @@ def test_r11_one_gradient_under_any_cut(name: str) -> None:
 @pytest.mark.parametrize("name", ["tdpo2", "epsilon", "jsd"])
 def test_t33_evaluation_is_the_same_for_every_batch_size(name: str) -> None:
     live = Live(name)
-    state = live.method.initial_state()
+    state = build_initial_state(live.method)
     found = [
         run_evaluation(live.ctx, live.groups, state, budget=b, cap=c) for b, c in ((12, 1), (60, 2), (10**6, None))
     ]
     assert found[0]["eval_loss"] > 0
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-10, abs=1e-12)
-    assert state == live.method.initial_state(), "an evaluation moves nothing"
+    assert state == build_initial_state(live.method), "an evaluation moves nothing"
 
 
 def test_no_groups_give_zero_with_a_graph() -> None:
     for name in METHODS:
         live, batch = Live(name), build_packed_batch([])
-        result = live.method.compute_loss(call_policy(live.ctx, batch), batch.table, live.method.initial_state())
+        result = live.method.compute_loss(call_models(live.ctx, batch), batch.table, build_initial_state(live.method))
         for term in result.terms:
             assert (term.sum.item(), term.count) == (0.0, 0.0)
             term.sum.backward(retain_graph=True)
@@ -246,7 +250,7 @@ def test_a_fresh_adapter_is_off_in_the_reference_also_on_the_head() -> None:
     config = LoraConfig(r=4, target_modules=["c_attn", "lm_head"], init_lora_weights=False)
     adapted = Policy(get_peft_model(base.model, config), head="lm", attention="sdpa")
     live = Live("tdpo2")
-    live.ctx.policy, live.ctx.reference = adapted, Reference(adapted, "adapter")
+    live.ctx.models, live.ctx.reference = {"policy": adapted}, Reference(adapted, "adapter")
     live.ctx.parameters = [p for p in adapted.parameters() if p.requires_grad]
     head = live.ctx.reference.head_input(batch)
     assert head.module is not None
@@ -297,7 +301,7 @@ def test_no_tensor_has_tokens_times_vocabulary_elements(name: str) -> None:
     live = Live(name, n=1)
     live.policy, other = (Policy(Qwen3ForCausalLM(cfg), head="lm", attention="sdpa") for _ in range(2))
     live.parameters = trainable(live.policy)
-    live.ctx.policy, live.ctx.reference = live.policy, Reference(other, "copy")
+    live.ctx.models, live.ctx.reference = {"policy": live.policy}, Reference(other, "copy")
     live.ctx.parameters = list(live.parameters.values())
     live.groups = build_groups(2, k=k_of(live.method), spread=1)
     live.groups = [lengthen(group, 600 // k_of(live.method)) for group in live.groups]

@@ -21,8 +21,11 @@ from burnish.artifacts.checkpoints import list_checkpoints
 from burnish.config.stages import DpoSettings, SftSettings
 from burnish.core.batch import Outputs, PackedBatch
 from burnish.core.group import Group
-from burnish.engine.job import TrainJob
+from burnish.engine.context import StepContext
+from burnish.engine.evaluation import run_evaluation
+from burnish.engine.job import TrainJob, build_source
 from burnish.engine.loop import Trainer, run_training
+from burnish.engine.parallel.choose import build_parallel
 from burnish.engine.runtime import Runtime
 from burnish.engine.source import extend_ledger
 from burnish.engine.state import TrainState
@@ -46,14 +49,14 @@ def make_job(
     method, head, k, reference = build_method(name)
     settings = DpoSettings(**options) if k == 2 else SftSettings(**options)
     policy = build_policy(head, dtype=dtype)
-    needs = method.needs_reference_head or (method.needs_reference and not reference)
+    needs = "logits" in method.reference or ("logprobs" in method.reference and not reference)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     return TrainJob(
-        policy=policy,
+        models={"policy": policy},
         method=method,
         settings=settings,
-        train=build_groups(n, k=k, reference=reference),
+        source=build_source(settings, build_groups(n, k=k, reference=reference), 1, method),
         held_out=build_groups(held_out, k=k, seed=9, reference=reference) if held_out else [],
         trainable=trainable(policy),
         runtime=Runtime(torch.device("cpu")),
@@ -88,7 +91,7 @@ class Poisoned:
 def find_outputs(name: str) -> list[str]:
     """What a method reads of the policy."""
     method = build_method(name)[0]
-    return [*sorted(method.want), *(f"functionals.{f.name}" for f in method.functionals)]
+    return [*sorted(method.want["policy"]), *(f"functionals.{f.name}" for f in method.functionals)]
 
 
 def snapshot(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -116,35 +119,37 @@ def test_t11_a_non_finite_row_is_named_and_moves_nothing(name, output):
     are those of the step before. The same step without it moves them.
     """
     job = make_job(None, name, n=8, held_out=0, num_train_epochs=1.0)
-    job.policy = policy = Poisoned(job.policy)
+    policy = Poisoned(job.models["policy"])
+    job.models = {"policy": policy}
     trainer = Trainer(job)
-    assert trainer._apply(trainer._gradient(trainer.source.step(0))).applied
+    assert trainer._apply(trainer._compute_gradient(trainer.source.step(0))).applied
     before, data = snapshot(trainer.state), trainer.source.step(1)
     assert before[0] and any(n.startswith("moment/") for n in before[0])
     policy.row, policy.output = data.groups[2].id, output
     for trainer.budget, policy.number in SPOILS:
-        gradient = trainer._gradient(data)
+        gradient = trainer._compute_gradient(data)
         assert (gradient.bad, gradient.figures, gradient.state) == ([policy.row], {}, None)
         assert gradient.terms
         assert not trainer._apply(gradient).applied
         assert are_same(snapshot(trainer.state), before)
     policy.row = ""
-    assert trainer._apply(trainer._gradient(data)).applied
+    assert trainer._apply(trainer._compute_gradient(data)).applied
     after = snapshot(trainer.state)
     assert not are_same(after, before)
-    assert not job.method.stateful or after[1]["method"] != before[1]["method"]
+    assert not job.method.state or after[1]["method"] != before[1]["method"]
 
 
 @pytest.mark.parametrize("slot", [0, 1])
 def test_t11_a_kto_row_is_named_also_where_only_its_partner_is_not_finite(slot):
     """A partner enters the baseline of all rows; TRL's NaN-skipping mean gives a normal loss and a NaN gradient."""
     job = make_job(None, "kto kto", n=8, held_out=0)
-    job.policy = policy = Poisoned(job.policy)
+    policy = Poisoned(job.models["policy"])
+    job.models = {"policy": policy}
     trainer = Trainer(job)
     data, before = trainer.source.step(0), snapshot(trainer.state)
     policy.row, policy.output, policy.slot = data.groups[1].id, "logprobs", slot
     for trainer.budget, policy.number in SPOILS:
-        gradient = trainer._gradient(data)
+        gradient = trainer._compute_gradient(data)
         assert (gradient.bad, gradient.figures) == ([policy.row], {})
         assert not trainer._apply(gradient).applied and are_same(snapshot(trainer.state), before)
 
@@ -165,7 +170,7 @@ def test_t11_a_row_whose_reference_is_not_finite_is_named(name):
     )
     data = replace(data, groups=[*data.groups[:2], spoilt, *data.groups[3:]])
     for trainer.budget in (10_000, 30):
-        assert trainer._gradient(data).bad == [spoilt.id]
+        assert trainer._compute_gradient(data).bad == [spoilt.id]
 
 
 def digest(job: TrainJob) -> str:
@@ -234,7 +239,7 @@ def test_r31_other_micro_batches_read_the_same_samples(tmp_path, name, monkeypat
     assert batches == want
     for epoch in range(3):
         rows = [row for batch in batches[3 * epoch : 3 * epoch + 3] for row in batch]
-        assert sorted(rows) == sorted(group.id for group in calm.train)
+        assert sorted(rows) == sorted(group.id for group in calm.source.groups)
     for key, parameter in calm.trainable.items():
         torch.testing.assert_close(second.trainable[key], parameter, rtol=0, atol=1e-8)
     text = "resuming with 8192 tokens, 4 examples in a micro-batch, not 8192 tokens, 8 examples: results will not be bit-equal"
@@ -279,7 +284,7 @@ def test_r05_three_bad_steps_in_a_row_stop_with_the_last_good_state(tmp_path):
     """R-05: exit status 4, a remedy, and a checkpoint of the parameters before."""
     job = make_job(tmp_path / "a", held_out=0)
     before = digest(job)
-    for group in job.train:
+    for group in job.source.groups:
         for completion in group.completions:
             completion.token_columns["ref_logprobs"][:] = float("nan")
     with pytest.raises(NumericStop) as caught:
@@ -351,10 +356,7 @@ def test_t33_evaluation_is_the_same_for_every_batch_size(tmp_path, budget):
     assert found == again.evaluation
     other = make_job(tmp_path / f"{budget}c", max_steps=1, micro_batch_tokens=10_000)
     run_training(other)
-    from burnish.engine.evaluation import run_evaluation
-    from burnish.engine.step import StepContext
-
-    ctx = StepContext(other.policy, other.method, other.runtime, list(other.trainable.values()), seed=0)
+    ctx = StepContext(other.models, other.method, build_parallel(other.runtime), list(other.trainable.values()), seed=0)
     small = run_evaluation(ctx, other.held_out, {}, budget=10_000 if budget == "auto" else budget, cap=None)
     assert small == pytest.approx({k: v for k, v in found.items() if k != "step"}, rel=1e-5)
 

@@ -19,12 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from burnish.config.train import LoraSettings, TrainSettings
 from burnish.engine import step as step_module
+from burnish.engine.context import StepContext
 from burnish.engine.fetch import fetch_numbers
+from burnish.engine.method import build_initial_state
 from burnish.engine.optimizer import build_optimizer, build_parameter_groups
+from burnish.engine.parallel.choose import build_parallel
 from burnish.engine.plan import build_plan
 from burnish.engine.runtime import Runtime
 from burnish.engine.state import TrainState
-from burnish.engine.step import StepContext, compute_gradient
+from burnish.engine.step import compute_gradient
 from burnish.engine.update import run_update
 from burnish.models.adapters import build_lora
 from burnish.models.policy import Policy
@@ -130,7 +133,9 @@ def _context(policy: Policy, method: Any, inside: bool) -> tuple[StepContext, di
     trainable = {n: p for n, p in policy.named_parameters() if p.requires_grad}
     reference = build_reference(policy, "copy") if inside else None
     runtime = Runtime(policy.device)
-    return StepContext(policy, method, runtime, list(trainable.values()), seed=0, reference=reference), trainable
+    return StepContext(
+        {"policy": policy}, method, build_parallel(runtime), list(trainable.values()), seed=0, reference=reference
+    ), trainable
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -142,7 +147,7 @@ def test_a_whole_step_reads_one_thing_once(case: str, monkeypatch: pytest.Monkey
     state = TrainState(
         trainable=trainable,
         optimizer=build_optimizer(build_parameter_groups(trainable, settings, no_decay=(), head=()), settings),
-        method=method.initial_state(),
+        method=build_initial_state(method),
     )
     before = [p.detach().clone() for p in trainable.values()]
     plan = build_plan(groups, budget=40)
@@ -198,6 +203,6 @@ def test_the_way_of_other_devices_copies_nothing_back(case: str, monkeypatch: py
         return [1.0] * sum(t.numel() for t in tensors)
 
     monkeypatch.setattr(step_module, "fetch_numbers", fetch)
-    found = compute_gradient(ctx, groups, build_plan(groups, budget=40), method.initial_state(), step=0)
+    found = compute_gradient(ctx, groups, build_plan(groups, budget=40), build_initial_state(method), step=0)
     assert len(fetched) == 1 and found.bad == []
     assert all(p.grad is not None for p in ctx.parameters)

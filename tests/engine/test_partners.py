@@ -13,12 +13,16 @@ import torch
 from burnish.config.stages import KtoSettings
 from burnish.core.batch import Outputs, PackedBatch, build_packed_batch
 from burnish.core.group import Group
+from burnish.engine.context import StepContext
 from burnish.engine.evaluation import run_evaluation
+from burnish.engine.method import arrange_groups
+from burnish.engine.parallel.choose import build_parallel
 from burnish.engine.plan import build_plan
 from burnish.engine.runtime import Runtime
 from burnish.engine.source import OfflineSource
-from burnish.engine.step import StepContext, compute_gradient
+from burnish.engine.step import compute_gradient
 from burnish.methods.kto import Kto
+from burnish.methods.partners import NextPrompts
 from tests.engine.tiny import build_groups, build_policy, trainable
 
 CUTS = [(10_000, 1), (10_000, 3), (60, None), (30, None), (12, None)]
@@ -28,7 +32,7 @@ def build_rows(n: int, seed: int = 0) -> list[Group]:
     """Arranged rows with reference log-probs near the policy's, so that the baseline is above 0."""
     groups = build_groups(n, k=1, seed=seed)
     labelled = [replace(g, columns={"label": float(i % 3 > 0)}) for i, g in enumerate(groups)]
-    arranged = Kto(KtoSettings()).arrange(labelled)
+    arranged = arrange_groups(Kto(KtoSettings()), labelled)
     rng = np.random.default_rng(seed)
     return [
         replace(
@@ -59,7 +63,9 @@ def run_step(groups: Sequence[Group], budget: int, cap: int | None = None, *, po
     method = Kto(KtoSettings(beta=0.3))
     parameters = trainable(policy)
     counting = Counting(policy)
-    ctx = StepContext(counting, method, Runtime(torch.device("cpu")), list(parameters.values()), seed=0)
+    ctx = StepContext(
+        {"policy": counting}, method, build_parallel(Runtime(torch.device("cpu"))), list(parameters.values()), seed=0
+    )
     plan = build_plan(groups, budget=budget, cap=cap, coupled=method.coupled)
     found = compute_gradient(ctx, groups, plan, {}, step=0)
     gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters.values()])
@@ -135,8 +141,10 @@ def test_t12_both_labels_are_in_every_step(shuffle: bool) -> None:
     Unshuffled, half of each whole step is good. Shuffled, the share in a step scatters around one half as a draw does, and
     stretches of one label stay as short as chance makes them.
     """
-    method, rows = Kto(KtoSettings()), take_apart(100)
-    source = OfflineSource(rows, batch_size=16, epochs=8, max_steps=-1, seed=5, shuffle=shuffle, arrange=method.arrange)
+    rows = take_apart(100)
+    source = OfflineSource(
+        rows, batch_size=16, epochs=8, max_steps=-1, seed=5, shuffle=shuffle, arrange=NextPrompts().arrange
+    )
     shares, longest = [], 0
     for epoch in range(8):
         labels: list[float] = []
@@ -159,7 +167,7 @@ def test_t12_an_odd_last_row_has_a_partner_of_its_own() -> None:
     """Nine rows in steps of four: the last step is one row, whose partner answers another prompt; TRL's is the row itself."""
     rows = [*take_apart(4), replace(build_groups(1, k=1, seed=77)[0], id="odd")]
     source = OfflineSource(
-        rows, batch_size=4, epochs=1, max_steps=-1, seed=1, shuffle=True, arrange=Kto(KtoSettings()).arrange
+        rows, batch_size=4, epochs=1, max_steps=-1, seed=1, shuffle=True, arrange=NextPrompts().arrange
     )
     (last,) = source.step(2).groups
     own, lent = last.completions
@@ -187,7 +195,7 @@ def test_t33_evaluation_is_the_same_for_every_batch_size() -> None:
     """The baseline is that of chunks in data order, whatever the micro-batches; the last one may be short."""
     groups, method = build_rows(11), Kto(KtoSettings(beta=0.3))
     policy = build_policy()
-    ctx = StepContext(policy, method, Runtime(torch.device("cpu")), [], seed=0)
+    ctx = StepContext({"policy": policy}, method, build_parallel(Runtime(torch.device("cpu"))), [], seed=0)
     found = [run_evaluation(ctx, groups, {}, budget=b, cap=c, chunk=4) for b, c in ((9, 1), (60, 2), (10**6, None))]
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-12)

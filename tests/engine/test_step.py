@@ -13,9 +13,12 @@ import pytest
 import torch
 
 from burnish.core.batch import Outputs, build_packed_batch
+from burnish.engine.context import StepContext, Stopped
+from burnish.engine.method import arrange_groups, build_initial_state
+from burnish.engine.parallel.choose import build_parallel
 from burnish.engine.plan import build_plan
 from burnish.engine.runtime import Runtime
-from burnish.engine.step import StepContext, Stopped, compute_gradient
+from burnish.engine.step import compute_gradient
 from burnish.models.reference import Reference
 from tests.engine.tiny import CONTROLLED, MIXES, build_groups, build_method, build_policy, flatten, trainable
 from tests.losses.drawn import REGISTRY
@@ -24,7 +27,7 @@ from tests.losses.drawn import REGISTRY
 METHODS = ["sft", "reward", "sigmoid", "coupled", "dpo aot", "dpo bco_pair", "orpo orpo", "rpo", "wpo", "kto kto"]
 METHODS += ["madpo", "madpo, wpo, bco + sft"]
 # A live reference in each step: every loss that reads its distribution.
-LIVE = [name for name in REGISTRY if build_method(name)[0].needs_reference_head]
+LIVE = [name for name in REGISTRY if "logits" in build_method(name)[0].reference]
 METHODS += [*LIVE, *CONTROLLED]
 EVERY = [*METHODS, *(name for name in [*REGISTRY, *MIXES] if name not in METHODS)]
 CUTS = [(10_000, None), (10_000, 1), (10_000, 3), (60, None), (30, None), (12, None)]
@@ -37,16 +40,21 @@ def run_step(
     method, head, k, reference = build_method(name)
     policy = build_policy(head, **kw)
     policy.train(True)
-    groups = method.arrange(build_groups(n + method.arranges, k=k, reference=reference))[:n]
+    groups = arrange_groups(method, build_groups(n + (method.partners is not None), k=k, reference=reference))[:n]
     parameters = trainable(policy)
-    stored = reference and not method.needs_reference_head
-    needs = method.needs_reference_head or (method.needs_reference and not stored)
+    stored = reference and "logits" not in method.reference
+    needs = "logits" in method.reference or ("logprobs" in method.reference and not stored)
     live = Reference(build_policy(head, seed=1), "copy") if needs else None
     ctx = StepContext(
-        policy, method, runtime or Runtime(torch.device("cpu")), list(parameters.values()), seed=0, reference=live
+        {"policy": policy},
+        method,
+        build_parallel(runtime or Runtime(torch.device("cpu"))),
+        list(parameters.values()),
+        seed=0,
+        reference=live,
     )
     plan = build_plan(groups, budget=budget, cap=cap, world=world, coupled=method.coupled)
-    found = compute_gradient(ctx, groups, plan, method.initial_state(), step=0)
+    found = compute_gradient(ctx, groups, plan, build_initial_state(method), step=0)
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
     return found, torch.cat([g.reshape(-1) for g in grads])
 
@@ -127,9 +135,11 @@ def test_t03_terms_that_are_added_up_are_logged_apart(name):
     method = build_method(name)[0]
     figures = run_step(name, 10_000)[0].figures
     batch = build_packed_batch([])
-    outputs = Outputs(logprobs=torch.zeros(0)) if "logprobs" in method.want else Outputs(scores=torch.zeros(0))
+    outputs = (
+        Outputs(logprobs=torch.zeros(0)) if "logprobs" in method.want["policy"] else Outputs(scores=torch.zeros(0))
+    )
     outputs.functionals = {f.name: torch.zeros(0) for f in method.functionals}
-    terms = {t.name: t.weight for t in method.compute_loss(outputs, batch.table, method.initial_state()).terms}
+    terms = {t.name: t.weight for t in method.compute_loss(outputs, batch.table, build_initial_state(method)).terms}
     apart = {n for n in figures if n.startswith("loss/")}
     assert apart == ({f"loss/{n}" for n in terms} if len(terms) > 1 else set())
     if len(terms) > 1:
@@ -143,7 +153,13 @@ def test_r05_non_finite_rows_are_named(monkeypatch):
     policy = build_policy(head)
     groups = build_groups(3, k=k, reference=True)
     groups[1].completions[0].token_columns["ref_logprobs"][:] = float("nan")
-    ctx = StepContext(policy, method, Runtime(torch.device("cpu")), list(trainable(policy).values()), seed=0)
+    ctx = StepContext(
+        {"policy": policy},
+        method,
+        build_parallel(Runtime(torch.device("cpu"))),
+        list(trainable(policy).values()),
+        seed=0,
+    )
     for cap in (None, 1):
         plan = build_plan(groups, budget=10_000, cap=cap)
         found = compute_gradient(ctx, groups, plan, {}, step=0)
@@ -158,7 +174,12 @@ def test_a_signal_between_micro_batches_drops_the_step():
     policy = build_policy(head)
     groups = build_groups(3, k=k)
     ctx = StepContext(
-        policy, method, Runtime(torch.device("cpu")), list(trainable(policy).values()), seed=0, should_stop=lambda: True
+        {"policy": policy},
+        method,
+        build_parallel(Runtime(torch.device("cpu"))),
+        list(trainable(policy).values()),
+        seed=0,
+        should_stop=lambda: True,
     )
     with pytest.raises(Stopped):
         compute_gradient(ctx, groups, build_plan(groups, budget=20), {}, step=0)
@@ -175,7 +196,13 @@ def test_s1_17_gradient_checkpointing_gives_the_same_gradient(name):
             policy.inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         policy.train(True)
         groups = build_groups(5, k=k, reference=reference)
-        ctx = StepContext(policy, method, Runtime(torch.device("cpu")), list(trainable(policy).values()), seed=0)
+        ctx = StepContext(
+            {"policy": policy},
+            method,
+            build_parallel(Runtime(torch.device("cpu"))),
+            list(trainable(policy).values()),
+            seed=0,
+        )
         result = compute_gradient(ctx, groups, build_plan(groups, budget=60), {}, step=0)
         grads = [p.grad.reshape(-1) for p in trainable(policy).values() if p.grad is not None]
         found.append((result.figures["loss"], torch.cat(grads)))

@@ -10,11 +10,13 @@ import torch
 
 from burnish.config.train import TrainSettings
 from burnish.core.batch import build_packed_batch
+from burnish.engine.context import StepContext
 from burnish.engine.optimizer import build_optimizer, build_parameter_groups
+from burnish.engine.parallel.choose import build_parallel
 from burnish.engine.plan import build_plan
 from burnish.engine.runtime import Runtime
 from burnish.engine.state import TrainState
-from burnish.engine.step import StepContext, compute_gradient
+from burnish.engine.step import compute_gradient
 from burnish.engine.update import run_update
 from burnish.models.policy import Policy
 from tests.engine.tiny import VOCAB, build_groups, build_method
@@ -56,7 +58,9 @@ def _train(
     settings = TrainSettings(kind="dpo", optim=optim, learning_rate=1e-3)  # pyright: ignore[reportArgumentType]
     optimizer = build_optimizer(build_parameter_groups(trainable, settings, no_decay=(), head=()), settings)
     state = TrainState(trainable=trainable, optimizer=optimizer, method={}, scale=scale)
-    ctx = StepContext(policy, method, Runtime(policy.device), list(trainable.values()), seed=0)
+    ctx = StepContext(
+        {"policy": policy}, method, build_parallel(Runtime(policy.device)), list(trainable.values()), seed=0
+    )
     losses = []
     for step in range(steps):
         ctx.scale = state.scale

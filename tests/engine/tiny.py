@@ -12,7 +12,7 @@ from burnish.config.stages import DistillSettings, DpoSettings, KtoSettings, Rew
 from burnish.core.batch import Outputs, Table
 from burnish.core.group import Completion, Group
 from burnish.losses.terms import LossResult, Metric, Term
-from burnish.methods.stateless import Stateless
+from burnish.methods.base import BaseMethod
 
 VOCAB = 61
 MIXES: dict[str, dict[str, Any]] = {
@@ -103,22 +103,19 @@ def trainable(policy) -> dict[str, torch.nn.Parameter]:
     return {n: p for n, p in policy.named_parameters() if p.requires_grad}
 
 
-class SortedGap(Stateless):
+class SortedGap(BaseMethod):
     """A coupled toy loss: sorts the chosen and the rejected sums over the whole step before it compares them."""
 
     name = "sorted_gap"
-    head = "lm"
-    want = frozenset({"logprobs"})
     coupled = True
-    stateful = True
 
-    def initial_state(self) -> dict[str, Any]:
-        return {"seen": 0, "trace": 0.0}
+    def __init__(self) -> None:
+        self.state = GapState()
 
     def counts(self, groups) -> dict[str, float]:
         return {"gap": float(len(groups))}
 
-    def compute_loss(self, outputs: Outputs, table: Table, state) -> LossResult:
+    def compute_loss(self, outputs: Outputs, table: Table, state, *, evaluating: bool = False) -> LossResult:
         assert outputs.logprobs is not None
         sums = table.sum_tokens(outputs.logprobs)
         chosen, rejected = sums[table.completion_slot == 0], sums[table.completion_slot == 1]
@@ -127,7 +124,14 @@ class SortedGap(Stateless):
         n = float(chosen.shape[0])
         return LossResult((Term("gap", loss.sum(), n, "pair"),), (Metric("gap", gap.detach().sum(), n),))
 
-    def next_state(self, outputs: Outputs, table: Table, state) -> dict[str, Any]:
+
+class GapState:
+    """How many pairs were seen, and a sum that tells their order."""
+
+    def initial(self) -> dict[str, Any]:
+        return {"seen": 0, "trace": 0.0}
+
+    def advance(self, outputs: Outputs, table: Table, state) -> dict[str, Any]:
         assert outputs.logprobs is not None
         weights = torch.arange(1, len(table.group_ids) + 1, dtype=torch.float64)
         chosen = table.slot(table.sum_tokens(outputs.logprobs), 0).double()
@@ -185,5 +189,5 @@ def build_method(name: str):
         from tests.losses.drawn import build_method as build_case
 
         method = build_case(Case(*name.split()))
-        return method, "lm", 2, method.needs_reference
+        return method, "lm", 2, "logprobs" in method.reference
     return Dpo(DpoSettings(loss_type=name)), "lm", 2, True

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from burnish.config.losses import read_parameters
 from burnish.config.registry import KINDS, LOSS_TYPES, load_object
 from burnish.losses.mix import LossType
 from burnish.losses.pairs import PairLoss, Pairs
 
 LEAVES = ("chosen", "rejected", "chosen_ratio", "rejected_ratio")
-FROZEN = {"rewards": 10, "mean": 0.2, "factor": 1.0, "frozen": True}
+STILL = {"rewards": 10, "mean": 0.2, "factor": 1.0}
 DIVERGENCES = ("sequential_kl", "risk_0.95")
 PERTURBED = ("logprobs_+0.01", "logprobs_-0.01")  # equal here: no pair's log-ratio is monotonous, so no β moves
 TENSORS = tuple(f.name for f in fields(Pairs) if f.name != "sums")
@@ -38,7 +37,7 @@ class Case:
         return LOSS_TYPES[self.kind][self.name]
 
     def reads(self, name: str) -> bool:
-        return name in (read_parameters(self.entry.function) or ())
+        return name in self.entry.settings
 
     def build(self, **settings: Any) -> LossType:
         """The loss type with β = 0.3 (where it reads one) and these settings."""
@@ -47,7 +46,7 @@ class Case:
 
     def compute(self, pairs: Pairs, **changed: Any) -> PairLoss:
         """Its loss of some pairs; BCO's shift and epsilon's β stand still, so that it is a function of the pairs."""
-        return self.build().compute(pairs, FROZEN if self.entry.state else None, **changed)
+        return self.build().compute(pairs, STILL if self.entry.state else None, evaluating=True, **changed)
 
 
 def build_method(case: Case, **settings: Any) -> Any:

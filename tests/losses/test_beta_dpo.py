@@ -49,7 +49,7 @@ def test_s0_23_instance_level_and_both_readings_of_m() -> None:
         expected = [max(1e-3, (1 + 0.5 * scale * (m - margins.mean())) * 0.1) for m in margins]
         assert np.asarray(found.beta).tolist() == pytest.approx(expected, rel=1e-12)
         assert found.kept is None
-        frozen = controller.find_frozen(np.asarray([2.0, 4.0]), found.state)
+        frozen = controller.find_current(np.asarray([2.0, 4.0]), found.state)
         wanted = [max(1e-3, (1 + 0.5 * scale * (m - margins.mean())) * 0.1) for m in (2.0, 4.0)]
         assert np.asarray(frozen).tolist() == pytest.approx(wanted, rel=1e-12)
 

@@ -173,7 +173,7 @@ def test_bco_shifts_by_the_mean_of_all_rewards_so_far() -> None:
         p = as_numpy(pairs)
         seen = np.concatenate((seen, 0.3 * p["chosen_ratio"], 0.3 * p["rejected_ratio"]))
         np.testing.assert_allclose(loss.compute(pairs, state).loss.numpy(), bco(p, 0.3, seen.mean()), **NEAR)
-        frozen = loss.compute(pairs, state | {"frozen": True}).loss.numpy()
+        frozen = loss.compute(pairs, state, evaluating=True).loss.numpy()
         np.testing.assert_allclose(frozen, bco(p, 0.3, state["mean"]), **NEAR)
         state = loss.next_state(pairs, state)
         assert (state["rewards"], state["mean"]) == (seen.size, pytest.approx(seen.mean(), rel=1e-12))

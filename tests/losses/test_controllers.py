@@ -70,7 +70,7 @@ def test_a_frozen_beta_is_a_function_of_the_state(name: str) -> None:
         state = controller.advance(unit(1.0, 2.0, 4.0), state).state
     before = json.dumps(state)
     margins = np.asarray([0.5, 3.0])
-    beta = controller.find_frozen(margins if controller.per_pair else None, state)
+    beta = controller.find_current(margins if controller.per_pair else None, state)
     assert json.dumps(state) == before
     if controller.per_pair:
         assert np.asarray(beta).shape == (2,)

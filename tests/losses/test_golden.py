@@ -13,6 +13,7 @@ import torch
 from burnish.config.stages import CpoSettings, DpoSettings, OrpoSettings, RewardSettings, SftSettings, SimpoSettings
 from burnish.core.batch import build_packed_batch
 from burnish.core.group import Group
+from burnish.engine.method import build_initial_state
 from burnish.losses.terms import LossResult
 from burnish.methods.cpo import Cpo
 from burnish.methods.dpo import Dpo
@@ -57,8 +58,8 @@ def build_policy(kind: str, seed: int, attention: str) -> Policy:
 def run(method: Any, policy: Policy, groups: list[Group]) -> tuple[float, LossResult]:
     """The whole step in one micro-batch: the loss as the engine forms it, gradients on the policy."""
     batch = build_packed_batch(groups)
-    outputs = policy(batch, method.want, functionals=method.functionals)
-    result = method.compute_loss(outputs, batch.table, {**method.initial_state(), "frozen": True})
+    outputs = policy(batch, method.want["policy"], functionals=method.functionals)
+    result = method.compute_loss(outputs, batch.table, build_initial_state(method), evaluating=True)
     counts = method.counts(groups)
     assert {t.name: t.count for t in result.terms} == counts
     loss = torch.stack([t.weight * t.sum / counts[t.name] for t in result.terms]).sum()

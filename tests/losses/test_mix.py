@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from burnish.config.losses import find_family, find_unread, read_parameters
+from burnish.config.losses import find_entry, find_family, find_unread
 from burnish.config.registry import KINDS, LOSS_TYPES, load_object
 from burnish.config.stages import DpoSettings
 from burnish.errors import ConfigError
 from burnish.losses.dpo import compute_sigmoid_loss
-from burnish.losses.mix import build_mix, load_loss_type
+from burnish.losses.mix import build_mix, load_loss_type, reads
 from burnish.losses.pairs import PairLoss, Pairs
 from tests.config.recipes import one, problems_of
 from tests.losses.drawn import REGISTRY, draw_pairs
@@ -30,6 +30,7 @@ def compute_capped_loss(pairs: Pairs, *, beta: float, cap: float = 2.0) -> PairL
     return PairLoss(-torch.clamp(chosen - rejected, max=cap), chosen, rejected)
 
 
+@reads("beta", "nowhere")
 def compute_greedy_loss(pairs: Pairs, *, beta: float, nowhere: int) -> PairLoss:
     return compute_capped_loss(pairs, beta=beta)
 
@@ -74,7 +75,7 @@ BESIDE: dict[str, dict[str, Any]] = {"f_alpha_divergence_coef": {"f_divergence_t
 
 @pytest.mark.parametrize(
     ("kind", "name", "setting"),
-    [(k, n, s) for k, names in LOSS_TYPES.items() for n in names for s in sorted(find_family(k) - {"state"})],
+    [(k, n, s) for k, names in LOSS_TYPES.items() for n in names for s in sorted(find_family(k))],
 )
 def test_t01_a_setting_is_read_or_refused(kind: str, name: str, setting: str) -> None:
     """Every setting of the family beside every loss type of every kind: it changes the loss, or the stage is refused."""
@@ -117,7 +118,7 @@ def test_t01_label_smoothing_is_read_or_refused_by_a_recipe(name: str) -> None:
     kind, _, loss_type = name.partition(" ")
     chosen = {"loss_type": loss_type} if loss_type and loss_type not in ("simpo", "orpo") else {}
     entry = LOSS_TYPES.get(kind, {}).get(loss_type)
-    if entry is not None and "label_smoothing" in (read_parameters(entry.function) or ()):
+    if entry is not None and "label_smoothing" in entry.settings:
         assert one(kind, label_smoothing=0.1, **chosen).label_smoothing == 0.1
         return
     stage = {"kind": kind, "label_smoothing": 0.1, **chosen} | ({"teacher": "pocket"} if kind == "distill" else {})
@@ -127,11 +128,13 @@ def test_t01_label_smoothing_is_read_or_refused_by_a_recipe(name: str) -> None:
 
 @pytest.mark.parametrize("kind", LOSS_TYPES)
 def test_what_the_settings_take_for_read_is_what_the_functions_read(kind: str) -> None:
-    """The source is read without torch; a signature of the loaded function says the same."""
+    """What is declared is what a function takes, beside a running state."""
     for name, entry in LOSS_TYPES[kind].items():
         found = inspect.signature(load_object(entry.function)).parameters.values()
-        assert read_parameters(entry.function) == {p.name for p in found if p.kind is p.KEYWORD_ONLY}, name
-    assert find_family(kind) <= {*CHANGED, "state"}, "add a changed value to this test"
+        taken = {p.name for p in found if p.kind is p.KEYWORD_ONLY}
+        beside = ({"state"} if entry.state else set()) | ({"evaluating"} if entry.state and entry.coupled else set())
+        assert taken == {*entry.settings, *beside}, name
+    assert find_family(kind) <= set(CHANGED), "add a changed value to this test"
 
 
 @pytest.mark.parametrize("kind", LOSS_TYPES)
@@ -143,8 +146,9 @@ def test_defaults_of_the_registry_are_those_of_the_functions(kind: str) -> None:
 
 
 def test_a_mix_may_set_what_one_of_its_losses_reads() -> None:
-    assert not find_unread(settings(loss_type=["ipo", "sigmoid"], label_smoothing=0.1), "dpo", ["ipo", "sigmoid"])
-    (unread,) = find_unread(settings(loss_type="ipo", label_smoothing=0.1), "dpo", ["ipo"]).items()
+    both = {name: find_entry("dpo", name) for name in ("ipo", "sigmoid")}
+    assert not find_unread(settings(loss_type=["ipo", "sigmoid"], label_smoothing=0.1), "dpo", both)
+    (unread,) = find_unread(settings(loss_type="ipo", label_smoothing=0.1), "dpo", {"ipo": both["ipo"]}).items()
     assert unread == ("label_smoothing", 0.0)
 
 
@@ -179,6 +183,21 @@ def test_what_is_refused_says_why_and_what_to_do(loss_type: Any, weights: Any, m
     with pytest.raises(ConfigError, match=message) as caught:
         build_mix("dpo", loss_type, weights, settings())
     assert caught.value.remedy and caught.value.exit_code == 2
+
+
+@reads("beta", "label_smoothing")
+def compute_declared_loss(pairs: Pairs, *, beta: float, label_smoothing: float) -> PairLoss:
+    return compute_sigmoid_loss(pairs, beta=beta, label_smoothing=label_smoothing)
+
+
+def test_a_function_of_the_user_declares_further_settings() -> None:
+    own, plain = f"{HERE}:compute_declared_loss", f"{HERE}:compute_capped_loss"
+    (found,) = build_mix("dpo", own, None, settings(loss_type=own, label_smoothing=0.2))
+    assert found.settings == {"beta": 0.1, "label_smoothing": 0.2}
+    (other,) = build_mix("dpo", "sigmoid", None, settings(label_smoothing=0.2))
+    assert torch.equal(found.compute(pairs()).loss, other.compute(pairs()).loss)
+    with pytest.raises(ConfigError, match="label_smoothing is"):
+        build_mix("dpo", plain, None, settings(loss_type=plain, label_smoothing=0.2))
 
 
 def test_a_function_that_averages_is_refused() -> None:

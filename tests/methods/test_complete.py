@@ -33,11 +33,9 @@ def test_a_kind_has_code(kind: str) -> None:
     assert callable(runner) and inspect.getdoc(runner)
     if KINDS[kind].trains:
         method: Any = runner(load_object(KINDS[kind].settings)())
-        assert method.name == kind and method.head in ("lm", "score")
-        for name in ("initial_state", "counts", "compute_loss", "next_state"):
-            assert callable(getattr(method, name)), name
-        for name, kind_of in {"want": frozenset, "needs_reference": bool, "coupled": bool, "stateful": bool}.items():
-            assert isinstance(getattr(method, name), kind_of), name
+        assert method.name == kind and set(method.want) == set(KINDS[kind].models)
+        assert callable(method.counts) and callable(method.compute_loss) and isinstance(method.coupled, bool)
+        assert method.reference <= {"logprobs", "logits"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

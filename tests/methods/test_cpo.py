@@ -10,6 +10,7 @@ import torch
 
 from burnish.config.stages import CpoSettings
 from burnish.core.batch import Outputs, build_packed_batch
+from burnish.engine.method import build_initial_state
 from burnish.errors import ConfigError
 from burnish.losses.terms import LossResult
 from burnish.methods.cpo import Cpo
@@ -22,13 +23,13 @@ def run(method: Cpo, seed: int = 0) -> tuple[LossResult, list[np.ndarray]]:
     logprobs = np.random.default_rng(seed).normal(-2, 1, len(batch.target_ids)).clip(max=-0.01)
     edges = np.cumsum([len(c) for pair in zip(CHOSEN, REJECTED, strict=True) for c in pair])[:-1]
     outputs = Outputs(logprobs=torch.from_numpy(logprobs))
-    return method.compute_loss(outputs, batch.table, method.initial_state()), np.split(logprobs, edges)
+    return method.compute_loss(outputs, batch.table, build_initial_state(method)), np.split(logprobs, edges)
 
 
 def test_terms_and_rewards_by_hand() -> None:
     """−log σ(β(c − r)) a pair, and α times the mean −log π over all chosen tokens; no reference anywhere."""
     method = Cpo(CpoSettings(beta=0.2, cpo_alpha=0.7))
-    assert not method.needs_reference
+    assert "logprobs" not in method.reference
     result, parts = run(method)
     chosen, rejected = ([float(p.sum()) for p in parts[k::2]] for k in (0, 1))
     pair, nll = result.terms

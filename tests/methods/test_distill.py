@@ -49,7 +49,7 @@ def test_the_mix_with_cross_entropy() -> None:
 
 def test_what_it_needs() -> None:
     method = Distill(DistillSettings(loss_type="jsd"))
-    assert method.needs_reference_head and not method.needs_reference and not method.coupled
+    assert "logits" in method.reference and "logprobs" not in method.reference and not method.coupled
     assert [f.name for f in method.functionals] == ["divergence"]
     with pytest.raises(ValueError, match="divergence"):
         method.compute_loss(Outputs(logprobs=torch.zeros(4)), build_packed_batch(build_rows()).table, {})

@@ -16,6 +16,7 @@ from burnish.config.registry import KINDS, LOSS_TYPES, load_object
 from burnish.config.stages import DpoSettings
 from burnish.core.batch import Outputs, build_packed_batch
 from burnish.core.group import Group
+from burnish.engine.method import build_initial_state
 from burnish.engine.observe import Observed
 from burnish.errors import ConfigError
 from burnish.losses.pairs import PairLoss, Pairs
@@ -38,7 +39,7 @@ def compute_logprobs(seed: int, groups: list[Group]) -> torch.Tensor:
 
 def find_margins(groups: list[Group], policy: torch.Tensor, reference: torch.Tensor, **settings: Any) -> np.ndarray:
     table = build_packed_batch(attach(groups, reference.numpy())).table
-    return Dpo(DpoSettings(**settings)).observe(Outputs(logprobs=policy), table)["margin"].numpy()
+    return Dpo(DpoSettings(**settings)).observer.observe(Outputs(logprobs=policy), table)["margin"].numpy()
 
 
 def test_s0_08_margins_are_without_beta_over_completion_tokens() -> None:
@@ -82,10 +83,10 @@ def test_s0_09_margins_are_zero_exactly_while_policy_and_reference_are_one() -> 
     same = compute_logprobs(0, groups)
     assert find_margins(groups, same, same).tolist() == [0.0] * 5
     method = Dpo(DpoSettings())
-    record = method.describe_step(Observed(1, ("a",) * 5, {**_zeros(5)}, {"loss": 0.7}), {})
+    record = method.observer.describe(Observed(1, ("a",) * 5, {**_zeros(5)}, {"loss": 0.7}), {})
     assert record.figures["margins/zero_share"] == 1.0 and record.row and record.row["zero_frac"] == 1.0
     assert not record.warnings, "at the first steps this is as it should be"
-    assert "zero margins" in method.describe_step(Observed(11, ("a",) * 5, _zeros(5), {"loss": 0.7}), {}).warnings
+    assert "zero margins" in method.observer.describe(Observed(11, ("a",) * 5, _zeros(5), {"loss": 0.7}), {}).warnings
 
 
 def _zeros(n: int) -> dict[str, np.ndarray]:
@@ -138,12 +139,12 @@ def test_a_controller_beside_a_loss_with_a_state_of_its_own() -> None:
     policy, reference = compute_logprobs(0, groups), compute_logprobs(1, groups)
     table = build_packed_batch(attach(groups, reference.numpy())).table
     method = Dpo(DpoSettings(loss_type="bco_pair", dynamic_beta=dynamic(type="linear", beta_end=0.5, steps=1)))
-    state = method.initial_state()
-    after = method.next_state(Outputs(logprobs=policy), table, state)
+    state = build_initial_state(method)
+    after = method.state.advance(Outputs(logprobs=policy), table, state)
     assert after["dynamic_beta"]["beta"] == 0.5 and after["losses"] != state["losses"]
-    again = method.next_state(Outputs(logprobs=policy), table, after)
+    again = method.state.advance(Outputs(logprobs=policy), table, after)
     plain = Dpo(DpoSettings(loss_type="bco_pair", beta=0.5))
-    shifted = plain.next_state(Outputs(logprobs=policy), table, {"losses": after["losses"]})
+    shifted = plain.state.advance(Outputs(logprobs=policy), table, {"losses": after["losses"]})
     assert again["losses"] == shifted["losses"], "the shift is measured with the β of the step"
 
 
@@ -153,23 +154,23 @@ def test_the_filter_leaves_pairs_out_of_the_loss_and_its_count() -> None:
     policy, reference = compute_logprobs(0, groups), compute_logprobs(1, groups)
     method = Dpo(DpoSettings(dynamic_beta=dynamic(type="beta_dpo", keep=0.6)))
     table = build_packed_batch(attach(groups, reference.numpy())).table
-    state = method.initial_state()
+    state = build_initial_state(method)
     outputs = Outputs(logprobs=policy.clone().requires_grad_())
     result = method.compute_loss(outputs, table, state)
     (term,) = result.terms
     assert method.coupled and term.count == 3.0
-    after = method.next_state(outputs, table, state)
+    after = method.state.advance(outputs, table, state)
     assert after["dynamic_beta"]["step"]["kept"] == 3
     term.sum.backward()
     assert outputs.logprobs is not None and outputs.logprobs.grad is not None
     touched = {int(g) for g in table.completion_group[table.token_completion[outputs.logprobs.grad != 0]]}
     assert len(touched) == 3
     assert all(m.count == 5.0 for m in result.metrics)
-    frozen = method.compute_loss(outputs, table, {**after, "frozen": True})
+    frozen = method.compute_loss(outputs, table, after, evaluating=True)
     assert frozen.terms[0].count == 5.0, "evaluation leaves nothing out"
     beta = after["dynamic_beta"]["beta"]
     assert figures(frozen)["rewards/margins"] == pytest.approx(
-        beta * float(method.observe(outputs, table)["margin"].detach().mean()), rel=1e-5
+        beta * float(method.observer.observe(outputs, table)["margin"].detach().mean()), rel=1e-5
     )
 
 
@@ -180,8 +181,8 @@ def test_s0_11_beta_changes_between_the_units_of_a_step() -> None:
     rule = {"type": "risk", "warmup": 0, "estimator": "robbins_monro", "alpha": 0.5, "delta": 0.2, "gamma": 1.0}
     method = Dpo(DpoSettings(beta=0.1, dynamic_beta=dynamic(unit={"pairs": 2}, **rule)))
     table = build_packed_batch(attach(groups, reference.numpy())).table
-    outputs, state = Outputs(logprobs=policy), method.initial_state()
-    margins = method.observe(outputs, table)["margin"].double().tolist()
+    outputs, state = Outputs(logprobs=policy), build_initial_state(method)
+    margins = method.observer.observe(outputs, table)["margin"].double().tolist()
     beta, tau, spread, expected, betas = 0.1, 0.0, 0.0, 0.0, []
     for part in (margins[:2], margins[2:4]):
         expected += sum(math.log1p(math.exp(-beta * m)) for m in part)
@@ -195,7 +196,7 @@ def test_s0_11_beta_changes_between_the_units_of_a_step() -> None:
     found = method.compute_loss(outputs, table, state).terms[0].sum.item()
     expected += math.log1p(math.exp(-beta * margins[4]))
     assert found == pytest.approx(expected, rel=1e-6)
-    step = method.next_state(outputs, table, state)["dynamic_beta"]["step"]
+    step = method.state.advance(outputs, table, state)["dynamic_beta"]["step"]
     assert (step["units"], step["beta_range"][0] < step["beta_range"][1]) == (3, True)
 
 
@@ -206,8 +207,8 @@ def test_beta_carries_no_gradient() -> None:
     table = build_packed_batch(attach(groups, reference.numpy())).table
     method = Dpo(DpoSettings(dynamic_beta=dynamic(type="beta_dpo", keep=1.0, level="instance", alpha=0.05)))
     leaf = policy.clone().requires_grad_()
-    method.compute_loss(Outputs(logprobs=leaf), table, method.initial_state()).terms[0].sum.backward()
-    margins = method.observe(Outputs(logprobs=policy), table)["margin"].double()
+    method.compute_loss(Outputs(logprobs=leaf), table, build_initial_state(method)).terms[0].sum.backward()
+    margins = method.observer.observe(Outputs(logprobs=policy), table)["margin"].double()
     betas = torch.clamp((1 + 0.05 * (margins - margins.mean())) * 0.1, min=1e-3)
     # d/dM of −log σ(βM) with β held: −β σ(−βM); each scored token of the chosen answer carries it, of the rejected one its negative
     wanted = -betas * torch.sigmoid(-betas * margins)

@@ -12,6 +12,7 @@ import torch
 from burnish.config.stages import KtoSettings
 from burnish.core.batch import Outputs, build_packed_batch
 from burnish.core.group import Completion, Group
+from burnish.engine.method import arrange_groups
 from burnish.engine.source import OfflineSource
 from burnish.errors import DataError
 from burnish.methods.kto import Kto
@@ -71,13 +72,13 @@ def test_t12_no_row_gets_its_own_answer_nor_one_to_its_own_prompt(pairs: int, od
     groups += [build_row("odd", [3, 4 + pairs], [99])] * odd
     if pairs + odd == 1:
         with pytest.raises(DataError, match="all 2 rows have the same prompt"):
-            Kto(KtoSettings()).arrange(groups)
+            arrange_groups(Kto(KtoSettings()), groups)
         return
     answers = {group.id: (group.prompt.tobytes(), int(group.completions[0].ids[0])) for group in groups}
     by_answer = {answer: prompt for prompt, answer in answers.values()}
     for seed in range(200):
         order = np.random.default_rng(seed).permutation(len(groups)) if seed else np.arange(len(groups))
-        arranged = Kto(KtoSettings()).arrange([groups[i] for i in order])
+        arranged = arrange_groups(Kto(KtoSettings()), [groups[i] for i in order])
         assert [g.id for g in arranged] == [groups[i].id for i in order]
         for group in arranged:
             own, lent = (int(c.ids[0]) for c in group.completions)
@@ -97,15 +98,15 @@ def test_partners_agree_with_a_plain_search(seed: int) -> None:
 def test_a_single_prompt_everywhere_is_a_clear_error() -> None:
     groups = [build_row(f"rows.jsonl:{i}", [4, 5], [9 + i]) for i in range(3)]
     with pytest.raises(DataError, match="all 3 rows have the same prompt") as caught:
-        Kto(KtoSettings()).arrange(groups)
+        arrange_groups(Kto(KtoSettings()), groups)
     assert "apo_zero_unpaired" in (caught.value.remedy or "")
-    assert Kto(KtoSettings(loss_type="apo_zero_unpaired")).arrange(groups) == groups
-    assert Kto(KtoSettings()).arrange([]) == []
+    assert arrange_groups(Kto(KtoSettings(loss_type="apo_zero_unpaired")), groups) == groups
+    assert arrange_groups(Kto(KtoSettings()), []) == []
 
 
 def test_a_partner_is_a_second_completion_and_never_longer_than_the_data() -> None:
     groups = [build_row("a", [1] * 6, [2, 3]), build_row("b", [4], [5] * 7)]
-    first, second = Kto(KtoSettings()).arrange(groups)
+    first, second = arrange_groups(Kto(KtoSettings()), groups)
     assert [c.columns["partner"] for c in first.completions] == [0.0, 1.0]
     assert first.completions[1].ids.tolist() == [5, 5], "prompt 6 + 2 = 8, the longest row"
     assert second.completions[1].ids.tolist() == [2, 3]
@@ -132,7 +133,7 @@ def test_t12_partners_follow_the_order_of_each_epoch() -> None:
 
 def step(settings: KtoSettings, groups: list[Group], logprobs: list[float]):
     method = Kto(settings)
-    batch = build_packed_batch(attach(method.arrange(groups)))
+    batch = build_packed_batch(attach(arrange_groups(method, groups)))
     leaf = torch.tensor(logprobs, dtype=torch.float64).requires_grad_()
     return method, batch, leaf, method.compute_loss(Outputs(logprobs=leaf), batch.table, {})
 
@@ -168,7 +169,7 @@ def test_s1_04_a_step_by_hand() -> None:
 
 def test_without_a_baseline_rows_stand_alone() -> None:
     method, batch, _, result = step(KtoSettings(beta=0.5, loss_type="apo_zero_unpaired"), HAND, [0.0, -3.0])
-    assert not method.coupled and not method.arranges and batch.table.completion_slot.tolist() == [0, 0]
+    assert not method.coupled and method.partners is None and batch.table.completion_slot.tolist() == [0, 0]
     want = 1 / (1 + math.exp(0.5)) + 1 / (1 + math.exp(1.0))
     assert result.terms[0].sum.item() == pytest.approx(want, rel=1e-12)
     assert "kl" not in figures(result)
@@ -176,7 +177,9 @@ def test_without_a_baseline_rows_stand_alone() -> None:
 
 def test_policy_equal_to_reference_starts_at_one_half() -> None:
     _, batch, _, _ = step(
-        KtoSettings(), rows(), [-1.0] * build_packed_batch(Kto(KtoSettings()).arrange(rows())).target_ids.shape[0]
+        KtoSettings(),
+        rows(),
+        [-1.0] * build_packed_batch(arrange_groups(Kto(KtoSettings()), rows())).target_ids.shape[0],
     )
     _, _, _, result = step(KtoSettings(), rows(), [-1.0] * len(batch.target_ids))
     assert result.terms[0].sum.item() / 6 == pytest.approx(0.5, abs=1e-15)
@@ -186,7 +189,7 @@ def test_policy_equal_to_reference_starts_at_one_half() -> None:
 @pytest.mark.parametrize("label", [0.0, 1.0])
 def test_all_labels_on_one_side_work(label: float) -> None:
     groups = rows(4, [label] * 4)
-    size = len(build_packed_batch(Kto(KtoSettings()).arrange(groups)).target_ids)
+    size = len(build_packed_batch(arrange_groups(Kto(KtoSettings()), groups)).target_ids)
     _, _, leaf, result = step(KtoSettings(), groups, np.linspace(-4, 0, size).tolist())
     result.terms[0].sum.backward()
     assert leaf.grad is not None and bool(torch.isfinite(leaf.grad).all()) and bool(leaf.grad.any())

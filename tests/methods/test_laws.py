@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -18,9 +18,12 @@ from burnish.config.registry import KINDS, load_object
 from burnish.config.stages import CpoSettings, DistillSettings, DpoSettings, RewardSettings
 from burnish.core.batch import Outputs, build_packed_batch
 from burnish.core.group import Completion, Group
+from burnish.engine.context import StepContext
 from burnish.engine.evaluation import run_evaluation
+from burnish.engine.forward import call_models
+from burnish.engine.method import arrange_groups, build_initial_state
+from burnish.engine.parallel.choose import build_parallel
 from burnish.engine.runtime import Runtime
-from burnish.engine.step import StepContext, call_policy
 from burnish.methods.cpo import Cpo
 from burnish.methods.distill import Distill
 from burnish.methods.dpo import Dpo
@@ -112,10 +115,12 @@ def build_groups(k: int, seed: int = 0, n: int = N) -> list[Group]:
 def draw_outputs(method: Any, batch: Any, seed: int) -> Outputs:
     """Random fp64 outputs, the same for the same rows: a leaf, and functionals that are functions of it."""
     rng = np.random.default_rng(seed)
-    size = len(batch.target_ids) if "logprobs" in method.want else len(batch.last_index)
+    size = len(batch.target_ids) if "logprobs" in method.want["policy"] else len(batch.last_index)
     tensor = torch.from_numpy(rng.normal(-3, 1, size)).requires_grad_()
     further = {f.name: torch.from_numpy(rng.normal(-3, 1, size)) + 0.1 * tensor for f in method.functionals}
-    return Outputs(logprobs=tensor, functionals=further) if "logprobs" in method.want else Outputs(scores=tensor)
+    return (
+        Outputs(logprobs=tensor, functionals=further) if "logprobs" in method.want["policy"] else Outputs(scores=tensor)
+    )
 
 
 def cut(outputs: Outputs, batch: Any, groups: Sequence[Group], start: int, stop: int) -> Outputs:
@@ -142,6 +147,10 @@ def attach(groups: Sequence[Group], number: float) -> list[Group]:
     ]
 
 
+def find_head(method: Any) -> Literal["lm", "score"]:
+    return "score" if "scores" in method.want["policy"] else "lm"
+
+
 def k_of(method: Any) -> int:
     return 1 if method.name in ("sft", "kto", "distill") else 2
 
@@ -155,7 +164,7 @@ def test_any_split_gives_the_same_sums_counts_and_gradient(name: str, cuts: list
     batch = build_packed_batch(groups)
     outputs = draw_outputs(method, batch, seed)
     leaf = outputs.scores if outputs.logprobs is None else outputs.logprobs
-    state = method.initial_state()
+    state = build_initial_state(method)
     whole = method.compute_loss(outputs, batch.table, state)
     edges = [0, *sorted(cuts), N]
     parts = []
@@ -177,11 +186,17 @@ def test_any_split_gives_the_same_sums_counts_and_gradient(name: str, cuts: list
 @pytest.mark.parametrize("name", METHODS)
 def test_zero_groups_give_zero_with_a_graph(name: str) -> None:
     method = METHODS[name]
-    policy = Policy(build_model("score" if method.head == "score" else "lm", 0), head=method.head)
+    policy = Policy(build_model(find_head(method), 0), head=find_head(method))
     batch = build_packed_batch([])
-    ctx = StepContext(policy=policy, method=method, runtime=Runtime(torch.device("cpu")), parameters=[], seed=0)
-    ctx.reference = Reference(policy, "copy") if method.needs_reference_head else None
-    result = method.compute_loss(call_policy(ctx, batch), batch.table, method.initial_state())
+    ctx = StepContext(
+        models={"policy": policy},
+        method=method,
+        parallel=build_parallel(Runtime(torch.device("cpu"))),
+        parameters=[],
+        seed=0,
+    )
+    ctx.reference = Reference(policy, "copy") if "logits" in method.reference else None
+    result = method.compute_loss(call_models(ctx, batch), batch.table, build_initial_state(method))
     for term in result.terms:
         assert (term.sum.item(), term.count) == (0.0, 0.0)
         term.sum.backward(retain_graph=True)
@@ -193,15 +208,21 @@ def test_zero_groups_give_zero_with_a_graph(name: str) -> None:
 def test_groups_without_a_scored_token_run_backward(name: str) -> None:
     """The number of tokens is 0, that of pairs is not: nothing is divided by it, and no gradient is lost to a NaN."""
     method = METHODS[name]
-    policy = Policy(build_model("score" if method.head == "score" else "lm", 0), head=method.head)
-    whole = attach(method.arrange(build_groups(k_of(method), n=3)), -3.0)
+    policy = Policy(build_model(find_head(method), 0), head=find_head(method))
+    whole = attach(arrange_groups(method, build_groups(k_of(method), n=3)), -3.0)
     groups = [
         replace(g, completions=tuple(replace(c, mask=np.zeros_like(c.mask)) for c in g.completions)) for g in whole
     ]
     batch = build_packed_batch(groups)
-    ctx = StepContext(policy=policy, method=method, runtime=Runtime(torch.device("cpu")), parameters=[], seed=0)
-    ctx.reference = Reference(policy, "copy") if method.needs_reference_head else None
-    result = method.compute_loss(call_policy(ctx, batch), batch.table, method.initial_state())
+    ctx = StepContext(
+        models={"policy": policy},
+        method=method,
+        parallel=build_parallel(Runtime(torch.device("cpu"))),
+        parameters=[],
+        seed=0,
+    )
+    ctx.reference = Reference(policy, "copy") if "logits" in method.reference else None
+    result = method.compute_loss(call_models(ctx, batch), batch.table, build_initial_state(method))
     assert {t.name: t.count for t in result.terms} == method.counts(groups)
     assert all(t.count == (0 if t.unit == "token" else 3) for t in result.terms)
     total = torch.stack([t.weight * t.sum for t in result.terms]).sum()
@@ -209,7 +230,7 @@ def test_groups_without_a_scored_token_run_backward(name: str) -> None:
     total.backward()
     grads = [p.grad for p in policy.parameters() if p.grad is not None]
     assert all(bool(torch.isfinite(g).all()) for g in grads)
-    assert any(bool(g.any()) for g in grads) == (method.head == "score"), (
+    assert any(bool(g.any()) for g in grads) == (find_head(method) == "score"), (
         "a score is read at the end, whatever is masked"
     )
 
@@ -223,9 +244,9 @@ def build_level(method: Any) -> tuple[list[Group], Outputs]:
         )
         columns = {"label": float(i % 2), "margin": 0.0}
         groups.append(Group(f"row:{i}", np.asarray([3 + i], np.int32), answers, columns=columns))
-    groups = attach(method.arrange(groups), -2.0)
+    groups = attach(arrange_groups(method, groups), -2.0)
     batch = build_packed_batch(groups)
-    if method.head == "score":
+    if find_head(method) == "score":
         return groups, Outputs(scores=torch.full(batch.last_index.shape, 0.3, dtype=torch.float64, requires_grad=True))
     flat = torch.full(batch.target_ids.shape, -2.0, dtype=torch.float64)
     further = {f.name: torch.ones_like(flat) for f in method.functionals}
@@ -240,7 +261,7 @@ def test_the_first_gradient_lifts_what_is_wanted_and_lowers_what_is_not(name: st
     table = build_packed_batch(groups).table
     leaf = outputs.scores if outputs.logprobs is None else outputs.logprobs
     assert leaf is not None
-    result = method.compute_loss(outputs, table, method.initial_state())
+    result = method.compute_loss(outputs, table, build_initial_state(method))
     torch.stack([t.weight * t.sum for t in result.terms]).sum().backward()
     wanted = 1.0 - 2.0 * table.completion_slot.double()
     if method.name == "kto":
@@ -257,7 +278,7 @@ def test_the_first_gradient_lifts_what_is_wanted_and_lowers_what_is_not(name: st
 def test_swapped_answers_or_labels_mirror_the_method(name: str) -> None:
     """Chosen for rejected: every margin that is logged changes its sign. Good for bad: the two losses of a row add up to 1."""
     method = METHODS[name]
-    groups = attach(method.arrange(build_groups(k_of(method), seed=3)), -3.0)
+    groups = attach(arrange_groups(method, build_groups(k_of(method), seed=3)), -3.0)
     if method.name == "kto":
         other = [replace(g, columns={"label": 1 - g.columns["label"]}) for g in groups]
     else:
@@ -271,7 +292,7 @@ def test_swapped_answers_or_labels_mirror_the_method(name: str) -> None:
     rows = order if there.logprobs is None else tokens
     back = Outputs.from_named({n: t.detach()[rows] for n, t in there.named().items()})
     first, second = (
-        method.compute_loss(outputs, batch.table, method.initial_state())
+        method.compute_loss(outputs, batch.table, build_initial_state(method))
         for outputs, batch in ((there, one), (back, two))
     )
     if method.name == "kto":
@@ -292,18 +313,17 @@ def test_t03_no_loss_brings_a_term_that_its_name_does_not_say(name: str) -> None
     """TRL's SimPO keeps CPO's NLL; here the NLL is in CPO and ORPO, whose losses it belongs to, and nowhere else."""
     method = METHODS[name]
     groups, outputs = build_level(method)
-    result = method.compute_loss(outputs, build_packed_batch(groups).table, method.initial_state())
+    result = method.compute_loss(outputs, build_packed_batch(groups).table, build_initial_state(method))
     assert {t.name: t.weight for t in result.terms} == TERMS.get(name, {method.name: 1.0})
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_are_declared_as_the_engine_expects(name: str) -> None:
     method = METHODS[name]
-    assert method.head in ("lm", "score") and isinstance(method.want, frozenset)
-    state = method.initial_state()
+    assert find_head(method) in ("lm", "score") and isinstance(method.want["policy"], frozenset)
+    state = build_initial_state(method)
     assert json.loads(json.dumps(state)) == state
-    assert bool(state) == method.stateful
-    assert isinstance(method.best_metric[0], str) and isinstance(method.best_metric[1], bool)
+    assert bool(state) == (method.state is not None)
 
 
 @pytest.mark.parametrize("name", ["reward", "dpo"])
@@ -316,11 +336,17 @@ def test_a_group_that_is_no_pair_is_refused(name: str) -> None:
 def test_t33_evaluation_is_the_same_for_every_batch_size(name: str) -> None:
     """TRL averages batch means: 6.544 / 6.661 / 6.671 for batch 1 / 2 / 4 on the same rows."""
     method = METHODS[name]
-    policy: Any = Policy(build_model("score" if method.head == "score" else "lm", 0), head=method.head)
-    ctx = StepContext(policy=policy, method=method, runtime=Runtime(torch.device("cpu")), parameters=[], seed=0)
+    policy: Any = Policy(build_model(find_head(method), 0), head=find_head(method))
+    ctx = StepContext(
+        models={"policy": policy},
+        method=method,
+        parallel=build_parallel(Runtime(torch.device("cpu"))),
+        parameters=[],
+        seed=0,
+    )
     groups = build_groups(k_of(method))
     found = [
-        run_evaluation(ctx, groups, method.initial_state(), budget=budget, cap=cap)
+        run_evaluation(ctx, groups, build_initial_state(method), budget=budget, cap=cap)
         for budget, cap in ((8, 1), (40, 2), (10**6, None))
     ]
     assert {"eval_loss"} <= set(found[0]) == set(found[1]) == set(found[2])
@@ -368,7 +394,7 @@ def build_outputs(method: Any, logprobs: torch.Tensor) -> Outputs:
     return Outputs(logprobs=logprobs, functionals={f.name: further for f in method.functionals})
 
 
-@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.head == "lm" and n != "sft"])
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if find_head(m) == "lm" and n != "sft"])
 def test_degenerate_pairs_are_finite_and_keep_their_digits_in_fp32(name: str) -> None:
     """One token, many hundred tokens, equal answers, policy = reference: finite, and fp32 agrees with fp64."""
     method = METHODS[name]
@@ -380,14 +406,14 @@ def test_degenerate_pairs_are_finite_and_keep_their_digits_in_fp32(name: str) ->
         table.token_columns["ref_logprobs"] = reference
         for logprobs in (torch.from_numpy(policy).to(dtype), reference.clone()):
             leaf = logprobs.requires_grad_()
-            result = method.compute_loss(build_outputs(method, leaf), table, method.initial_state())
+            result = method.compute_loss(build_outputs(method, leaf), table, build_initial_state(method))
             total = torch.stack([t.weight * t.sum / t.count for t in result.terms]).sum()
             total.backward()
             assert leaf.grad is not None and bool(torch.isfinite(leaf.grad).all())
             found.setdefault(dtype, []).extend([total.item(), float(leaf.grad.norm())])
     assert found[torch.float32] == pytest.approx(found[torch.float64], rel=1e-5)
     last = build_outputs(method, torch.from_numpy(policy[-18:]))
-    equal = method.compute_loss(last, build_packed_batch(groups[4:]).table, method.initial_state())
+    equal = method.compute_loss(last, build_packed_batch(groups[4:]).table, build_initial_state(method))
     margins = [m for m in equal.metrics if m.name == "rewards/margins"]
     assert [m.sum.item() for m in margins] == [0.0] * (name != "dpo sft" and method.name not in ("kto", "distill"))
 
@@ -396,13 +422,19 @@ def test_evaluation_reads_a_running_shift_and_does_not_move_it() -> None:
     """BCO with δ = 0.7 from training: the held-out rows neither enter it nor see each other."""
     method = METHODS["dpo bco_pair"]
     policy: Any = Policy(build_model("lm", 0), head="lm")
-    ctx = StepContext(policy=policy, method=method, runtime=Runtime(torch.device("cpu")), parameters=[], seed=0)
+    ctx = StepContext(
+        models={"policy": policy},
+        method=method,
+        parallel=build_parallel(Runtime(torch.device("cpu"))),
+        parameters=[],
+        seed=0,
+    )
     groups = build_groups(2)
     state = {"losses": {"bco_pair": {"rewards": 10, "mean": 0.7}}}
     found = run_evaluation(ctx, groups, state, budget=10**6)
     with torch.no_grad():
         batch = build_packed_batch(groups)
-        pairs = method._compute_pairs(policy.eval()(batch, method.want), batch.table)
+        pairs = method.compute_pairs(policy.eval()(batch, method.want["policy"]), batch.table)
     a, z = (0.01 * x.double().numpy() for x in (pairs.chosen_ratio, pairs.rejected_ratio))
     want = np.logaddexp(0, 0.7 - a) + np.logaddexp(0, z - 0.7)
     assert found["eval_loss"] == pytest.approx(want.mean(), rel=1e-6)

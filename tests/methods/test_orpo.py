@@ -16,7 +16,7 @@ from tests.methods.test_cpo import run
 def test_terms_by_hand() -> None:
     """odds = p/(1 − p) with p = e^(mean log-prob); −λ log σ(log of their ratio) is λ log(1 + odds_r/odds_c)."""
     method = Orpo(OrpoSettings(beta=0.25))
-    assert not method.needs_reference
+    assert "logprobs" not in method.reference
     result, parts = run(method)
     odds = [math.exp(p.mean()) / (1 - math.exp(p.mean())) for p in parts]
     ratios = [r / c for c, r in zip(odds[0::2], odds[1::2], strict=True)]

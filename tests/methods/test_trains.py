@@ -12,9 +12,13 @@ import torch
 from burnish.config.stages import DpoSettings
 from burnish.core.batch import build_packed_batch
 from burnish.core.group import Group
+from burnish.engine.context import StepContext
+from burnish.engine.forward import call_models
+from burnish.engine.method import build_initial_state
+from burnish.engine.parallel.choose import build_parallel
 from burnish.engine.plan import build_plan
 from burnish.engine.runtime import Runtime
-from burnish.engine.step import StepContext, call_policy, compute_gradient
+from burnish.engine.step import compute_gradient
 from burnish.methods.dpo import Dpo
 from burnish.models.load import build_model
 from burnish.models.policy import Policy
@@ -72,7 +76,7 @@ def measure(method: Any, pocket: Pocket, ctx: StepContext) -> torch.Tensor:
     total = torch.zeros(FIXED, dtype=torch.float64)
     with torch.no_grad():
         batch = build_packed_batch(pocket.fixed)
-        outputs = call_policy(ctx, batch)
+        outputs = call_models(ctx, batch)
     pairs = method._compute_pairs(outputs, batch.table)
     for loss_type in method.mix:
         loss = loss_type.compute(pairs).loss.double()
@@ -88,9 +92,9 @@ def test_the_loss_on_fixed_pairs_falls(name: str, pocket: Pocket) -> None:
     with torch.no_grad():
         for parameter, value in zip(pocket.parameters, pocket.start, strict=True):
             parameter.copy_(value)
-    ctx = StepContext(pocket.policy, method, Runtime(torch.device("cpu")), pocket.parameters, seed=0)
-    ctx.reference = pocket.reference if method.needs_reference_head else None
-    before, state = measure(method, pocket, ctx), method.initial_state()
+    ctx = StepContext(pocket.policy, method, build_parallel(Runtime(torch.device("cpu"))), pocket.parameters, seed=0)
+    ctx.reference = pocket.reference if "logits" in method.reference else None
+    before, state = measure(method, pocket, ctx), build_initial_state(method)
     optimizer = torch.optim.AdamW(pocket.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     for step in range(STEPS):
         pocket.policy.train(True)

@@ -11,9 +11,13 @@ import torch
 from burnish.config.stages import DistillSettings, KtoSettings
 from burnish.core.batch import build_packed_batch
 from burnish.core.group import Group
+from burnish.engine.context import StepContext
+from burnish.engine.forward import call_models
+from burnish.engine.method import arrange_groups
+from burnish.engine.parallel.choose import build_parallel
 from burnish.engine.plan import build_plan
 from burnish.engine.runtime import Runtime
-from burnish.engine.step import StepContext, call_policy, compute_gradient
+from burnish.engine.step import compute_gradient
 from burnish.losses.kto import compute_apo_zero_unpaired_loss, compute_kl_baseline, compute_kto_loss
 from burnish.methods.distill import Distill
 from burnish.methods.kto import Kto
@@ -60,21 +64,28 @@ def test_kto_on_fixed_pairs(loss_type: Any) -> None:
     """Pairs taken apart; a pair's loss is the mean of its two rows."""
     policy, parameters, groups = load("kto", "pocket", data="pocket/preferences")
     method = Kto(KtoSettings(loss_type=loss_type))
-    fixed = method.arrange(groups[: 2 * FIXED])
+    fixed = arrange_groups(method, groups[: 2 * FIXED])
     rest = groups[2 * FIXED :]
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = method.arrange([rest[i] for i in order])
+    rows = arrange_groups(method, [rest[i] for i in order])
     reference = build_reference(policy, "copy")
-    ctx = StepContext(policy, method, Runtime(torch.device("cpu")), parameters, seed=0, reference=reference)
+    ctx = StepContext(
+        {"policy": policy},
+        method,
+        build_parallel(Runtime(torch.device("cpu"))),
+        parameters,
+        seed=0,
+        reference=reference,
+    )
 
     @torch.no_grad()
     def measure() -> torch.Tensor:
         batch = build_packed_batch(fixed)
-        found = policy(batch, method.want).logprobs
+        found = policy(batch, method.want["policy"]).logprobs
         assert found is not None
         ratio = batch.table.sum_tokens(found - reference.logprobs(batch))
         own, label = batch.table.slot(ratio, 0), batch.table.group_columns["label"]
-        if not method.arranges:
+        if not method.has_baseline:
             return compute_apo_zero_unpaired_loss(own, label, beta=0.1, **WEIGHTS).view(FIXED, 2).mean(1)
         baseline = compute_kl_baseline(batch.table.slot(ratio, 1))
         return compute_kto_loss(own, label, baseline, beta=0.1, **WEIGHTS).view(FIXED, 2).mean(1)
@@ -94,14 +105,19 @@ def test_distillation_on_fixed_rows(loss_type: Any) -> None:
     teacher, _, _ = load("sft", "pocket", data="pocket/chat")
     method = Distill(DistillSettings(loss_type=loss_type))
     ctx = StepContext(
-        policy, method, Runtime(torch.device("cpu")), parameters, seed=0, reference=Reference(teacher, "copy")
+        {"policy": policy},
+        method,
+        build_parallel(Runtime(torch.device("cpu"))),
+        parameters,
+        seed=0,
+        reference=Reference(teacher, "copy"),
     )
 
     @torch.no_grad()
     def measure() -> torch.Tensor:
         batch = build_packed_batch([replace(g, id=f"{i}") for i, g in enumerate(groups[:FIXED])])
         table = batch.table
-        return table.sum_tokens(call_policy(ctx, batch).functionals["divergence"]) / table.completion_scored
+        return table.sum_tokens(call_models(ctx, batch).functionals["divergence"]) / table.completion_scored
 
     policy.train(False)
     before = measure()

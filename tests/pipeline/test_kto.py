@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from burnish.cli.main import main
 from burnish.core.group import Group
-from burnish.engine.job import TrainJob, build_source
+from burnish.engine.job import TrainJob
 from burnish.pipeline import train_stage
 from tests.forkserver import ForkServer
 from tests.pipeline.test_kill import compute_digest, run_until_done
@@ -112,12 +112,12 @@ def test_t12_partners_and_labels_of_a_stage(inputs: Path, tmp_path: Path, monkey
     assert held_out[0] == held_out[1] and len(held_out[0]) == 12
     for size, job in jobs.items():
         check_partners(job.held_out)
-        source = build_source(job.settings, job.train, 1, job.method, job.complete)
+        source = job.source
         lent = []
         for epoch in range(2):
             steps = [source.step(epoch * source.steps_per_epoch + n).groups for n in range(source.steps_per_epoch)]
             groups = [group for step in steps for group in step]
-            assert sorted(g.id for g in groups) == sorted(g.id for g in job.train) and len(groups) == 36
+            assert sorted(g.id for g in groups) == sorted(g.id for g in source.groups) and len(groups) == 36
             check_partners(groups)
             assert all(0 < np.mean([g.columns["label"] for g in step]) < 1 for step in steps if len(step) == int(size))
             lent.append({g.id: g.completions[1].ids.tobytes() for g in groups})

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from burnish.config.registry import KINDS, load_object
 from burnish.core.batch import build_packed_batch
+from burnish.engine.context import StepContext
 from burnish.engine.evaluation import run_evaluation
 from burnish.engine.job import build_source
+from burnish.engine.method import arrange_groups
+from burnish.engine.parallel.choose import build_parallel
 from burnish.engine.plan import build_plan
 from burnish.engine.runtime import Runtime
-from burnish.engine.step import StepContext, compute_gradient
+from burnish.engine.step import compute_gradient
 from burnish.models.load import build_model
 from burnish.models.policy import Policy
 from burnish.pipeline.reference import attach_reference
@@ -58,14 +61,14 @@ def measure(inputs: Path, cache: Path, mode: str, stage: dict[str, Any]) -> Foun
     built = build_model(settings, found.path, head="lm", seed=0)
     policy = Policy(built.model, head="lm")
     method = load_object(KINDS[settings.kind].runner)(settings)
-    held_out = method.arrange(found.data.held_out)
+    held_out = arrange_groups(method, found.data.held_out)
     data = attach_reference(settings, method, found, built, policy, found.data.train, held_out, cache, RUNTIME)
     assert (data.model is None) == (mode == "cached"), "in the mode that was asked for"
     source = build_source(settings, data.train, 1, method, data.complete)
     groups = source.step(source.steps_per_epoch + 1).groups
     shake(built.trainable.values(), 0.1)
     parameters = list(built.trainable.values())
-    ctx = StepContext(policy, method, RUNTIME, parameters, seed=0, reference=data.model)
+    ctx = StepContext({"policy": policy}, method, build_parallel(RUNTIME), parameters, seed=0, reference=data.model)
     batch = build_packed_batch(groups)
     logprobs = batch.table.token_columns["ref_logprobs"] if data.model is None else data.model.logprobs(batch)
     result = compute_gradient(ctx, groups, build_plan(groups, budget=200, coupled=method.coupled), {}, step=0)

@@ -13,7 +13,7 @@ import torch
 
 from burnish import faults
 from burnish.config.stages import SftSettings
-from burnish.engine.job import TrainJob
+from burnish.engine.job import TrainJob, build_source
 from burnish.engine.loop import run_training
 from burnish.engine.runtime import Runtime
 from tests.engine.tiny import build_groups, build_method, build_policy, trainable
@@ -27,12 +27,13 @@ def build_job(folder: Path, *, resume: bool = False, run_id: str = "r", label: s
     options |= {"save_total_limit": 0, "eval_steps": 2} | changes
     method, head, k, _ = build_method("sft")
     policy = build_policy(head, dtype=torch.float32, layers=1)
+    settings = SftSettings(**options)
     folder.mkdir(parents=True, exist_ok=True)
     return TrainJob(
-        policy=policy,
+        models={"policy": policy},
         method=method,
-        settings=SftSettings(**options),
-        train=build_groups(20, k=k),
+        settings=settings,
+        source=build_source(settings, build_groups(20, k=k), 1, method),
         held_out=build_groups(4, k=k, seed=9),
         trainable=trainable(policy),
         runtime=Runtime(torch.device("cpu")),

@@ -15,7 +15,6 @@ import torch
 
 from burnish.artifacts.checkpoints import list_checkpoints
 from burnish.core.kernels.build import Kernels, load_kernels
-from burnish.engine import step
 from burnish.engine.loop import Trainer
 from burnish.errors import NumericStop
 from burnish.track.metrics import read_metrics
@@ -82,16 +81,16 @@ def test_r05_so_many_bad_steps_in_a_row_stop(tmp_path, monkeypatch, name, limit)
     good = compute_state(train(tmp_path / "good", name, 2))
     job = make_job(tmp_path / "bad", name, held_out=0, **(OPTIONS | {"max_bad_steps": limit}))
     trainer = Trainer(job)
-    finish = step._finish_gradients
+    finish = trainer.parallel.finish
 
-    def spoil(ctx: step.StepContext) -> torch.Tensor:
-        norm = finish(ctx)
+    def spoil(parameters, scale) -> torch.Tensor:
+        norm = finish(parameters, scale)
         if trainer.state.counters.step < 2:
             return norm
         next(p.grad for p in trainer.parameters if p.grad is not None).view(-1)[0] = float("inf")
         return norm * float("inf")
 
-    monkeypatch.setattr(step, "_finish_gradients", spoil)
+    monkeypatch.setattr(trainer.parallel, "finish", spoil)
     with pytest.raises(NumericStop) as caught:
         trainer.run()
     assert caught.value.exit_code == 4 and caught.value.remedy
@@ -155,7 +154,7 @@ def test_r12_evaluating_between_moves_nothing(tmp_path):
     digests = []
     for name, options in (("plain", {}), ("busy", {"eval_steps": 1, "eval_on_start": True, "logging_steps": 2})):
         job = make_job(tmp_path / name, "sft", max_steps=5, save_steps=2 if options else 1000, **options)
-        for module in job.policy.modules():
+        for module in job.models["policy"].modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.2
         trainer = Trainer(job)

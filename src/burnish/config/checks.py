@@ -12,7 +12,7 @@ from typing import Any
 from burnish.config.base import Settings
 from burnish.config.data import DataSettings
 from burnish.config.dynamic_beta import find_contradictions
-from burnish.config.losses import find_entry, find_readers, find_unread, get_loss_names
+from burnish.config.losses import find_entry, find_readers, find_unread, get_loss_names, is_registered
 from burnish.config.problems import Problem
 from burnish.config.registry import ALIASES, KINDS, LOSS_TYPES
 from burnish.config.spelling import describe_suggestions, suggest
@@ -240,7 +240,9 @@ def _check_losses(s: DpoSettings | CpoSettings) -> Found:
         yield "loss_type", f"is {types[0]} alone, which compares nothing", "write kind: sft, or add a loss on pairs"
     if any(word not in known and not _is_object_path(word) for word in types):
         return
-    for name, default in find_unread(s, s.kind, types).items():
+    own = [word for word in types if not is_registered(s.kind, word)]  # what these read is known once they are loaded
+    unread = {} if own else find_unread(s, s.kind, dict(zip(types, entries, strict=True)))
+    for name, default in unread.items():
         yield (
             name,
             f"is {_show(getattr(s, name))}, but loss_type {', '.join(types)} does not use it",

@@ -7,15 +7,27 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
 
+from burnish.config.spec import POLICY, ModelSpec
+
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of stage: its settings class and what runs it, both as "module:name"."""
+    """A kind of stage: its settings class and what runs it, both as "module:name".
+
+    Attributes:
+        trains: It trains models, by the method that `runner` names.
+        models: Name → model that it trains; the first is the stage's result, further ones lie beside it.
+        source: "module:function" that builds the stage's source of examples; None: the data, permuted in each epoch.
+        best_metric: (name, greater is better) by default for the best checkpoint.
+    """
 
     settings: str
     runner: str
     summary: str
     trains: bool = True
+    models: Mapping[str, ModelSpec] = field(default_factory=lambda: {"policy": POLICY})
+    source: str | None = None
+    best_metric: tuple[str, bool] = ("eval_loss", False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +52,14 @@ class Alias:
 
 @dataclass(frozen=True, slots=True)
 class LossEntry:
-    """A loss type of a kind; which settings it reads are its function's keyword-only parameters.
+    """A loss type of a kind.
 
     Attributes:
         function: "module:name" of `f(pairs, *, settings…) -> PairLoss`.
+        settings: Settings of the stage that it reads; they are passed by name.
         coupled: It needs the whole optimizer step at once: it sorts, or moves a statistic before it uses it.
-        state: "module:name" of its running state (`initial()`, `advance(pairs, state, …)`), or None.
+        state: "module:name" of its running state (`initial()`, `advance(pairs, state, …)`), or None. The function gets it as
+            `state`, and, if it is coupled too, `evaluating`: a state that it moves itself then stands still.
         aligned: Its number g belongs to pair g; False where it sorts, so that weights of single pairs have no meaning.
         unit: What its sum is divided by: pairs, or scored tokens of the chosen completions.
         defaults: Settings whose default is another with this loss, from its paper.
@@ -56,6 +70,7 @@ class LossEntry:
     """
 
     function: str
+    settings: tuple[str, ...] = ()
     coupled: bool = False
     state: str | None = None
     aligned: bool = True
@@ -68,7 +83,12 @@ class LossEntry:
 
 KINDS: dict[str, Kind] = {
     "sft": Kind("burnish.config.stages:SftSettings", "burnish.methods.sft:Sft", "supervised fine-tuning"),
-    "reward": Kind("burnish.config.stages:RewardSettings", "burnish.methods.reward:Reward", "reward model from pairs"),
+    "reward": Kind(
+        "burnish.config.stages:RewardSettings",
+        "burnish.methods.reward:Reward",
+        "reward model from pairs",
+        models={"policy": ModelSpec(head="score")},
+    ),
     "dpo": Kind("burnish.config.stages:DpoSettings", "burnish.methods.dpo:Dpo", "direct preference optimisation"),
     "cpo": Kind("burnish.config.stages:CpoSettings", "burnish.methods.cpo:Cpo", "contrastive preference optimisation"),
     "simpo": Kind(
@@ -123,50 +143,80 @@ CONTROLLERS: dict[str, str] = {
     "beta_dpo": "burnish.losses.beta_dpo:BetaDpo",
 }
 
+DIVERGENCE = ("f_divergence_type", "f_alpha_divergence_coef")
+
 LOSS_TYPES: dict[str, dict[str, LossEntry]] = {
     "dpo": {
-        "sigmoid": LossEntry("burnish.losses.dpo:compute_sigmoid_loss"),
+        "sigmoid": LossEntry(
+            "burnish.losses.dpo:compute_sigmoid_loss",
+            ("beta", "label_smoothing", *DIVERGENCE),
+        ),
         "robust": LossEntry(
             "burnish.losses.dpo:compute_robust_loss",
+            ("beta", "label_smoothing", *DIVERGENCE),
             defaults={"beta": 0.01, "label_smoothing": 0.1},
             positive=("label_smoothing",),
         ),
-        "hinge": LossEntry("burnish.losses.dpo:compute_hinge_loss"),
-        "ipo": LossEntry("burnish.losses.dpo:compute_ipo_loss"),
-        "sigmoid_norm": LossEntry("burnish.losses.dpo:compute_sigmoid_norm_loss", defaults={"beta": 5.0}),
+        "hinge": LossEntry("burnish.losses.dpo:compute_hinge_loss", ("beta", *DIVERGENCE)),
+        "ipo": LossEntry("burnish.losses.dpo:compute_ipo_loss", ("beta", *DIVERGENCE)),
+        "sigmoid_norm": LossEntry(
+            "burnish.losses.dpo:compute_sigmoid_norm_loss",
+            ("beta", "label_smoothing", *DIVERGENCE),
+            defaults={"beta": 5.0},
+        ),
         "exo_pair": LossEntry(
             "burnish.losses.dpo:compute_exo_pair_loss",
+            ("beta", "label_smoothing", *DIVERGENCE),
             defaults={"label_smoothing": 1e-3},
             positive=("label_smoothing",),
         ),
-        "discopop": LossEntry("burnish.losses.dpo:compute_discopop_loss", defaults={"beta": 0.05}),
-        "nca_pair": LossEntry("burnish.losses.anchored:compute_nca_pair_loss", defaults={"beta": 0.01}),
+        "discopop": LossEntry(
+            "burnish.losses.dpo:compute_discopop_loss",
+            ("beta", "discopop_tau", *DIVERGENCE),
+            defaults={"beta": 0.05},
+        ),
+        "nca_pair": LossEntry("burnish.losses.anchored:compute_nca_pair_loss", ("beta",), defaults={"beta": 0.01}),
         "bco_pair": LossEntry(
             "burnish.losses.anchored:compute_bco_pair_loss",
+            ("beta",),
             coupled=True,
             state="burnish.losses.anchored:RewardShift",
             defaults={"beta": 0.01},
         ),
-        "sppo_hard": LossEntry("burnish.losses.anchored:compute_sppo_hard_loss", defaults={"beta": 1e-3}),
-        "apo_zero": LossEntry("burnish.losses.anchored:compute_apo_zero_loss"),
-        "apo_down": LossEntry("burnish.losses.anchored:compute_apo_down_loss"),
-        "aot": LossEntry("burnish.losses.aot:compute_aot_loss", coupled=True, aligned=False),
-        "aot_unpaired": LossEntry("burnish.losses.aot:compute_aot_unpaired_loss", coupled=True, aligned=False),
+        "sppo_hard": LossEntry("burnish.losses.anchored:compute_sppo_hard_loss", ("beta",), defaults={"beta": 1e-3}),
+        "apo_zero": LossEntry("burnish.losses.anchored:compute_apo_zero_loss", ("beta",)),
+        "apo_down": LossEntry("burnish.losses.anchored:compute_apo_down_loss", ("beta",)),
+        "aot": LossEntry(
+            "burnish.losses.aot:compute_aot_loss", ("beta", "label_smoothing"), coupled=True, aligned=False
+        ),
+        "aot_unpaired": LossEntry(
+            "burnish.losses.aot:compute_aot_unpaired_loss", ("beta", "label_smoothing"), coupled=True, aligned=False
+        ),
         "sft": LossEntry("burnish.losses.sft:compute_chosen_nll", unit="token"),
         "tdpo1": LossEntry(
-            "burnish.losses.tdpo:compute_tdpo1_loss", functionals="burnish.losses.tdpo:build_tdpo", live=True
+            "burnish.losses.tdpo:compute_tdpo1_loss", ("beta",), functionals="burnish.losses.tdpo:build_tdpo", live=True
         ),
         "tdpo2": LossEntry(
-            "burnish.losses.tdpo:compute_tdpo2_loss", functionals="burnish.losses.tdpo:build_tdpo", live=True
+            "burnish.losses.tdpo:compute_tdpo2_loss",
+            ("beta", "tdpo_alpha"),
+            functionals="burnish.losses.tdpo:build_tdpo",
+            live=True,
         ),
         "radpo1": LossEntry(
-            "burnish.losses.tdpo:compute_radpo1_loss", functionals="burnish.losses.tdpo:build_radpo", live=True
+            "burnish.losses.tdpo:compute_radpo1_loss",
+            ("beta", "radpo_confidence"),
+            functionals="burnish.losses.tdpo:build_radpo",
+            live=True,
         ),
         "radpo2": LossEntry(
-            "burnish.losses.tdpo:compute_radpo2_loss", functionals="burnish.losses.tdpo:build_radpo", live=True
+            "burnish.losses.tdpo:compute_radpo2_loss",
+            ("beta", "radpo_confidence", "tdpo_alpha"),
+            functionals="burnish.losses.tdpo:build_radpo",
+            live=True,
         ),
         "epsilon": LossEntry(
             "burnish.losses.epsilon:compute_epsilon_loss",
+            ("beta", "epsilon"),
             state="burnish.losses.epsilon:RunningBeta",
             defaults={"beta": 0.01},
             functionals="burnish.losses.epsilon:build_epsilon",
@@ -174,12 +224,12 @@ LOSS_TYPES: dict[str, dict[str, LossEntry]] = {
         ),
     },
     "cpo": {
-        "sigmoid": LossEntry("burnish.losses.cpo:compute_cpo_sigmoid_loss"),
-        "hinge": LossEntry("burnish.losses.cpo:compute_cpo_hinge_loss"),
-        "ipo": LossEntry("burnish.losses.cpo:compute_cpo_ipo_loss"),
+        "sigmoid": LossEntry("burnish.losses.cpo:compute_cpo_sigmoid_loss", ("beta", "label_smoothing")),
+        "hinge": LossEntry("burnish.losses.cpo:compute_cpo_hinge_loss", ("beta",)),
+        "ipo": LossEntry("burnish.losses.cpo:compute_cpo_ipo_loss", ("beta",)),
     },
-    "simpo": {"simpo": LossEntry("burnish.losses.cpo:compute_simpo_loss")},
-    "orpo": {"orpo": LossEntry("burnish.losses.orpo:compute_odds_ratio_loss")},
+    "simpo": {"simpo": LossEntry("burnish.losses.cpo:compute_simpo_loss", ("beta", "simpo_gamma", "label_smoothing"))},
+    "orpo": {"orpo": LossEntry("burnish.losses.orpo:compute_odds_ratio_loss", ("beta",))},
 }
 
 

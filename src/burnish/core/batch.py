@@ -84,6 +84,10 @@ class Table:
     slot_rows: dict[int, Tensor] = field(default_factory=dict)
     slot_scored: dict[int, int] = field(default_factory=dict)
 
+    def to(self, device: torch.device | str) -> Table:
+        """The table with all tensors on `device`."""
+        return Table(**{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
+
     def sum_tokens(self, per_token: Tensor) -> Tensor:
         """(S,) → (C,): sum over the scored tokens of each completion; 0 where a completion has none."""
         out = per_token.new_zeros(self.completion_group.shape[0])
@@ -168,9 +172,8 @@ class PackedBatch:
         """The batch with all tensors on `device`."""
         if torch.device(device).type == "cpu" and self.input_ids.device.type == "cpu":
             return self
-        table = Table(**{f.name: _move(getattr(self.table, f.name), device) for f in fields(self.table)})
         tensors = (self.input_ids, self.position_ids, self.source_index, self.target_ids, self.last_index)
-        return PackedBatch(*(move(x, device) for x in tensors), layout=self.layout, table=table)
+        return PackedBatch(*(move(x, device) for x in tensors), layout=self.layout, table=self.table.to(device))
 
 
 def move(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -12,10 +12,11 @@ from torch import nn
 from burnish.config.batch import compute_batch
 from burnish.config.train import TrainSettings
 from burnish.core.group import Group
+from burnish.engine.context import ReferenceLike
 from burnish.engine.method import Method
+from burnish.engine.parallel.interface import Parallel
 from burnish.engine.runtime import Runtime
-from burnish.engine.source import OfflineSource
-from burnish.engine.step import ReferenceLike
+from burnish.engine.source import OfflineSource, Source
 
 AUTO_BUDGET = {"cpu": 8192, "cuda": 32768}
 
@@ -25,25 +26,30 @@ class TrainJob:
     """All that a stage needs to train; the pipeline puts it together.
 
     Attributes:
-        policy: A `models.policy.Policy` (or any module with its call).
-        trainable: name → parameter that the optimizer moves.
+        models: Name → model (a `models.policy.Policy`, or any module with its call); "policy" is always there.
+        source: Where the examples of each step come from.
+        trainable: "<model>.<parameter>" → parameter that the optimizer moves.
+        rates: Model → its own peak learning rate, where it has one.
         no_decay, head: Names without weight decay; names of a new head.
         reference: For methods that need one and whose groups carry no `ref_logprobs` column.
+        parallel: How the models lie over the ranks; None: one process, or equal copies.
         stage_dir: Where metrics and checkpoints go; None keeps nothing (benchmarks, tests).
         stamp: Goes into each checkpoint's manifest; on resume it must be equal.
         sinks: Called with each metrics row.
-        complete: Attaches stored columns to the arranged examples of an epoch; see `OfflineSource`.
+        best_metric: (name, greater is better) by default for the best checkpoint.
         export_bytes: What the result will take on the disk; part of the figure printed at the start.
     """
 
-    policy: Any
+    models: Mapping[str, Any]
     method: Method
     settings: TrainSettings
-    train: Sequence[Group]
+    source: Source
     held_out: Sequence[Group]
     trainable: dict[str, nn.Parameter]
     runtime: Runtime
+    parallel: Parallel | None = None
     stage_dir: Path | None = None
+    rates: Mapping[str, float] = field(default_factory=dict)
     no_decay: frozenset[str] = frozenset()
     head: frozenset[str] = frozenset()
     reference: ReferenceLike | None = None
@@ -55,7 +61,7 @@ class TrainJob:
     label: str = ""
     dropout: bool = True
     export_bytes: int = 0
-    complete: Callable[[Sequence[Group]], Sequence[Group]] = list
+    best_metric: tuple[str, bool] = ("eval_loss", False)
     on_step: Callable[[int, Mapping[str, float], float], None] | None = None
 
     @property
@@ -87,7 +93,7 @@ def build_source(
     method: Method,
     complete: Callable[[Sequence[Group]], Sequence[Group]] = list,
 ) -> OfflineSource:
-    """The order in which a stage reads its examples."""
+    """The order in which a stage reads a fixed set of examples; `complete` as in `OfflineSource`."""
     return OfflineSource(
         train,
         batch_size=compute_batch(settings, world).batch_size,
@@ -95,7 +101,7 @@ def build_source(
         max_steps=settings.max_steps,
         seed=settings.seed,
         shuffle=settings.shuffle,
-        arrange=method.arrange,
+        arrange=list if method.partners is None else method.partners.arrange,
         complete=complete,
     )
 

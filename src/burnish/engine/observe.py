@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from burnish.engine.runtime import Runtime
+# of one rank: (position in the step, name) of each group; name → one number a group
+Observations = tuple[list[tuple[int, str]], dict[str, list[float]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class Observed:
     Attributes:
         step: The step's number, from 1.
         ids: Names of the G groups.
-        values: name → (G,) float64, as `Method.observe` gave them.
+        values: name → (G,) float64, as `Observer.observe` gave them.
         figures: The step's metrics.
     """
 
@@ -37,7 +38,7 @@ class StepRecord:
         figures: Further metrics.
         row: A line for the method's record; None = none.
         vectors: name → array, kept beside the record; usually none.
-        warnings: kind → text; each kind is said once.
+        warnings: kind → text; each kind is logged once.
     """
 
     figures: dict[str, float] = field(default_factory=dict)
@@ -48,7 +49,7 @@ class StepRecord:
 
 @dataclass
 class Observation:
-    """Collects `Method.observe` over the micro-batches of this rank."""
+    """Collects `Observer.observe` over the micro-batches of this rank."""
 
     _ids: list[tuple[int, str]] = field(default_factory=list)
     _parts: list[dict[str, Tensor]] = field(default_factory=list)
@@ -63,18 +64,22 @@ class Observation:
         """All values, to be fetched together with what else the step reads."""
         return [part[name] for part in self._parts for name in sorted(part)]
 
-    def join(self, numbers: Sequence[float], runtime: Runtime) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
-        """(names, values) of all ranks in data order, given the fetched numbers of `tensors()`."""
+    def read(self, numbers: Sequence[float]) -> Observations:
+        """What this rank observed, given the fetched numbers of `tensors()`."""
         rest = iter(numbers)
-        mine: dict[str, list[float]] = {}
+        values: dict[str, list[float]] = {}
         for part in self._parts:
             for name in sorted(part):
-                mine.setdefault(name, []).extend(_take(rest, part[name].numel()))
-        every = runtime.gather((self._ids, mine))
-        places = [place for ids, _ in every for place in ids]
+                values.setdefault(name, []).extend(_take(rest, part[name].numel()))
+        return self._ids, values
+
+    @staticmethod
+    def join(parts: Sequence[Observations]) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+        """(names, values) of all ranks in data order."""
+        places = [place for ids, _ in parts for place in ids]
         order = sorted(range(len(places)), key=lambda i: places[i])
-        names = sorted({name for _, values in every for name in values})
-        joined = {n: np.asarray([v for _, values in every for v in values.get(n, ())], np.float64) for n in names}
+        names = sorted({name for _, values in parts for name in values})
+        joined = {n: np.asarray([v for _, values in parts for v in values.get(n, ())], np.float64) for n in names}
         return tuple(places[i][1] for i in order), {n: v[order] for n, v in joined.items()}
 
 

@@ -13,18 +13,29 @@ from burnish.errors import ConfigError
 
 
 def build_parameter_groups(
-    trainable: Mapping[str, nn.Parameter], settings: TrainSettings, *, no_decay: Collection[str], head: Collection[str]
+    trainable: Mapping[str, nn.Parameter],
+    settings: TrainSettings,
+    *,
+    no_decay: Collection[str] = (),
+    head: Collection[str] = (),
+    rates: Mapping[str, float] | None = None,
 ) -> list[dict]:
-    """Parameters by (decays, belongs to the new head): norms and biases do not decay, a head may have its own rate.
+    """Parameters by (decays, peak rate): norms and biases do not decay; a new head and each model may have their own rate.
 
     Each group carries `peak_lr` (the schedule multiplies it) and `names` in the order of its parameters.
+
+    Args:
+        trainable: "<model>.<parameter>" → parameter.
+        rates: Model → its own peak learning rate; a head's rate goes before it.
     """
-    groups: dict[tuple[bool, bool], dict] = {}
+    groups: dict[tuple, dict] = {}
     for name, parameter in trainable.items():
         decays, is_head = name not in no_decay, name in head
-        peak = settings.head_learning_rate if is_head and settings.head_learning_rate else settings.learning_rate
+        model = name.partition(".")[0]
+        own = (rates or {}).get(model, settings.learning_rate)
+        peak = settings.head_learning_rate if is_head and settings.head_learning_rate else own
         group = groups.setdefault(
-            (decays, is_head),
+            (decays, is_head, peak),
             {
                 "params": [],
                 "names": [],

@@ -21,7 +21,7 @@ class Counters:
         updates: Steps that changed the parameters = position in the schedule.
         bad_steps: Non-finite steps in a row.
         tokens: Tokens computed so far.
-        ledger: Hash chain over the ids of all examples consumed.
+        ledger: Hash chain over the contents of all examples consumed.
         best_value, best_step: Of the best checkpoint's metric; None before the first evaluation.
         stale_evaluations: Evaluations since the best one.
         metrics_mark, timing_mark: Bytes of metrics.jsonl and timing.jsonl that belong to this state.
@@ -46,13 +46,13 @@ class TrainState:
     """All that changes while training. What is saved is all of it.
 
     Attributes:
-        trainable: name → parameter, over all named trainable modules ("policy.…", later "value.…").
+        trainable: name → parameter, over all named trainable modules ("policy.…", "value.…").
         buffers: name → buffer of trainable modules that training changes (batch statistics); most models have none.
         optimizer: Its groups carry `names`.
         method: The method's own state (controllers, running moments); JSON values.
         counters: See `Counters`.
         scale: fp16 loss scale; None when not fp16.
-        window: The committed rollout window in progress (on-policy methods), as a reference to its folder; else None.
+        window: The committed window of samples in progress: first and last step, and key; None without one.
     """
 
     trainable: dict[str, nn.Parameter]

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_
 
 from burnish.config.train import TrainSettings
 from burnish.engine.optimizer import compute_lr_factor
+from burnish.engine.parallel.interface import Parallel
 from burnish.engine.state import TrainState
 from burnish.engine.step import Gradient
 from burnish.faults import fault_point
@@ -36,12 +36,14 @@ def run_update(
     settings: TrainSettings,
     total: int,
     gradient: Gradient,
+    parallel: Parallel,
 ) -> Update:
     """Apply the gradients if they are finite; then, and only then, moments, schedule and controllers move.
 
     Args:
         total: All updates of the stage, for the schedule.
         gradient: What the step found: the norm and the method's proposed next state (None = unchanged).
+        parallel: How the parameters lie over the ranks.
     """
     factor = compute_lr_factor(state.counters.updates, total, settings)
     rate = factor * settings.learning_rate
@@ -51,13 +53,12 @@ def run_update(
             state.scale = max(state.scale / 2, SCALE_FLOOR)
             state.counters.overflows += 1
         return Update(False, gradient.norm, rate, overflow)
-    if settings.max_grad_norm and gradient.norm > settings.max_grad_norm:
-        clip_grads_with_norm_(parameters, settings.max_grad_norm, gradient.total_norm)
     for group in state.optimizer.param_groups:
         group["lr"] = factor * group["peak_lr"]
     enter_phase("optimizer")
     fault_point("update.before_optimizer")
-    state.optimizer.step()
+    clip = settings.max_grad_norm if gradient.norm > settings.max_grad_norm else 0.0
+    parallel.clip_and_step(state.optimizer, parameters, clip, gradient.total_norm)
     fault_point("update.after_optimizer")
     state.counters.updates += 1
     if gradient.state is not None:

@@ -74,7 +74,7 @@ def compute_apo_down_loss(pairs: Pairs, *, beta: float | Tensor) -> PairLoss:
 class RewardShift:
     """BCO's running shift δ: the mean of all implicit rewards, chosen and rejected, over the steps so far.
 
-    State: `rewards`, how many were seen, and `mean`. With `frozen` in it (evaluation) the mean is read, not moved.
+    State: `rewards`, how many were seen, and `mean`.
     """
 
     @staticmethod
@@ -96,7 +96,9 @@ class RewardShift:
         return {"rewards": seen, "mean": float(mean)}
 
 
-def compute_bco_pair_loss(pairs: Pairs, *, beta: float | Tensor, state: Mapping[str, Any]) -> PairLoss:
+def compute_bco_pair_loss(
+    pairs: Pairs, *, beta: float | Tensor, state: Mapping[str, Any], evaluating: bool = False
+) -> PairLoss:
     """−log σ(βa − δ) − log σ(−(βz − δ)) with the running shift δ, this step's rewards included.
 
     Source: BCO, Jung et al. 2024 (arXiv 2404.04656), section 4; β = 0.01 there. δ is the mean of all rewards since
@@ -106,7 +108,8 @@ def compute_bco_pair_loss(pairs: Pairs, *, beta: float | Tensor, state: Mapping[
         pairs: (G,) tensors, those of the whole step.
         beta: β > 0, 1/nats.
         state: Of `RewardShift`.
+        evaluating: δ is that of the state, without these rewards.
     """
     chosen, rejected = beta * pairs.chosen_ratio, beta * pairs.rejected_ratio
-    shift = state["mean"] if state.get("frozen") else RewardShift.move(pairs, state, beta)[1].to(chosen.dtype)
+    shift = state["mean"] if evaluating else RewardShift.move(pairs, state, beta)[1].to(chosen.dtype)
     return PairLoss(-logsigmoid(chosen - shift) - logsigmoid(shift - rejected), chosen, rejected)

@@ -62,7 +62,7 @@ class BetaDpo:
         start = 0.0 if self.moments == "zero" else None
         return {"beta": self.beta, "units": 0, "mean": start, "std": start}
 
-    def find_frozen(self, margins: np.ndarray | None, state: Mapping[str, Any]) -> float | np.ndarray:
+    def find_current(self, margins: np.ndarray | None, state: Mapping[str, Any]) -> float | np.ndarray:
         """Batch level: the last unit's β. Instance level: β_i with M_0 as it stands."""
         if not self.per_pair or margins is None or state["mean"] is None:
             return state["beta"]
@@ -78,8 +78,8 @@ class BetaDpo:
         if n == 0:
             return Advance(state["beta"], dict(state))
         if are_equal(unit.margins):
-            frozen = self.find_frozen(unit.margins, state)
-            return Advance(frozen, after, kept=np.arange(n) if self.keep < 1 else None, held=True)
+            current = self.find_current(unit.margins, state)
+            return Advance(current, after, kept=np.arange(n) if self.keep < 1 else None, held=True)
         margins = self.scale * unit.margins
         mean = after["mean"] = self._average(state["mean"], float(margins.mean()))
         std = after["std"] = self._average(state["std"], float(margins.std(ddof=1))) if n > 1 else state["std"]

@@ -59,7 +59,7 @@ class Controller(Protocol):
     Attributes:
         moves: β changes at all (a controller with alpha 0 does not; it still measures).
         ahead: β of a pair, or whether it is trained on, depends on margins of its own unit: the loss is coupled.
-        per_pair: `find_frozen` reads the margins.
+        per_pair: `find_current` reads the margins.
     """
 
     moves: bool
@@ -70,7 +70,7 @@ class Controller(Protocol):
         """State before the first unit; JSON values, with the β of the moment as "beta"."""
         ...
 
-    def find_frozen(self, margins: np.ndarray | None, state: Mapping[str, Any]) -> float | np.ndarray:
+    def find_current(self, margins: np.ndarray | None, state: Mapping[str, Any]) -> float | np.ndarray:
         """β as the state stands, without moving: in evaluation, and for a step whose units do not look ahead.
 
         Args:
@@ -98,7 +98,7 @@ class Constant:
     def initial_state(self) -> State:
         return {"beta": self.beta}
 
-    def find_frozen(self, margins: np.ndarray | None, state: Mapping[str, Any]) -> float:
+    def find_current(self, margins: np.ndarray | None, state: Mapping[str, Any]) -> float:
         return state["beta"]
 
     def advance(self, unit: Unit, state: Mapping[str, Any]) -> Advance:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +13,8 @@ from burnish.config.registry import LOSS_TYPES, LossEntry, load_object
 from burnish.core.logits import Functional
 from burnish.errors import ConfigError
 from burnish.losses.pairs import PairLoss, Pairs
+
+_DECLARED = "burnish_settings"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +35,23 @@ class LossType:
     weight: float
     entry: LossEntry
 
-    def compute(self, pairs: Pairs, state: Mapping[str, Any] | None = None, **changed: Any) -> PairLoss:
+    def compute(
+        self, pairs: Pairs, state: Mapping[str, Any] | None = None, *, evaluating: bool = False, **changed: Any
+    ) -> PairLoss:
         """The loss of some pairs.
 
         Args:
             state: Its running state, if it has one.
+            evaluating: Held-out pairs: a running state that the loss itself moves is read as it is.
             changed: Other values of settings that it reads (a `beta` of this step, or of each pair); others are ignored.
 
         Raises:
             ConfigError: The function did not return a PairLoss of the pairs' shape.
         """
-        out = self.function(pairs, **self._arguments(state, changed))
+        arguments = self._arguments(state, changed)
+        if self.entry.state and self.entry.coupled:
+            arguments["evaluating"] = evaluating
+        out = self.function(pairs, **arguments)
         shape = pairs.chosen.shape
         if not isinstance(out, PairLoss) or any(
             getattr(out, f).shape != shape for f in ("loss", "chosen_reward", "rejected_reward")
@@ -146,10 +153,7 @@ def build_mix(
             remedy="give one weight each",
         )
     found = tuple(build_loss_type(kind, n, w, settings) for n, w in zip(names, factors, strict=True))
-    paths = {loss.entry.function: loss for loss in found}
-    unread = find_unread(
-        settings, kind, names, lambda p: _read_settings(paths[p].function if p in paths else _import(p))
-    )
+    unread = find_unread(settings, kind, dict(zip(names, (loss.entry for loss in found), strict=True)))
     for name, default in unread.items():
         raise ConfigError(
             f"{name} is {getattr(settings, name)}, but {', '.join(names)} does not use it",
@@ -168,31 +172,35 @@ def collect_functionals(mix: Sequence[LossType], settings: Any) -> tuple[Functio
     return tuple(found.values())
 
 
-def _read_settings(function: Callable[..., Any]) -> frozenset[str]:
-    """The keyword-only parameters of a function."""
-    found = inspect.signature(function).parameters.values()
-    return frozenset(p.name for p in found if p.kind is p.KEYWORD_ONLY)
+def reads(*settings: str) -> Callable[[Callable[..., PairLoss]], Callable[..., PairLoss]]:
+    """Declares which settings of the stage a loss function of your own gets by name; without it, it gets `beta`.
+
+    Example:
+        >>> @reads("beta", "label_smoothing")
+        ... def my_loss(pairs, *, beta, label_smoothing): ...
+    """
+
+    def declare(function: Callable[..., PairLoss]) -> Callable[..., PairLoss]:
+        setattr(function, _DECLARED, settings)
+        return function
+
+    return declare
 
 
 def build_loss_type(kind: str, name: str, weight: float, settings: Any) -> LossType:
     """One loss type with the settings that it reads.
 
     Raises:
-        ConfigError: It does not exist, or a setting that it requires does not.
+        ConfigError: It does not exist, or a setting that it declares does not.
     """
     entry, function = find_entry(kind, name), load_loss_type(kind, name)
-    values, missing = {}, []
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is not parameter.KEYWORD_ONLY or (entry.state and parameter.name == "state"):
-            continue
-        if hasattr(settings, parameter.name):
-            values[parameter.name] = getattr(settings, parameter.name)
-        elif parameter.default is parameter.empty:
-            missing.append(parameter.name)
+    entry = replace(entry, settings=getattr(function, _DECLARED, entry.settings))
+    missing = [setting for setting in entry.settings if not hasattr(settings, setting)]
     if missing:
         raise ConfigError(
             f"loss type {name!r} needs settings that do not exist: {', '.join(missing)}",
             where="loss_type",
-            remedy="give these keyword parameters defaults, or name them like settings of the stage (beta …)",
+            remedy="declare settings of the stage (beta …) with @reads, and give other parameters defaults",
         )
+    values = {setting: getattr(settings, setting) for setting in entry.settings}
     return LossType(name.rpartition(":")[2], function, values, weight, entry)

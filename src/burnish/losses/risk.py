@@ -64,7 +64,7 @@ class Risk:
         tau = 0.0 if self.warmup == 0 and self.estimator != "window" else None
         return {"beta": self.beta, "units": 0, "tau": tau, "pool": [], "mean": None, "variance": None}
 
-    def find_frozen(self, margins: np.ndarray | None, state: Mapping[str, Any]) -> float:
+    def find_current(self, margins: np.ndarray | None, state: Mapping[str, Any]) -> float:
         return state["beta"]
 
     def describe(self, state: Mapping[str, Any]) -> dict[str, Any]:

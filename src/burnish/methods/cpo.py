@@ -15,7 +15,7 @@ class Cpo(Dpo):
     """
 
     name = "cpo"
-    needs_reference = False
+    compares_to_reference = False
 
     def build_mix(self) -> tuple[LossType, ...]:
         """The loss types of this stage, and the NLL if it has a weight."""

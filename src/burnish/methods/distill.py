@@ -8,13 +8,14 @@ from typing import Any
 from burnish.config.stages import DistillSettings
 from burnish.core.batch import Outputs, Table
 from burnish.core.group import Group
+from burnish.engine.method import Reads
 from burnish.losses.distill import build_divergence
 from burnish.losses.sft import compute_nll
 from burnish.losses.terms import LossResult, Metric, Term
-from burnish.methods.stateless import Stateless
+from burnish.methods.base import BaseMethod
 
 
-class Distill(Stateless):
+class Distill(BaseMethod):
     """α · T² · divergence(teacher, student) + (1 − α) · cross-entropy, over the scored tokens; see `burnish.losses.distill`.
 
     Unit: token. The teacher runs live, without gradient, and neither model's logits are ever stored.
@@ -22,9 +23,7 @@ class Distill(Stateless):
     """
 
     name = "distill"
-    head = "lm"
-    want = frozenset({"logprobs"})
-    needs_reference_head = True
+    reference: Reads = frozenset({"logits"})
 
     def __init__(self, settings: DistillSettings) -> None:
         self.settings = settings
@@ -36,7 +35,9 @@ class Distill(Stateless):
         tokens = float(sum(c.scored for group in groups for c in group.completions))
         return {"distill": tokens} | ({"ce": tokens} if self.settings.alpha < 1 else {})
 
-    def compute_loss(self, outputs: Outputs, table: Table, state: Mapping[str, Any]) -> LossResult:
+    def compute_loss(
+        self, outputs: Outputs, table: Table, state: Mapping[str, Any], *, evaluating: bool = False
+    ) -> LossResult:
         """One term for the divergence, and one for the cross-entropy if it has a weight.
 
         Args:

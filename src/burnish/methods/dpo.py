@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from burnish.config.stages import CpoSettings, DpoSettings, OrpoSettings, SimpoSettings
 from burnish.core.batch import Outputs, Table
 from burnish.core.group import Group
+from burnish.engine.method import Reads
 from burnish.engine.observe import Observed, StepRecord
 from burnish.losses.mix import LossType, build_mix, collect_functionals
 from burnish.losses.pairs import PairLoss, Pairs, compute_pairs, compute_wins
 from burnish.losses.terms import LossResult, Metric, Term
+from burnish.methods.base import BaseMethod
 from burnish.methods.dynamic_beta import BetaControl
 from burnish.methods.margins import describe_margins, observe_pairs
 from burnish.methods.pair_weights import PairWeights
 from burnish.methods.pairwise import count_pairs
-from burnish.methods.stateless import Stateless
 
 PairSettings = DpoSettings | CpoSettings | SimpoSettings | OrpoSettings
 
 
-class Dpo(Stateless):
+class Dpo(BaseMethod):
     """Preference optimisation against a reference, by `loss_type`; the table in docs/methods/dpo.md has the formulas.
 
     Unit: pair (loss type `sft`: scored tokens of the chosen answers). Each loss type of a mix is a term of its own, with
@@ -33,10 +34,7 @@ class Dpo(Stateless):
     """
 
     name = "dpo"
-    head = "lm"
-    want = frozenset({"logprobs"})
-    needs_reference = True
-    observes = True
+    compares_to_reference = True
 
     def __init__(self, settings: PairSettings) -> None:
         self.settings = settings
@@ -45,49 +43,36 @@ class Dpo(Stateless):
         self.weights = PairWeights(settings)
         self._read = collect_functionals(self.mix, settings)
         self.functionals = (*self._read, *self.weights.functionals)
-        self.needs_reference_head = any(f.needs_against for f in self._read)
+        self.reference = self._find_reference()
         self._single = len(self.mix) == 1
         self.control = BetaControl(settings.dynamic_beta, settings.beta, settings.seed)
         self.control.check_losses(self.mix)
-        self._running = tuple(t for t in self.mix if t.entry.state)
+        self.running = tuple(t for t in self.mix if t.entry.state)
         self.coupled = self.control.coupled or any(t.entry.coupled for t in self.mix)
-        self.stateful = self.control.stateful or bool(self._running)
-        self.records = settings.margin_records is not None
+        self.state = PairState(self) if self.control.stateful or self.running else None
+        self.observer = PairObserver(self)
+
+    def _find_reference(self) -> Reads:
+        reads: set[Literal["logprobs", "logits"]] = set()
+        if self.compares_to_reference:
+            reads.add("logprobs")
+        if any(f.needs_against for f in self._read):
+            reads.add("logits")
+        return frozenset(reads)
 
     def build_mix(self) -> tuple[LossType, ...]:
         """The loss types of this stage."""
         loss_type = getattr(self.settings, "loss_type", self.name)
         return build_mix(self.name, loss_type, getattr(self.settings, "loss_weights", None), self.settings)
 
-    def initial_state(self) -> dict[str, Any]:
-        """The controller's part, if β moves, and the running states of loss types that have one, by name."""
-        losses = {"losses": {t.name: t.initial_state() for t in self._running}} if self._running else {}
-        return losses | self.control.initial_state()
-
-    def next_state(self, outputs: Outputs, table: Table, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The same after a step with these rows."""
-        pairs = self._compute_pairs(outputs, table)
-        after = self.control.next_state(pairs.margin, table.group_ids, state)
-        if self._running:
-            changed = self.control.find(pairs.margin, table.group_ids, state).changed
-            states = state["losses"]
-            after["losses"] = {t.name: t.next_state(pairs, states[t.name], **changed) for t in self._running}
-        return after
-
-    def observe(self, outputs: Outputs, table: Table) -> dict[str, Tensor]:
-        """(G,) margin, and log-prob, log-ratio and scored tokens of both completions."""
-        return observe_pairs(self._compute_pairs(outputs, table))
-
-    def describe_step(self, step: Observed, state: Mapping[str, Any]) -> StepRecord:
-        """The step's margins, and where β is."""
-        return describe_margins(step, self.control.describe(state), self.settings.margin_records)
-
     def counts(self, groups: Sequence[Group]) -> dict[str, float]:
         """Pairs, for each loss type of the mix; scored tokens of the chosen completions where that is its unit."""
         units = {"pair": count_pairs(groups), "token": float(sum(g.completions[0].scored for g in groups))}
         return {self._term_name(t.name): units[t.entry.unit] for t in self.mix}
 
-    def compute_loss(self, outputs: Outputs, table: Table, state: Mapping[str, Any]) -> LossResult:
+    def compute_loss(
+        self, outputs: Outputs, table: Table, state: Mapping[str, Any], *, evaluating: bool = False
+    ) -> LossResult:
         """One term for each loss type.
 
         Args:
@@ -95,16 +80,18 @@ class Dpo(Stateless):
                 types.
             table: `token_columns["ref_logprobs"]`, (S,), if the method has a reference; with `reward_model` also
                 `group_columns["reward_margin"]`, (G,).
-            state: Of the controller of β, and the running states of loss types, by name; `frozen` in evaluation.
+            state: As `PairState` gives it.
+            evaluating: β and running states are read as they are.
         """
-        pairs = self._compute_pairs(outputs, table)
+        pairs = self.compute_pairs(outputs, table)
         weights, measured = self.weights.compute(outputs, table)
-        betas = self.control.find(pairs.margin, table.group_ids, state)
+        betas = self.control.find(pairs.margin, table.group_ids, state, evaluating=evaluating)
         n, tokens = float(pairs.chosen.shape[0]), float(table.slot_scored.get(0, 0))
         terms: list[Term] = []
         metrics: list[Metric] = []
         for loss_type in self.mix:
-            result = loss_type.compute(pairs, self._read_state(state, loss_type), **betas.changed)
+            running = state["losses"][loss_type.name] if loss_type.entry.state else None
+            result = loss_type.compute(pairs, running, evaluating=evaluating, **betas.changed)
             name, by_pair = self._term_name(loss_type.name), loss_type.entry.unit == "pair"
             loss = result.loss if weights is None or not by_pair else result.loss * weights
             count = n if by_pair else tokens
@@ -116,20 +103,56 @@ class Dpo(Stateless):
                 metrics += _measure_rewards(result, n, suffix=f"/{loss_type.name}" if metrics else "")
         return LossResult(tuple(terms), (*metrics, *measured, *_measure_logprobs(pairs, n)))
 
-    def _compute_pairs(self, outputs: Outputs, table: Table) -> Pairs:
+    def compute_pairs(self, outputs: Outputs, table: Table) -> Pairs:
+        """The pairs' log-probs, log-ratios and what else the loss types read, (G,) each."""
         if outputs.logprobs is None:
             raise ValueError(f"{self.name} needs Outputs.logprobs")
-        reference = _get_reference(outputs.logprobs, table) if self.needs_reference else None
+        reference = _get_reference(outputs.logprobs, table) if self.compares_to_reference else None
         read = {f.name: outputs.functionals[f.name] for f in self._read}
         return compute_pairs(outputs.logprobs, reference, table, ld_alpha=self.ld_alpha, functionals=read)
 
-    def _read_state(self, state: Mapping[str, Any], loss_type: LossType) -> Mapping[str, Any] | None:
-        if not loss_type.entry.state:
-            return None
-        return {**state["losses"][loss_type.name], "frozen": state.get("frozen", False)}
-
     def _term_name(self, loss_type: str) -> str:
         return self.name if self._single else f"{self.name}/{loss_type}"
+
+
+class PairState:
+    """What moves with each step: the controller of β, and the running states of loss types, by name."""
+
+    def __init__(self, method: Dpo) -> None:
+        self.method = method
+
+    def initial(self) -> dict[str, Any]:
+        """The controller's part, if β moves, and the running states of loss types that have one."""
+        running = self.method.running
+        losses = {"losses": {t.name: t.initial_state() for t in running}} if running else {}
+        return losses | self.method.control.initial_state()
+
+    def advance(self, outputs: Outputs, table: Table, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The same after a step with these rows."""
+        method = self.method
+        pairs = method.compute_pairs(outputs, table)
+        after = method.control.next_state(pairs.margin, table.group_ids, state)
+        if method.running:
+            changed = method.control.find(pairs.margin, table.group_ids, state).changed
+            states = state["losses"]
+            after["losses"] = {t.name: t.next_state(pairs, states[t.name], **changed) for t in method.running}
+        return after
+
+
+class PairObserver:
+    """The record of each step's margins."""
+
+    def __init__(self, method: Dpo) -> None:
+        self.method = method
+        self.records = method.settings.margin_records is not None
+
+    def observe(self, outputs: Outputs, table: Table) -> dict[str, Tensor]:
+        """(G,) margin, and log-prob, log-ratio and scored tokens of both completions."""
+        return observe_pairs(self.method.compute_pairs(outputs, table))
+
+    def describe(self, step: Observed, state: Mapping[str, Any]) -> StepRecord:
+        """The step's margins, and where β is."""
+        return describe_margins(step, self.method.control.describe(state), self.method.settings.margin_records)
 
 
 def _get_reference(logprobs: Tensor, table: Table) -> Tensor:

@@ -86,22 +86,23 @@ class BetaControl:
         """The controller's part of the method's state; nothing for a constant β."""
         return {KEY: {**self.controller.initial_state(), "step": {}}} if self.stateful else {}
 
-    def find(self, margins: Tensor, ids: Sequence[str], state: Mapping[str, Any]) -> Betas:
+    def find(self, margins: Tensor, ids: Sequence[str], state: Mapping[str, Any], *, evaluating: bool = False) -> Betas:
         """β for some pairs: of the whole step if `coupled`, else of any part of it. Never moves the state.
 
         Args:
             margins: (G,) M, in data order if `coupled`; carries no gradient into β.
             ids: The pairs' names.
-            state: The method's state; with `frozen` β is the one of the moment and every pair counts.
+            state: The method's state.
+            evaluating: β is the one of the moment, and every pair counts.
         """
         if not self.stateful:
             return Betas()
-        if self.coupled and not state.get("frozen"):
+        if self.coupled and not evaluating:
             found = self._run(read_margins(margins), ids, state)
             kept = None if found.kept is None else torch.from_numpy(found.kept).to(margins.device)
             return Betas(torch.from_numpy(found.beta).to(margins), kept)
         seen = read_margins(margins) if self.controller.per_pair else None
-        beta = self.controller.find_frozen(seen, state[KEY])
+        beta = self.controller.find_current(seen, state[KEY])
         return Betas(torch.from_numpy(beta).to(margins) if isinstance(beta, np.ndarray) else float(beta))
 
     def next_state(self, margins: Tensor, ids: Sequence[str], state: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,15 +12,16 @@ from torch import Tensor
 from burnish.config.stages import KtoSettings
 from burnish.core.batch import Outputs, Table
 from burnish.core.group import Group
+from burnish.engine.method import Reads
 from burnish.losses.kto import compute_apo_zero_unpaired_loss, compute_kl_baseline, compute_kto_loss
 from burnish.losses.terms import LossResult, Metric, Term
-from burnish.methods.partners import add_partners
-from burnish.methods.stateless import Stateless
+from burnish.methods.base import BaseMethod
+from burnish.methods.partners import NextPrompts
 
 BALANCE = (1.0, 4 / 3)  # λ_D n_D / (λ_U n_U) that the paper advises, section 4.2
 
 
-class Kto(Stateless):
+class Kto(BaseMethod):
     """Preference optimisation from rows with a label; see `burnish.losses.kto` for the formulas.
 
     Unit: sequence. The *partner* of a row is the answer of the next row, in the epoch's order, that has another prompt; from
@@ -31,17 +32,13 @@ class Kto(Stateless):
     """
 
     name = "kto"
-    head = "lm"
-    want = frozenset({"logprobs"})
-    needs_reference = True
+    reference: Reads = frozenset({"logprobs"})
 
     def __init__(self, settings: KtoSettings) -> None:
         self.settings = settings
-        self.coupled = self.arranges = settings.loss_type == "kto"
-
-    def arrange(self, groups: Sequence[Group]) -> list[Group]:
-        """Each row with its partner as slot 1; without a baseline the rows as they are."""
-        return add_partners(groups) if self.arranges else list(groups)
+        self.has_baseline = settings.loss_type == "kto"
+        self.coupled = self.has_baseline
+        self.partners = NextPrompts() if self.has_baseline else None
 
     def examine(self, groups: Sequence[Group]) -> list[str]:
         """A warning where the weighted numbers of good and bad rows stand in no ratio that the paper advises."""
@@ -69,7 +66,9 @@ class Kto(Stateless):
                 raise ValueError(f"{group.id}: a row needs a label")
         return {"kto": float(len(groups))}
 
-    def compute_loss(self, outputs: Outputs, table: Table, state: Mapping[str, Any]) -> LossResult:
+    def compute_loss(
+        self, outputs: Outputs, table: Table, state: Mapping[str, Any], *, evaluating: bool = False
+    ) -> LossResult:
         """One term over rows.
 
         Args:
@@ -87,7 +86,7 @@ class Kto(Stateless):
         s, n = self.settings, float(ratio.shape[0])
         weights = {"desirable_weight": s.desirable_weight, "undesirable_weight": s.undesirable_weight}
         metrics: list[Metric] = []
-        if self.arranges:
+        if self.has_baseline:
             baseline = compute_kl_baseline(table.slot(ratios, 1))
             loss = compute_kto_loss(ratio, label, baseline, beta=s.beta, **weights)
             metrics.append(Metric("kl", baseline * n, n))

@@ -36,18 +36,21 @@ def find_partners(groups: Sequence[Group]) -> list[int]:
     return found
 
 
-def add_partners(groups: Sequence[Group]) -> list[Group]:
-    """Each row with the answer of its partner row as slot 1, without that row's own columns.
+class NextPrompts:
+    """A row's partner is the answer of the next row that has another prompt; it becomes slot 1 of the row's group."""
 
-    A partner that would make the sequence longer than the longest row of these data is cut at its end, so that nothing needs
-    more room than the rows themselves.
-    """
-    longest = max((group.longest for group in groups), default=0)
-    out = []
-    for group, other in zip(groups, find_partners(groups), strict=True):
-        (own,) = group.completions
-        (lent,) = groups[other].completions
-        room = longest - len(group.prompt)
-        partner = Completion(lent.ids[:room], lent.mask[:room], {PARTNER: 1.0})
-        out.append(replace(group, completions=(replace(own, columns={**own.columns, PARTNER: 0.0}), partner)))
-    return out
+    def arrange(self, groups: Sequence[Group]) -> list[Group]:
+        """Each row with its partner, without that row's own columns.
+
+        A partner that would make the sequence longer than the longest row of these data is cut at its end, so that nothing
+        needs more room than the rows themselves.
+        """
+        longest = max((group.longest for group in groups), default=0)
+        out = []
+        for group, other in zip(groups, find_partners(groups), strict=True):
+            (own,) = group.completions
+            (lent,) = groups[other].completions
+            room = longest - len(group.prompt)
+            partner = Completion(lent.ids[:room], lent.mask[:room], {PARTNER: 1.0})
+            out.append(replace(group, completions=(replace(own, columns={**own.columns, PARTNER: 0.0}), partner)))
+        return out

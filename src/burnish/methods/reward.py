@@ -11,11 +11,11 @@ from burnish.core.group import Group
 from burnish.losses.pairs import compute_wins
 from burnish.losses.reward import compute_bradley_terry_loss, compute_centering_loss
 from burnish.losses.terms import LossResult, Metric, Term
+from burnish.methods.base import BaseMethod
 from burnish.methods.pairwise import count_pairs
-from burnish.methods.stateless import Stateless
 
 
-class Reward(Stateless):
+class Reward(BaseMethod):
     """A scalar score of a completion, trained so that the chosen one scores higher.
 
     Unit: pair. Reads the group column `margin` where the data have it. The centring term, when its coefficient is not
@@ -24,8 +24,7 @@ class Reward(Stateless):
     """
 
     name = "reward"
-    head = "score"
-    want = frozenset({"scores"})
+    want: Mapping[str, frozenset[str]] = {"policy": frozenset({"scores"})}
 
     def __init__(self, settings: RewardSettings) -> None:
         self.settings = settings
@@ -35,7 +34,9 @@ class Reward(Stateless):
         pairs = count_pairs(groups)
         return {"reward": pairs} | ({"centering": pairs} if self.settings.center_rewards_coefficient else {})
 
-    def compute_loss(self, outputs: Outputs, table: Table, state: Mapping[str, Any]) -> LossResult:
+    def compute_loss(
+        self, outputs: Outputs, table: Table, state: Mapping[str, Any], *, evaluating: bool = False
+    ) -> LossResult:
         """The Bradley–Terry term and, if wanted, the centring term.
 
         Args:

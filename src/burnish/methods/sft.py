@@ -10,10 +10,10 @@ from burnish.core.batch import Outputs, Table
 from burnish.core.group import Group
 from burnish.losses.sft import compute_nll
 from burnish.losses.terms import LossResult, Term
-from burnish.methods.stateless import Stateless
+from burnish.methods.base import BaseMethod
 
 
-class Sft(Stateless):
+class Sft(BaseMethod):
     """Supervised fine-tuning on completions or conversations; the masks of the data decide what is trained.
 
     Unit: token. The loss is Σ −log π(y_t) / (scored tokens of the whole optimizer step), in nats.
@@ -21,8 +21,6 @@ class Sft(Stateless):
     """
 
     name = "sft"
-    head = "lm"
-    want = frozenset({"logprobs"})
 
     def __init__(self, settings: SftSettings) -> None:
         self.settings = settings
@@ -31,7 +29,9 @@ class Sft(Stateless):
         """Scored tokens."""
         return {"sft": float(sum(c.scored for group in groups for c in group.completions))}
 
-    def compute_loss(self, outputs: Outputs, table: Table, state: Mapping[str, Any]) -> LossResult:
+    def compute_loss(
+        self, outputs: Outputs, table: Table, state: Mapping[str, Any], *, evaluating: bool = False
+    ) -> LossResult:
         """One term over tokens.
 
         Args:

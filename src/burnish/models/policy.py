@@ -206,7 +206,11 @@ class Policy(nn.Module):
         return outputs
 
     def head_input(self, batch: PackedBatch) -> HeadInput:
-        """Hidden states at the scored positions and the head, without gradient: the `against` of another policy."""
+        """Hidden states at the scored positions and the head, without gradient: the `against` of another policy.
+
+        Without groups: those of the row that `forward` computes then, so that sharded models take part in collectives.
+        """
+        batch = batch if batch.layout.groups else _build_filler(batch.input_ids.device)
         with torch.no_grad():
             if self._own_head:
                 return HeadInput(self._own_logits(batch), module=_identity)
@@ -322,18 +326,22 @@ class Policy(nn.Module):
     ) -> Outputs:
         """Outputs of no groups. A row of two tokens runs through the whole model, so that every parameter gets a zero
         gradient and sharded models take part in their collectives."""
-        token = np.zeros(1, dtype=np.int32)
-        dummy = build_packed_batch([Group("", token, (Completion(token, np.ones(1, dtype=np.bool_)),))])
-        dummy = dummy.to(batch.input_ids.device)
-        other = against if isinstance(against, Policy) else None
-        plain = [f for f in functionals if not f.needs_against or other is not None]
-        found = self.forward(dummy, want, against=other, temperature=temperature, functionals=plain).named()
+        filler = _build_filler(batch.input_ids.device)
+        plain = [f for f in functionals if not f.needs_against or against is not None]
+        found = self.forward(filler, want, against=against, temperature=temperature, functionals=plain).named()
         outputs = Outputs.from_named({name: value[:0] for name, value in found.items()})
         anchor = next((v for v in outputs.named().values()), None)
         for f in functionals:
             if f.name not in outputs.functionals and anchor is not None:
                 outputs.functionals[f.name] = anchor
         return outputs
+
+
+def _build_filler(device: torch.device) -> PackedBatch:
+    """The row of two tokens that stands for no groups."""
+    token = np.zeros(1, dtype=np.int32)
+    filler = build_packed_batch([Group("", token, (Completion(token, np.ones(1, dtype=np.bool_)),))])
+    return filler.to(device)
 
 
 def _identity(logits: Tensor) -> Tensor:

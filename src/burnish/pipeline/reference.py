@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -33,6 +33,7 @@ from burnish.models.reference import (
     compute_start_gap,
     evaluating,
 )
+from burnish.pipeline.stage_models import StageModel
 from burnish.pipeline.stored import load_or_compute
 
 if TYPE_CHECKING:
@@ -67,8 +68,7 @@ def attach_reference(
     settings: TrainSettings,
     method: Method,
     inputs: StageInputs,
-    built: BuiltModel,
-    policy: Policy,
+    models: Mapping[str, StageModel],
     train: Sequence[Group],
     held_out: Sequence[Group],
     cache_dir: Path,
@@ -79,10 +79,11 @@ def attach_reference(
     Called with the policy as the stage received it, before any checkpoint is restored.
 
     Args:
-        held_out: As `Method.arrange` gave them.
+        models: Those of the stage; "policy" is compared with the reference.
+        held_out: With their partners, where the method has such.
         cache_dir: Where the cached log-probs lie, each table under the key of all that it depends on.
     """
-    other = inputs.other
+    other, built, policy = inputs.other, models["policy"].built, models["policy"].policy
     if isinstance(settings, DistillSettings):
         assert other is not None
         teacher = build_reference(
@@ -111,7 +112,9 @@ def attach_reference(
 
     source = build_source(settings, train, runtime.world, method)
     kept = attach(held_out)
-    if method.arranges:  # what a row takes of others changes with the order: a cache for each epoch, read as it begins
+    if (
+        method.partners is not None
+    ):  # what a row takes of others changes with the order: a cache for each epoch, read as it begins
         epochs = range(-(-source.total_steps // source.steps_per_epoch))
         sizes = []
         for epoch in epochs:
@@ -134,7 +137,7 @@ def attach_reference(
 def _choose_mode(settings: ReferenceSettings, method: Method, built: BuiltModel) -> Mode | Literal["cached"]:
     """How the reference is kept; one whose distribution is read must run live."""
     asked = settings.reference_mode
-    if not method.needs_reference_head:
+    if "logits" not in method.reference:
         return "cached" if asked == "auto" else asked
     if asked == "cached":
         raise ConfigError(

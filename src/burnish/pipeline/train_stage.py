@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,34 @@ from burnish.artifacts.checkpoints import list_checkpoints
 from burnish.artifacts.folder import FolderWriter
 from burnish.artifacts.redact import redact, redact_tree
 from burnish.artifacts.run_folder import RunFolder
+from burnish.config.batch import compute_batch
 from burnish.config.registry import KINDS, load_object
+from burnish.config.spec import ModelSpec
 from burnish.config.train import TrainSettings
 from burnish.data.prepare import PreparedData, prepare_data
 from burnish.data.tokenizer import TextTokenizer
-from burnish.engine.job import TrainJob, TrainOutcome, choose_budget
+from burnish.engine.job import TrainJob, TrainOutcome, build_source, choose_budget
 from burnish.engine.loop import run_training
-from burnish.engine.method import Method
+from burnish.engine.method import Method, arrange_groups
 from burnish.engine.runtime import Runtime
+from burnish.engine.source import Source
 from burnish.faults import fault_point
-from burnish.models.export import export_model
 from burnish.models.folder import read_context, read_hidden_size
-from burnish.models.freeze import compute_share
-from burnish.models.load import BuiltModel, build_model, fetch_model_folder, resolve_model_path
-from burnish.models.policy import Policy
+from burnish.models.load import fetch_model_folder, resolve_model_path
 from burnish.models.precision import PrecisionPlan, resolve_precision
-from burnish.models.quantise import Footprint, measure_footprint
 from burnish.pipeline.inputs import check_reward_model, fingerprint_inputs
 from burnish.pipeline.reference import Referenced, attach_reference
 from burnish.pipeline.reward_margins import attach_reward_margins
 from burnish.pipeline.space import estimate_export
+from burnish.pipeline.stage_models import (
+    StageModel,
+    count_trainable,
+    describe_weights,
+    export_stage_models,
+    find_rates,
+    load_stage_model,
+    name_parameters,
+)
 from burnish.track.sinks import SinkContext, build_sinks
 from burnish.track.whereabouts import enter_phase, note_budget
 
@@ -55,6 +63,7 @@ class StageInputs:
         other: The model that serves as reference or teacher: a local folder or hub id; None where it is the policy, or none.
         fingerprints: name → fingerprint of every input, for the stage's key.
         reward_model: Folder of the reward model that weighs the pairs, if there is one.
+        starts: Model → (path, local folder), for models of the stage that start from another than `path`.
     """
 
     path: str
@@ -64,6 +73,7 @@ class StageInputs:
     fingerprints: dict[str, str]
     other: str | None = None
     reward_model: Path | None = None
+    starts: Mapping[str, tuple[str, Path]] = field(default_factory=dict)
 
 
 def load_inputs(
@@ -94,7 +104,16 @@ def load_inputs(
     if judge is not None:
         check_reward_model(judge, tokenizer, data.longest)
     found = fingerprint_inputs(settings, folder, tokenizer, data.fingerprint, fingerprint, beside, judge)
-    return StageInputs(path, folder, tokenizer, data, found, second, judge)
+    starts = _find_starts(settings)
+    found |= {f"model {name}": fingerprint(place) for name, (_, place) in starts.items()}
+    return StageInputs(path, folder, tokenizer, data, found, second, judge, starts)
+
+
+def _find_starts(settings: TrainSettings) -> dict[str, tuple[str, Path]]:
+    """Model → (path, local folder), for models whose kind has a setting for that, and where it is set."""
+    named = {n: getattr(settings, m.start) for n, m in KINDS[settings.kind].models.items() if m.start}
+    paths = {name: resolve_model_path(path) for name, path in named.items() if path is not None}
+    return {name: (path, fetch_model_folder(path)) for name, path in paths.items()}
 
 
 def run_train_stage(
@@ -116,7 +135,8 @@ def run_train_stage(
         reference_dir: Folder for the reference's cached log-probs and a reward model's scores; default: `reference` in
             the stage's folder.
     """
-    method: Method = load_object(KINDS[settings.kind].runner)(settings)
+    kind = KINDS[settings.kind]
+    method: Method = load_object(kind.runner)(settings)
     for note in method.examine(inputs.data.train):
         log.warning("%s", note)
     train, held_out = inputs.data.train, inputs.data.held_out
@@ -127,33 +147,23 @@ def run_train_stage(
         enter_phase("load")
     precision = resolve_precision(settings.precision, runtime.device, read_hidden_size(inputs.folder))
     log.info("precision: %s", precision.why)
-    built = build_model(settings, inputs.path, head=method.head, seed=settings.seed, compute_dtype=precision.compute)
-    built.model.to(runtime.device)
-    for note in built.notes:
-        log.info("%s", note)
-    footprint = measure_footprint(built.model)
-    if built.loaded.quantization is not None:
-        log.info("%s", footprint.describe(built.loaded.quantization))
-    policy = Policy(built.model, head=method.head, attention=settings.attention, compute_dtype=precision.compute)
-    log.info("attention: %s%s", policy.backend, f" ({policy.why_padded})" if policy.why_padded else "")
-    data = Referenced(train, method.arrange(held_out))
-    if method.needs_reference or method.needs_reference_head:
+    models = load_stage_models(kind.models, settings, inputs, precision, runtime)
+    data = Referenced(train, arrange_groups(method, held_out))
+    if method.reference:
         enter_phase("reference")
-        data = attach_reference(settings, method, inputs, built, policy, data.train, data.held_out, kept, runtime)
+        data = attach_reference(settings, method, inputs, models, data.train, data.held_out, kept, runtime)
     with ExitStack() as stack:
         sinks = _open_sinks(settings, stage_dir, runtime, run, label, stack)
         job = TrainJob(
-            policy=policy,
+            models={name: model.policy for name, model in models.items()},
             method=method,
             settings=settings,
-            train=data.train,
+            source=_build_source(kind.source, settings, data, method, runtime),
             held_out=data.held_out,
             runtime=runtime,
-            trainable={f"policy.{n}": p for n, p in built.trainable.items()},
-            no_decay=frozenset(f"policy.{n}" for n in built.no_decay),
-            head=frozenset(f"policy.{n}" for n in built.head_parameters),
+            **name_parameters(models),
+            rates=find_rates(models, settings),
             reference=data.model,
-            complete=data.complete,
             stage_dir=stage_dir,
             resume=resume,
             resume_from=resume_from,
@@ -161,21 +171,50 @@ def run_train_stage(
             stamp={"key": key, "inputs": inputs.fingerprints, "kind": settings.kind, "run_id": run.run_id},
             sinks=sinks,
             label=label,
-            export_bytes=estimate_export(inputs.folder, built.model, built.trainable, settings),
+            best_metric=kind.best_metric,
+            export_bytes=sum(
+                estimate_export(m.folder, m.built.model, m.built.trainable, settings) for m in models.values()
+            ),
         )
         enter_phase("start")
         outcome = run_training(job)
     if runtime.is_main:
         enter_phase("export")
-        save_final(settings, inputs, built, outcome, method.head, stage_dir / "final")
+        save_final(settings, inputs, models, outcome, stage_dir / "final")
     runtime.barrier()
-    return _describe(settings, inputs, built, policy, precision, outcome) | {
-        "weights": _describe_weights(built, footprint)
-    }
+    return _describe(inputs, models, precision, outcome)
+
+
+def load_stage_models(
+    specs: Mapping[str, ModelSpec],
+    settings: TrainSettings,
+    inputs: StageInputs,
+    precision: PrecisionPlan,
+    runtime: Runtime,
+) -> dict[str, StageModel]:
+    """The models that the stage trains, by name."""
+    found = {}
+    for name, spec in specs.items():
+        path, folder = inputs.starts.get(name, (inputs.path, inputs.folder))
+        found[name] = load_stage_model(name, spec, settings, path, folder, precision, runtime)
+    return found
+
+
+def _build_source(
+    path: str | None, settings: TrainSettings, data: Referenced, method: Method, runtime: Runtime
+) -> Source:
+    """The kind's own source of examples, or the data, permuted in each epoch."""
+    if path is None:
+        return build_source(settings, data.train, runtime.world, method, data.complete)
+    return load_object(path)(settings, data.train, batch_size=compute_batch(settings, runtime.world).batch_size)
 
 
 def save_final(
-    settings: TrainSettings, inputs: StageInputs, built: BuiltModel, outcome: TrainOutcome, head: Any, final: Path
+    settings: TrainSettings,
+    inputs: StageInputs,
+    models: Mapping[str, StageModel],
+    outcome: TrainOutcome,
+    final: Path,
 ) -> None:
     """Write the result of a stage so that plain transformers or PEFT loads it; whole or not at all."""
     extra = {
@@ -187,14 +226,11 @@ def save_final(
         "eval_samples": len(inputs.data.held_out),
         "training_steps": outcome.steps,
     }
-    with FolderWriter(
-        final, kind="final", meta={"stage": settings.name or settings.kind, "steps": outcome.steps}
-    ) as writer:
-        export_model(
-            built,
+    meta = {"stage": settings.name or settings.kind, "steps": outcome.steps}
+    with FolderWriter(final, kind="final", meta=meta) as writer:
+        export_stage_models(
+            models,
             writer.folder,
-            tokenizer_source=inputs.folder,
-            head=head,
             extra=redact_tree(extra),
             dtype=SAVE_DTYPES[settings.save_dtype],
             stop_ids=sorted(inputs.tokenizer.eos_ids),
@@ -203,14 +239,9 @@ def save_final(
 
 
 def _describe(
-    settings: TrainSettings,
-    inputs: StageInputs,
-    built: BuiltModel,
-    policy: Policy,
-    precision: PrecisionPlan,
-    o: TrainOutcome,
+    inputs: StageInputs, models: Mapping[str, StageModel], precision: PrecisionPlan, o: TrainOutcome
 ) -> dict[str, Any]:
-    total = compute_share(built.model).total
+    first = next(iter(models.values()))
     return {
         "figures": {
             "steps": o.steps,
@@ -224,26 +255,13 @@ def _describe(
             "stopped_early": o.stopped_early,
         },
         "data": inputs.data.report.to_json(),
-        "trainable": {"parameters": sum(p.numel() for p in built.trainable.values()), "of": total},
+        "trainable": count_trainable(models),
         "precision": precision.name,
-        "attention": policy.backend,
+        "attention": first.policy.backend,
         "resumed_from": o.resumed_from,
         "ledger": o.ledger,
+        "weights": describe_weights(first),
     }
-
-
-def _describe_weights(built: BuiltModel, footprint: Footprint) -> dict[str, Any]:
-    """How the weights lay in memory: bytes of all, and of those in few bits their number and bits a weight."""
-    quantization = built.loaded.quantization
-    found: dict[str, Any] = {"bytes": footprint.bytes}
-    if quantization is not None:
-        found |= {
-            "stored": str(quantization),
-            "quantised": footprint.quantised,
-            "bits": round(footprint.bits, 4),
-            "bytes_in_fp32": footprint.plain,
-        }
-    return found
 
 
 def _name_data(settings: TrainSettings) -> str:
