@@ -51,6 +51,14 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    """What a test printed reaches the process that collects reports only as valid UTF-8; some tests log lone surrogates."""
+    report = yield
+    report.sections = [(n, t.encode("utf-8", "backslashreplace").decode("utf-8")) for n, t in report.sections]
+    return report
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[ForkServer]:
     """Forks a child for each command; started by the first test that asks for it."""

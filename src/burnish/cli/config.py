@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from burnish.cli.flags import SettingsCommand, is_path
-from burnish.config.registry import ALIASES, KINDS
+from burnish.cli.flags import KindName, SettingsCommand, is_path
 
 if TYPE_CHECKING:
     from burnish.config.grid import Cell, Grid
@@ -31,7 +30,7 @@ def schema() -> int:
 
 
 @config.command()
-@click.argument("kind", type=click.Choice([*KINDS, *ALIASES]))
+@click.argument("kind", type=KindName())
 def example(kind: str) -> int:
     """Print a complete recipe of one stage: every setting with its default and what it does."""
     from burnish.config.reference import render_example

@@ -8,11 +8,8 @@ from typing import Any
 
 import click
 
-from burnish.cli.flags import SettingsCommand, is_path
-from burnish.config.registry import ALIASES, KINDS, load_object
-
-_TRAINING = [name for name, kind in KINDS.items() if kind.trains]
-_CHOICES = [*_TRAINING, *(name for name, alias in ALIASES.items() if alias.kind in _TRAINING)]
+from burnish.cli.flags import KindName, SettingsCommand, is_path
+from burnish.config.registry import load_object
 
 
 @click.group()
@@ -24,7 +21,7 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         [
             click.argument("words", nargs=-1, metavar="SOURCE [KEY=VALUE]..."),
-            click.option("--for", "kind", type=click.Choice(_CHOICES), required=True, help="Kind of stage."),
+            click.option("--for", "kind", type=KindName(trains=True), required=True, help="Kind of stage."),
             click.option("--model", metavar="MODEL", help="Model whose tokenizer and chat template are used."),
             click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Rows to show, or problems to list."),
             click.option("--json", "as_json", is_flag=True, help="Results as JSON on stdout."),

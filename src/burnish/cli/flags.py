@@ -119,3 +119,26 @@ def describe_flag_value(annotation: Any) -> str:
     if words and all(isinstance(word, str) for word in words):
         return "|".join(words)
     return {int: "INT", float: "NUMBER", str: "TEXT"}.get(annotation, "{…}")
+
+
+class KindName(click.ParamType):
+    """A kind of stage or one of its aliases; or a user's own kind as module:NAME."""
+
+    name = "KIND"
+
+    def __init__(self, *, trains: bool = False) -> None:
+        from burnish.config.registry import ALIASES, KINDS
+
+        kinds = [name for name, spec in KINDS.items() if spec.trains or not trains]
+        self.names = [*kinds, *(name for name, alias in ALIASES.items() if alias.kind in kinds)]
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name as it was given."""
+        from burnish.config.registry import is_own_kind, load_own_spec
+
+        if value in self.names:
+            return value
+        if is_own_kind(value):
+            load_own_spec(value)
+            return value
+        return self.fail(f"{value!r} is not one of {', '.join(self.names)}, or module:NAME of your own", param, ctx)

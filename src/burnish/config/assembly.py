@@ -29,15 +29,15 @@ from burnish.config.machine import check_machine as find_machine_problems
 from burnish.config.overrides import Override, find_stage, is_setting, nest, unknown_path
 from burnish.config.problems import Problem, format_value
 from burnish.config.recipe import Recipe
+from burnish.config.registry import find_method_spec, list_model_settings
 from burnish.config.run_name import build_run_name
 from burnish.config.secrets import check_word
-from burnish.config.stages import NAMING
 from burnish.config.train import TrainSettings
 from burnish.config.tree import Layer, Node, Place, build_node, merge_nodes
 from burnish.config.values import SettingsReader, build_settings, unknown_key
 from burnish.errors import ConfigError
 
-_PATH_KEYS = frozenset({"data", "eval_data", "model", "models", "reference", *NAMING, "output_dir", "chat_template"})
+_PATH_KEYS = frozenset({"data", "eval_data", "model", "models", "output_dir", "chat_template"})
 
 
 class Assembly:
@@ -249,7 +249,7 @@ class Assembly:
                 self.notes.append(
                     f"{stage.name} starts from the base model; to continue {before}, set init_from: {before}"
                 )
-            before = before if stage.kind == "reward" else str(stage.name)
+            before = before if find_method_spec(stage.kind).result.head == "score" else str(stage.name)
 
     def _check_top_keys(self) -> None:
         kinds = {d.kind for d in self.drafts if d.kind}
@@ -417,7 +417,7 @@ def _is_given(node: Node | None) -> bool:
 
 
 def _expand_home(key: str, node: Node) -> Node:
-    if key not in _PATH_KEYS:
+    if key not in _PATH_KEYS and key not in list_model_settings():
         return node
     if isinstance(node.value, str) and node.value.startswith("~/"):
         return Node(str(Path(node.value).expanduser()), node.place, key=node.key)

@@ -14,7 +14,7 @@ from burnish.config.data import DataSettings
 from burnish.config.dynamic_beta import find_contradictions
 from burnish.config.losses import find_entry, find_readers, find_unread, get_loss_names, is_registered
 from burnish.config.problems import Problem
-from burnish.config.registry import ALIASES, KINDS, LOSS_TYPES
+from burnish.config.registry import ALIASES, KINDS, LOSS_TYPES, find_method_spec
 from burnish.config.spelling import describe_suggestions, suggest
 from burnish.config.stages import (
     CpoSettings,
@@ -23,8 +23,6 @@ from burnish.config.stages import (
     EvaluateSettings,
     KtoSettings,
     ReferenceSettings,
-    RewardSettings,
-    SftSettings,
 )
 from burnish.config.train import TrainSettings
 
@@ -149,7 +147,7 @@ def _check_optimizer(s: TrainSettings) -> Found:
         for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
             if _is_changed(s, name):
                 yield name, f"has no effect with optim {s.optim}", "remove it, or set optim: adamw"
-    if s.head_learning_rate is not None and not isinstance(s, RewardSettings):
+    if s.head_learning_rate is not None and all(m.head == "lm" for m in find_method_spec(s.kind).models.values()):
         yield "head_learning_rate", f"is given, but a stage of kind {s.kind} makes no new head", "remove it"
 
 
@@ -202,18 +200,15 @@ def _check_evaluation(s: TrainSettings) -> Found:
         yield "greater_is_better", "is given without metric_for_best_model", "name the metric, or remove it"
 
 
-@_check(SftSettings)
-@_check(DistillSettings)
-def _check_sft(s: TrainSettings) -> Found:
-    if s.drop_identical:
+@_check(TrainSettings)
+def _check_rows(s: TrainSettings) -> Found:
+    spec = find_method_spec(s.kind)
+    if s.drop_identical and spec.rows in ("completion", "prompt"):
         yield "drop_identical", f"is on, but {s.kind} reads no pairs", "remove it"
-    if s.flip_share:
+    if s.flip_share and spec.rows in ("completion", "prompt"):
         yield "flip_share", f"is {s.flip_share:g}, but {s.kind} reads neither pairs nor labels", "remove it"
 
-
-@_check(TrainSettings)
-def _check_train_on(s: TrainSettings) -> Found:
-    if s.train_on != "auto" and not isinstance(s, (SftSettings, DistillSettings)):
+    if s.train_on != "auto" and not spec.trains_tokens:
         yield (
             "train_on",
             f"is {s.train_on}, but only SFT and distillation choose its tokens; {s.kind} scores whole answers",

@@ -6,11 +6,12 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from burnish.config.keys import RECIPE_KEYS, all_setting_names, kind_names
+from burnish.config.keys import RECIPE_KEYS, all_setting_names, kind_names, settings_class
 from burnish.config.problems import Problem, format_value
-from burnish.config.registry import ALIASES, KINDS
+from burnish.config.registry import ALIASES, KINDS, is_own_kind, load_own_spec
 from burnish.config.spelling import describe_suggestions, suggest
 from burnish.config.tree import Layer, Node, Place, merge_nodes
+from burnish.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-]{0,59}")
 
@@ -101,6 +102,13 @@ def _read_kind(draft: Draft, problems: list[Problem]) -> None:
     word = str(node.value)
     if word in KINDS:
         draft.kind, draft.written_kind = word, word
+    elif is_own_kind(word):
+        try:
+            draft.kind, draft.written_kind = word, load_own_spec(word).name
+            settings_class(word)
+        except ConfigError as error:
+            draft.kind = None
+            problems.append(Problem(path, error.message, error.remedy, str(node.place)))
     elif word in ALIASES:
         alias = ALIASES[word]
         draft.kind, draft.written_kind = alias.kind, word

@@ -8,8 +8,10 @@ from burnish.config.aliases import KEY_ALIASES
 from burnish.config.base import Settings
 from burnish.config.problems import Problem
 from burnish.config.recipe import Recipe
-from burnish.config.registry import ALIASES, KINDS, SECTIONS, load_object
+from burnish.config.registry import ALIASES, KINDS, SECTIONS, find_spec, load_object, load_user_object
+from burnish.config.train import TrainSettings
 from burnish.config.tree import Layer, Node, merge_nodes
+from burnish.errors import ConfigError
 
 RECIPE_KEYS = tuple(Recipe.model_fields)
 # Settings that make sense in one stage only, and those whose meaning differs in a kind.
@@ -23,7 +25,22 @@ BIT_FLAGS = {"load_in_4bit": "nf4", "load_in_8bit": "int8"}
 @cache
 def settings_class(kind: str) -> type[Settings]:
     """The settings class of a kind (canonical name)."""
-    return load_object(KINDS[kind].settings)
+    spec = find_spec(kind)
+    try:
+        found = load_user_object(spec.settings)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"the settings of kind {kind} cannot be loaded: {error}",
+            where=spec.settings,
+            remedy="name the class as module:Class in the MethodSpec's settings",
+        ) from error
+    if spec.trains and not issubclass(found, TrainSettings):
+        raise ConfigError(
+            f"the settings of kind {kind} are no TrainSettings",
+            where=spec.settings,
+            remedy="derive the class from burnish.config.train.TrainSettings",
+        )
+    return found
 
 
 @cache

@@ -11,8 +11,8 @@ from typing import Any
 from burnish.config.base import Settings
 from burnish.config.data import DataSource
 from burnish.config.problems import Problem
+from burnish.config.registry import list_model_settings
 from burnish.config.spelling import describe_suggestions, suggest
-from burnish.config.stages import NAMING
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".ndjson", ".arrow")
 _EXTRAS = {"tensorboard": "track", "wandb": "track", "bitsandbytes": "quant"}
@@ -82,7 +82,7 @@ def _local_sources(settings: Settings) -> Iterator[tuple[str, str]]:
         for source in _flatten(getattr(settings, key, None)):
             if looks_local(source):
                 yield key, source
-    for key in ("model", "reference", *NAMING):
+    for key in ("model", *list_model_settings()):
         value = getattr(settings, key, None)
         if isinstance(value, str) and looks_local(value):
             yield key, value

@@ -14,7 +14,8 @@ from burnish.config.keys import inherits, section_class, settings_class
 from burnish.config.load import LoadedRecipe
 from burnish.config.losses import get_loss_defaults
 from burnish.config.recipe import Recipe
-from burnish.config.registry import ALIASES, KINDS, SECTIONS
+from burnish.config.registry import ALIASES, KINDS, SECTIONS, find_spec
+from burnish.config.spec import MethodSpec
 from burnish.config.train import TrainSettings
 
 # What an example names where a kind cannot do without.
@@ -64,19 +65,18 @@ def build_schema() -> dict[str, Any]:
 def render_example(kind: str) -> str:
     """A complete recipe of one stage: every setting with its default, commented out where it is one."""
     canonical = ALIASES[kind].kind if kind in ALIASES else kind
-    cls = settings_class(canonical)
+    cls, spec = settings_class(canonical), find_spec(canonical)
     lines = [
-        f"# {KINDS[canonical].summary[0].upper()}{KINDS[canonical].summary[1:]}: every setting with its default.",
+        f"# {spec.summary[0].upper()}{spec.summary[1:]}: every setting with its default.",
         "# Remove the # before a line to change it.",
-        f"name: {kind}",
+        f"name: {kind if kind in ALIASES else spec.name}",
         f"model: pocket{' ' * 20}# {Recipe.model_fields['model'].description}",
         "stages:",
         f"  - kind: {kind}",
     ]
-    if canonical != "evaluate":
-        source = "pocket/chat" if canonical in ("sft", "distill") else "pocket/preferences"
-        lines.append(f"    data: {source}{' ' * 10}# {cls.model_fields['data'].description}")
-    needed = ("teacher",) if canonical == "distill" else ALIASES[kind].requires if kind in ALIASES else ()
+    if isinstance(spec, MethodSpec):
+        lines.append(f"    data: {spec.example}{' ' * 10}# {cls.model_fields['data'].description}")
+    needed = (*getattr(spec, "required", ()), *(ALIASES[kind].requires if kind in ALIASES else ()))
     for name in needed:
         lines.append(f"    {name}: {NEEDED[name]}".ljust(30) + f" # {cls.model_fields[name].description}")
     for owner, names in group_fields(cls):

@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
 
-from burnish.config.spec import POLICY, ModelSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A kind of stage: its settings class and what runs it, both as "module:name".
-
-    Attributes:
-        trains: It trains models, by the method that `runner` names.
-        models: Name → model that it trains; the first is the stage's result, further ones lie beside it.
-        source: "module:function" that builds the stage's source of examples; None: the data, permuted in each epoch.
-        best_metric: (name, greater is better) by default for the best checkpoint.
-    """
-
-    settings: str
-    runner: str
-    summary: str
-    trains: bool = True
-    models: Mapping[str, ModelSpec] = field(default_factory=lambda: {"policy": POLICY})
-    source: str | None = None
-    best_metric: tuple[str, bool] = ("eval_loss", False)
+from burnish.config.spec import MethodSpec, ModelSpec, StageSpec
+from burnish.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,33 +64,176 @@ class LossEntry:
     live: bool = False
 
 
-KINDS: dict[str, Kind] = {
-    "sft": Kind("burnish.config.stages:SftSettings", "burnish.methods.sft:Sft", "supervised fine-tuning"),
-    "reward": Kind(
-        "burnish.config.stages:RewardSettings",
-        "burnish.methods.reward:Reward",
-        "reward model from pairs",
+STAGES = "burnish.config.stages"
+ANSWERS = ("logps/*", "rewards/*")
+PAIRS = ("margins/*", *ANSWERS)
+MOVING_BETA = ("dpo/*", "beta*", "risk/*", "beta_dpo/*")
+
+_DECLARED: tuple[StageSpec, ...] = (
+    MethodSpec(
+        name="sft",
+        settings=f"{STAGES}:SftSettings",
+        runner="burnish.methods.sft:Sft",
+        summary="supervised fine-tuning",
+        rows="completion",
+        trains_tokens=True,
+        example="pocket/chat",
+    ),
+    MethodSpec(
+        name="reward",
+        settings=f"{STAGES}:RewardSettings",
+        runner="burnish.methods.reward:Reward",
+        summary="reward model from pairs",
+        rows="pair",
         models={"policy": ModelSpec(head="score")},
+        metrics=("accuracy", "ties", "scores/*", "margin"),
     ),
-    "dpo": Kind("burnish.config.stages:DpoSettings", "burnish.methods.dpo:Dpo", "direct preference optimisation"),
-    "cpo": Kind("burnish.config.stages:CpoSettings", "burnish.methods.cpo:Cpo", "contrastive preference optimisation"),
-    "simpo": Kind(
-        "burnish.config.stages:SimpoSettings", "burnish.methods.simpo:Simpo", "simple preference optimisation"
+    MethodSpec(
+        name="dpo",
+        settings=f"{STAGES}:DpoSettings",
+        runner="burnish.methods.dpo:Dpo",
+        summary="direct preference optimisation",
+        rows="pair",
+        reference="logits",
+        coupling="step",
+        model_settings=("reference", "reward_model"),
+        harmless=frozenset({"margin_records"}),
+        metrics=(*PAIRS, *MOVING_BETA, "wpo_weights", "madpo_*", "divergence/*", "epsilon_steps*"),
     ),
-    "orpo": Kind(
-        "burnish.config.stages:OrpoSettings", "burnish.methods.orpo:Orpo", "odds-ratio preference optimisation"
+    MethodSpec(
+        name="cpo",
+        settings=f"{STAGES}:CpoSettings",
+        runner="burnish.methods.cpo:Cpo",
+        summary="contrastive preference optimisation",
+        rows="pair",
+        coupling="step",
+        harmless=frozenset({"margin_records"}),
+        metrics=(*PAIRS, *MOVING_BETA),
     ),
-    "distill": Kind(
-        "burnish.config.stages:DistillSettings", "burnish.methods.distill:Distill", "distillation from a teacher"
+    MethodSpec(
+        name="simpo",
+        settings=f"{STAGES}:SimpoSettings",
+        runner="burnish.methods.simpo:Simpo",
+        summary="simple preference optimisation",
+        rows="pair",
+        coupling="step",
+        harmless=frozenset({"margin_records"}),
+        metrics=(*PAIRS, *MOVING_BETA),
     ),
-    "kto": Kind("burnish.config.stages:KtoSettings", "burnish.methods.kto:Kto", "preference optimisation from labels"),
-    "evaluate": Kind(
-        "burnish.config.stages:EvaluateSettings",
-        "burnish.evals.evaluate:run_evaluation",
-        "held-out figures",
-        trains=False,
+    MethodSpec(
+        name="orpo",
+        settings=f"{STAGES}:OrpoSettings",
+        runner="burnish.methods.orpo:Orpo",
+        summary="odds-ratio preference optimisation",
+        rows="pair",
+        coupling="step",
+        harmless=frozenset({"margin_records"}),
+        metrics=(*PAIRS, *MOVING_BETA, "log_odds*"),
     ),
-}
+    MethodSpec(
+        name="distill",
+        settings=f"{STAGES}:DistillSettings",
+        runner="burnish.methods.distill:Distill",
+        summary="distillation from a teacher",
+        rows="completion",
+        reference="logits",
+        trains_tokens=True,
+        model_settings=("teacher",),
+        required=("teacher",),
+        metrics=("cross_entropy",),
+        example="pocket/chat",
+    ),
+    MethodSpec(
+        name="kto",
+        settings=f"{STAGES}:KtoSettings",
+        runner="burnish.methods.kto:Kto",
+        summary="preference optimisation from labels",
+        rows="label",
+        reference="logprobs",
+        coupling="step",
+        model_settings=("reference",),
+        metrics=("kl", *ANSWERS),
+    ),
+    StageSpec(
+        name="evaluate",
+        settings=f"{STAGES}:EvaluateSettings",
+        runner="burnish.evals.evaluate:run_evaluation",
+        summary="held-out figures",
+    ),
+)
+KINDS: dict[str, StageSpec] = {spec.name: spec for spec in _DECLARED}
+_OWN: dict[str, MethodSpec] = {}  # "module:NAME" → kinds of a user's own, once a recipe has named them
+
+
+def find_spec(kind: str) -> StageSpec:
+    """What a kind is: a built-in one, or a user's own as "module:NAME".
+
+    Raises:
+        ConfigError: There is no such kind.
+    """
+    return KINDS[kind] if kind in KINDS else load_own_spec(kind)
+
+
+def find_method_spec(kind: str) -> MethodSpec:
+    """What a kind that trains is.
+
+    Raises:
+        ConfigError: There is no such kind, or it does not train.
+    """
+    spec = find_spec(kind)
+    if not isinstance(spec, MethodSpec):
+        raise ConfigError(f"kind {kind} trains nothing", where="kind", found=kind, remedy="name a kind that trains")
+    return spec
+
+
+def list_model_settings() -> list[str]:
+    """Settings of any kind that may name a model or an earlier stage, beside `model` and `init_from`."""
+    specs = [*KINDS.values(), *_OWN.values()]
+    return list(dict.fromkeys(name for spec in specs if isinstance(spec, MethodSpec) for name in spec.model_settings))
+
+
+def is_own_kind(word: str) -> bool:
+    """Whether a word can only mean a kind of the user's own."""
+    module, colon, name = word.partition(":")
+    return bool(colon) and all(part.isidentifier() for part in module.split(".")) and name.isidentifier()
+
+
+def load_own_spec(word: str) -> MethodSpec:
+    """A user's own kind, "module:NAME"; the module is importable or lies in the current folder.
+
+    Raises:
+        ConfigError: There is no such module or name, or it is no MethodSpec.
+    """
+    if word in _OWN:
+        return _OWN[word]
+    if not is_own_kind(word):
+        raise ConfigError(
+            f"there is no kind {word!r}",
+            where="kind",
+            found=word,
+            remedy=f"use one of {', '.join(KINDS)}, or module:NAME of a MethodSpec",
+        )
+    try:
+        spec = load_user_object(word)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"kind {word!r} cannot be loaded: {error}",
+            where="kind",
+            remedy="name an importable module, or one in this folder, and the MethodSpec in it, as module:NAME",
+        ) from error
+    if not isinstance(spec, MethodSpec):
+        raise ConfigError(
+            f"kind {word!r} is a {type(spec).__name__}, not a MethodSpec",
+            where="kind",
+            remedy="declare it as burnish.config.spec.MethodSpec(name=…, settings=…, runner=…, summary=…, rows=…)",
+        )
+    if spec.name in KINDS or spec.name in ALIASES:
+        raise ConfigError(
+            f"kind {word!r} has the name of a built-in kind: {spec.name}", where="kind", remedy="give it another name"
+        )
+    _OWN[word] = spec
+    return spec
+
 
 ALIASES: dict[str, Alias] = {
     "ipo": Alias("dpo", {"loss_type": "ipo"}),
@@ -237,3 +363,22 @@ def load_object(path: str) -> Any:
     """The object named by "module:name"."""
     module, _, name = path.partition(":")
     return getattr(import_module(module), name)
+
+
+def load_user_object(path: str) -> Any:
+    """The object of "module:name"; a module that is not installed is looked for in the current folder.
+
+    Raises:
+        ImportError, AttributeError: There is no such module or name.
+    """
+    try:
+        return load_object(path)
+    except ModuleNotFoundError as error:
+        here = str(Path.cwd())
+        if error.name != path.partition(":")[0].partition(".")[0] or here in sys.path:
+            raise
+    sys.path.insert(0, here)
+    try:
+        return load_object(path)
+    finally:
+        sys.path.remove(here)

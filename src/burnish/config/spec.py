@@ -1,11 +1,17 @@
-"""What a kind of stage is: declared once, in plain strings, so that listing kinds loads nothing."""
+"""What a kind of stage is, declared once and in plain strings, so that listing kinds loads nothing.
+
+A kind that trains is a `MethodSpec`. Everything else asks it: how rows are read, which models are trained and exported, what
+may change on resume, help and documentation. A kind of your own is one more: `kind: my_module:SPEC`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 Head = Literal["lm", "score"]
+RowShape = Literal["completion", "pair", "label", "prompt"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,4 +29,87 @@ class ModelSpec:
     learning_rate: str | None = None
 
 
-POLICY = ModelSpec()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSpec:
+    """A kind of stage.
+
+    Attributes:
+        name: What recipes call it, and the default name of such a stage.
+        settings: "module:Class" of its settings.
+        runner: "module:name" of what does it: a function, or the class of the method.
+        summary: One phrase for help and documentation.
+    """
+
+    name: str
+    settings: str
+    runner: str
+    summary: str
+
+    @property
+    def trains(self) -> bool:
+        """Whether it trains models."""
+        return isinstance(self, MethodSpec)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodSpec(StageSpec):
+    """A kind of stage that trains.
+
+    Attributes:
+        rows: What it needs of a row of data.
+        models: Name → model that it trains; the first is the stage's result, further ones lie beside it.
+        reference: The most that it may read of a reference or teacher: nothing, log-probs, or whole distributions.
+        coupling: "sum": its loss is a sum over groups; "step": with some settings it needs the whole optimizer step.
+        trains_tokens: Its rows may be conversations whose tokens `train_on` chooses; else whole answers are scored.
+        source: "module:function" that builds the stage's source of examples from (settings, groups, batch_size=…);
+            None: the data, permuted in each epoch.
+        model_settings: Settings that may name a model or an earlier stage, beside `model` and `init_from`.
+        required: Those of them that must be given.
+        harmless: Settings that may change on resume, beside those of every kind.
+        metrics: Patterns of the figures that its method writes, beside "loss" and its parts.
+        best_metric: (name, greater is better) by default for the best checkpoint.
+        example: The data set that the example recipe names.
+    """
+
+    rows: RowShape
+    models: Mapping[str, ModelSpec] = field(default_factory=lambda: {"policy": ModelSpec()})
+    reference: Literal["none", "logprobs", "logits"] = "none"
+    coupling: Literal["sum", "step"] = "sum"
+    trains_tokens: bool = False
+    source: str | None = None
+    model_settings: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+    harmless: frozenset[str] = frozenset()
+    metrics: tuple[str, ...] = ()
+    best_metric: tuple[str, bool] = ("eval_loss", False)
+    example: str = "pocket/preferences"
+
+    @property
+    def result(self) -> ModelSpec:
+        """The model that is the stage's result."""
+        return next(iter(self.models.values()))
+
+
+def may_resume_with(spec: StageSpec) -> frozenset[str]:
+    """Settings that change neither a parameter nor a figure of the result: an interrupted stage may go on with other values.
+
+    Of models and data the content counts, which is among a stage's inputs, not the path.
+    """
+    return HARMLESS | (spec.harmless | frozenset(spec.model_settings) if isinstance(spec, MethodSpec) else frozenset())
+
+
+HARMLESS = frozenset(
+    {
+        "logging_steps",
+        "report_to",
+        "wandb_project",
+        "save_steps",
+        "save_total_limit",
+        "devices",
+        "name",
+        "model",
+        "data",
+        "eval_data",
+        "samples",
+    }
+)

@@ -32,8 +32,6 @@ class RewardSettings(TrainSettings):
     head_init_std: float = setting(0.02, "Standard deviation of the new head's weights.", gt=0)
 
 
-# Settings that may name an earlier stage beside the one that a stage starts from.
-NAMING = ("teacher", "reward_model")
 _MOVING = "Let β move while training; default: beta is constant."
 _RECORDS = "Write the margins of each step to margins.jsonl; false = do not."
 

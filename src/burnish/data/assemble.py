@@ -118,7 +118,7 @@ def mapping_of(source: Source, settings: TrainSettings) -> ColumnMapping | None:
 def _read_source(
     source: Source, split: Split, settings: TrainSettings, reading: Reading, log: ProblemLog, report: SplitReport
 ) -> list[Example]:
-    check_format(source.settings.format, reading.want)
+    check_format(source.settings.format, reading.rows)
     own = replace(reading, format=source.settings.format)
     mapping = mapping_of(source, settings)
     found = load_examples(source, split, own, mapping, log, report, drop_identical=settings.drop_identical)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from burnish.config.spec import RowShape
 from burnish.data.messages import Message
 from burnish.data.problems import row_name
 
-Want = Literal["completion", "pair", "label", "prompt"]
 Form = Literal["text", "plain", "chat", "hh", "ids"]
 
 
@@ -66,7 +66,7 @@ class Reading:
         strip_control: Remove control characters instead of refusing them.
     """
 
-    want: Want
+    rows: RowShape
     chat: bool = True
     format: str = "auto"
     strip_think: bool = False

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from burnish.config.spec import RowShape
 from burnish.data import shapes
-from burnish.data.example import Example, Form, Reading, Want
+from burnish.data.example import Example, Form, Reading
 from burnish.data.problems import SKIP_REMEDY, RowError
 from burnish.data.readers import Row
 from burnish.data.strict_json import describe
@@ -37,24 +38,24 @@ def normalise(row: Row, reading: Reading) -> Example:
     row = Row(row.file, row.line, data)
     shape = _recognise(data, reading)
     example = shape.read(row, _reading_for(shape, reading))
-    if "margin" in data and reading.want == "pair":
+    if "margin" in data and reading.rows == "pair":
         example.columns["margin"] = _number(data["margin"], "margin")
-    if reading.want != "prompt":
+    if reading.rows != "prompt":
         _check_answers(example)
     return example
 
 
-def _gives(shape: Shape, want: Want) -> bool:
+def _gives(shape: Shape, rows: RowShape) -> bool:
     """Whether a shape gives what is wanted; a pair is also a good and a bad row."""
-    return want in shape.gives or (want == "label" and "pair" in shape.gives)
+    return rows in shape.gives or (rows == "label" and "pair" in shape.gives)
 
 
 def _reading_for(shape: Shape, reading: Reading) -> Reading:
     """How a shape reads a row of which a label is wanted: as a pair where it has one."""
-    return replace(reading, want="pair") if reading.want == "label" and "pair" in shape.gives else reading
+    return replace(reading, rows="pair") if reading.rows == "label" and "pair" in shape.gives else reading
 
 
-def check_format(name: str, want: Want) -> None:
+def check_format(name: str, rows: RowShape) -> None:
     """Refuse a setting `format` that does not exist, or that cannot give what the stage needs.
 
     Raises:
@@ -62,14 +63,14 @@ def check_format(name: str, want: Want) -> None:
     """
     if name in ("auto", "instruct"):
         return
-    fitting = [shape.name for shape in SHAPES.values() if _gives(shape, want)]
+    fitting = [shape.name for shape in SHAPES.values() if _gives(shape, rows)]
     if name not in SHAPES:
         near = difflib.get_close_matches(name, SHAPES, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         message, remedy = f"there is no row format {name!r}", f"{hint}known are auto, instruct, {', '.join(fitting)}"
         raise ConfigError(message, where="data.format", remedy=remedy)
     if name not in fitting:
-        message = f"rows of the format {name!r} give no {want}, which this stage needs"
+        message = f"rows of the format {name!r} give no {rows}, which this stage needs"
         raise ConfigError(message, where="data.format", remedy=f"formats that do: auto, instruct, {', '.join(fitting)}")
 
 
@@ -81,18 +82,18 @@ def _recognise(data: Mapping[str, Any], reading: Reading) -> Shape:
             raise missing_columns(missing, data)
         return shape
     for shape in SHAPES.values():
-        if _gives(shape, reading.want) and all(name in data for name in shape.columns):
+        if _gives(shape, reading.rows) and all(name in data for name in shape.columns):
             if shape.name == "hh" and not shapes.is_hh(data):
                 continue
             return shape
-    raise _no_shape(data, reading.want)
+    raise _no_shape(data, reading.rows)
 
 
-def _no_shape(data: Mapping[str, Any], want: Want) -> RowError:
+def _no_shape(data: Mapping[str, Any], rows: RowShape) -> RowError:
     """The error for a row of no known shape: what lacks of the nearest one, or which there are."""
     nearest, best = None, (0.0, 0)
     for shape in SHAPES.values():
-        if not _gives(shape, want) or shape.name == "hh":
+        if not _gives(shape, rows) or shape.name == "hh":
             continue
         near = sum(bool(difflib.get_close_matches(n, data, 1, 0.7)) for n in shape.columns if n not in data)
         present = sum(n in data for n in shape.columns)
@@ -101,12 +102,12 @@ def _no_shape(data: Mapping[str, Any], want: Want) -> RowError:
             nearest, best = shape, score
     if nearest is not None:
         return missing_columns([name for name in nearest.columns if name not in data], data)
-    accepted = " | ".join("+".join(s.columns) for s in SHAPES.values() if _gives(s, want) and s.name != "hh")
+    accepted = " | ".join("+".join(s.columns) for s in SHAPES.values() if _gives(s, rows) and s.name != "hh")
     first = {
         "pair": "chosen: <your column>, rejected: <your column>",
         "label": "prompt: <your column>, completion: <your column>, label: <your column>",
         "prompt": "prompt: <your column>",
-    }.get(want, "prompt: <your column>, completion: <your column>")
+    }.get(rows, "prompt: <your column>, completion: <your column>")
     return RowError(
         f"no known row shape; columns found: {', '.join(map(str, data)) or 'none'}; accepted: {accepted}",
         kind="missing column",

@@ -13,11 +13,12 @@ import numpy as np
 import tokenizers
 
 from burnish.config.data import DataSettings
+from burnish.config.registry import find_method_spec
 from burnish.config.train import TrainSettings
 from burnish.core.group import Group
 from burnish.data.assemble import Sources, are_rows_drawn, find_sources, load_all
 from burnish.data.cache import build_key, data_folder, load_entry, save_entry
-from burnish.data.example import Reading, Want
+from burnish.data.example import Reading
 from burnish.data.lengths import Limits
 from burnish.data.problems import ProblemLog
 from burnish.data.report import DataReport
@@ -28,7 +29,6 @@ from burnish.disk import cache_root, disk_error
 from burnish.errors import ConfigError, DataError
 
 MADE_EQUAL_LIMIT = 0.1
-WANTS: dict[str, Want] = {"sft": "completion", "distill": "completion", "kto": "label"}
 
 
 @dataclass
@@ -121,7 +121,7 @@ def _cache_key(settings: TrainSettings, sources: Sources, encoding: Encoding) ->
     own = {name: value for name, value in settings.model_dump(mode="json").items() if name in DataSettings.model_fields}
     return build_key(
         {
-            "want": want_of(settings.kind),
+            "want": find_method_spec(settings.kind).rows,
             "margins": settings.kind == "reward",
             "seed": settings.seed if are_rows_drawn(settings, sources) else None,
             "settings": own,
@@ -144,16 +144,11 @@ def find_data_key(settings: TrainSettings, tokenizer: TextTokenizer, *, context:
     return _cache_key(settings, find_sources(settings), build_encoding(settings, tokenizer, context))
 
 
-def want_of(kind: str) -> Want:
-    """What a kind of stage needs of a row."""
-    return WANTS.get(kind, "pair")
-
-
 def reading_of(settings: TrainSettings, tokenizer: TextTokenizer | None) -> Reading:
     """How rows are read for a stage; without a tokenizer dialogues are taken as messages."""
     own = tokenizer is None or tokenizer.chat_template is not None
     return Reading(
-        want=want_of(settings.kind),
+        rows=find_method_spec(settings.kind).rows,
         chat=own or settings.chat_template is not None,
         strip_think=settings.strip_think,
         strip_control=settings.strip_control,
@@ -181,7 +176,7 @@ def build_encoding(settings: TrainSettings, tokenizer: TextTokenizer, context: i
         settings.train_on,
         settings.add_eos,
         settings.drop_identical,
-        labelled=want_of(settings.kind) == "label",
+        labelled=find_method_spec(settings.kind).rows == "label",
     )
 
 

@@ -76,7 +76,7 @@ def _insert_system(row: Row, reading: Reading, messages: list[Message]) -> None:
 
 
 def _conversation(row: Row, reading: Reading, messages: list[Message], name: str) -> Example:
-    if reading.want == "prompt":
+    if reading.rows == "prompt":
         said = ""
         while messages and messages[-1]["role"] == "assistant":
             said, messages = messages[-1]["content"], messages[:-1]
@@ -173,13 +173,13 @@ def read_prompt(row: Row, reading: Reading) -> Example:
 
 def read_pair(row: Row, reading: Reading) -> Example:
     example = _pair(row, reading)
-    if reading.want == "prompt":
+    if reading.rows == "prompt":
         example.completions = []
     return example
 
 
 def _pair(row: Row, reading: Reading) -> Example:
-    names = ("chosen", "rejected") if reading.want == "pair" else ("chosen",)
+    names = ("chosen", "rejected") if reading.rows == "pair" else ("chosen",)
     values = [row.data[name] for name in names]
     if any(isinstance(value, list) for value in [*values, row.data.get("prompt")]):
         return _chat_pair(row, reading, names)
@@ -268,7 +268,7 @@ def read_hh(row: Row, reading: Reading) -> Example:
     """Raw HH dialogues, parsed by `burnish.data.hh`."""
     head = _text(row, "prompt", reading).rstrip() if "prompt" in row.data else ""
     chosen = head + _text(row, "chosen", reading)
-    if reading.want != "pair":
+    if reading.rows != "pair":
         return _hh_dialogue(row, reading, chosen)
     pair = hh.parse_pair(chosen, head + _text(row, "rejected", reading))
     prompt = hh.to_messages(hh.split_turns(pair.prompt)[:-1])
@@ -297,7 +297,7 @@ def _hh_dialogue(row: Row, reading: Reading, text: str) -> Example:
         return example
     first = next(i for i, turn in enumerate(turns) if turn.role == "assistant")
     example.form, example.prompt = "hh", hh.join_turns(turns[:first]) + hh.ASSISTANT
-    if reading.want == "prompt":
+    if reading.rows == "prompt":
         example.prompt = hh.join_turns(turns[:-1]) + hh.ASSISTANT
         return example
     segments: list[Segment] = []
@@ -314,12 +314,12 @@ def _hh_dialogue(row: Row, reading: Reading, text: str) -> Example:
 
 def read_judged(row: Row, reading: Reading) -> Example:
     """A judged rollout; for a tokenizer without a template it becomes a raw HH dialogue."""
-    if reading.want == "prompt":
+    if reading.rows == "prompt":
         prompt = check_messages(row.data["prompt_messages"], "prompt_messages", strip_control=reading.strip_control)
         check_order(prompt, "prompt_messages")
         example = _chat(row, reading, prompt, [])
     else:
-        example = _chat_pair(row, reading, ("chosen", "rejected") if reading.want == "pair" else ("chosen",))
+        example = _chat_pair(row, reading, ("chosen", "rejected") if reading.rows == "pair" else ("chosen",))
     if reading.chat:
         return example
     tags = {"user": hh.HUMAN, "assistant": hh.ASSISTANT}

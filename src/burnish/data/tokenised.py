@@ -30,7 +30,7 @@ def read_tokenised(row: Row, reading: Reading) -> Example:
         RowError: Not lists of token ids, or of unequal lengths.
     """
     if "input_ids_chosen" in row.data:
-        names = ("input_ids_chosen", "input_ids_rejected") if reading.want == "pair" else ("input_ids_chosen",)
+        names = ("input_ids_chosen", "input_ids_rejected") if reading.rows == "pair" else ("input_ids_chosen",)
         sequences = [_ids(row.data, name, name.replace("input_ids", "attention_mask")) for name in names]
         shared = _shared_prefix(*sequences) if len(sequences) == 2 else 1
         prompt = sequences[0][:shared]

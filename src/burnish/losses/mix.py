@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 from burnish.config.losses import find_entry, find_unread, get_loss_names
-from burnish.config.registry import LOSS_TYPES, LossEntry, load_object
+from burnish.config.registry import LOSS_TYPES, LossEntry, load_object, load_user_object
 from burnish.core.logits import Functional
 from burnish.errors import ConfigError
 from burnish.losses.pairs import PairLoss, Pairs
@@ -91,7 +89,7 @@ def load_loss_type(kind: str, name: str) -> Callable[..., PairLoss]:
             f"there is no loss type {name!r}", where="loss_type", remedy=f"use one of {known}, or module:function"
         )
     try:
-        function = _import(path)
+        function = load_user_object(path)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"loss type {name!r} cannot be loaded: {error}",
@@ -103,21 +101,6 @@ def load_loss_type(kind: str, name: str) -> Callable[..., PairLoss]:
             f"loss type {name!r} is no function", where="loss_type", remedy="name a function: module:function"
         )
     return cast(Callable[..., PairLoss], function)
-
-
-def _import(path: str) -> Any:
-    """The object of "module:name"; a module that is not installed is looked for in the current folder."""
-    try:
-        return load_object(path)
-    except ModuleNotFoundError as error:
-        here = str(Path.cwd())
-        if error.name != path.partition(":")[0].partition(".")[0] or here in sys.path:
-            raise
-    sys.path.insert(0, here)
-    try:
-        return load_object(path)
-    finally:
-        sys.path.remove(here)
 
 
 def build_mix(

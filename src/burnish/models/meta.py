@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from burnish.config.registry import find_method_spec
 from burnish.config.train import TrainSettings
 from burnish.models.adapters import build_lora
 from burnish.models.folder import find_adapter_base, inspect_model_folder
@@ -15,7 +16,7 @@ from burnish.models.freeze import compute_share, freeze_all_but_top, untie_embed
 
 def compute_trainable_share(settings: TrainSettings, folder: Path) -> str:
     """The line "trainable: … of … parameters (…)" that training would print, from the configuration alone."""
-    head = "score" if settings.kind == "reward" else "lm"
+    head = find_method_spec(settings.kind).result.head
     found = inspect_model_folder(folder)
     base = find_adapter_base(found.path, found.config) if found.kind == "adapter" else folder
     config = AutoConfig.from_pretrained(str(base), local_files_only=True)

@@ -12,28 +12,9 @@ from typing import Any, Literal
 from burnish.artifacts.checkpoints import list_checkpoints
 from burnish.artifacts.folder import DamagedFolder, verify_folder
 from burnish.artifacts.run_folder import describe_differences, load_stage
+from burnish.config.registry import find_spec
+from burnish.config.spec import may_resume_with
 from burnish.errors import UsageError
-
-# Settings that change neither a parameter nor a figure of the result: an interrupted stage may go on with other values.
-# Of models and data the content counts, which is among the inputs, not the path.
-HARMLESS = frozenset(
-    {
-        "logging_steps",
-        "margin_records",
-        "report_to",
-        "wandb_project",
-        "save_steps",
-        "save_total_limit",
-        "devices",
-        "name",
-        "model",
-        "data",
-        "eval_data",
-        "reference",
-        "reward_model",
-        "samples",
-    }
-)
 
 Action = Literal["run", "skip", "resume", "rerun"]
 
@@ -49,8 +30,7 @@ class Decision:
 
 def compute_key(settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
     """Hash over everything that a stage's result depends on: settings but the harmless ones, and its inputs."""
-    kept = {k: v for k, v in settings.items() if k not in HARMLESS}
-    text = json.dumps({"settings": kept, "inputs": dict(inputs)}, sort_keys=True, ensure_ascii=False)
+    text = json.dumps({"settings": _relevant(settings), "inputs": dict(inputs)}, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -109,7 +89,9 @@ def _quote(name: str) -> str:
 
 
 def _relevant(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in settings.items() if k not in HARMLESS}
+    kind = settings.get("kind")
+    harmless = may_resume_with(find_spec(str(kind))) if kind else frozenset()
+    return {k: v for k, v in settings.items() if k not in harmless}
 
 
 def _changes(

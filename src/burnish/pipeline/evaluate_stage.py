@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from burnish.config.registry import find_method_spec, find_spec
 from burnish.config.stages import EvaluateSettings
 from burnish.config.train import TrainSettings
 from burnish.core.group import Group
@@ -51,7 +52,7 @@ def run_evaluate_stage(settings: EvaluateSettings, state: RunState, stage_dir: P
 
 def build_subjects(settings: EvaluateSettings, state: RunState) -> list[Subject]:
     """The models that `of` names; by default the base and the result of every training stage."""
-    trained = {n: r for n, r in state.results.items() if r.kind != "evaluate"}
+    trained = {n: r for n, r in state.results.items() if find_spec(r.kind).trains}
     names = list(settings.of) or [BASE, *trained]
     if settings.judge is not None and settings.judge not in names:
         names.append(settings.judge)
@@ -74,7 +75,7 @@ def build_subjects(settings: EvaluateSettings, state: RunState) -> list[Subject]
 
 
 def _build_subject(name: str, result: StageResult, names: Sequence[str], base: Path | None, state: RunState) -> Subject:
-    if result.kind == "reward":
+    if find_method_spec(result.kind).result.head == "score":
         return Subject(name, result.folder, kind="reward")
     start = result.settings.init_from
     before = start if start is not None else BASE

@@ -13,9 +13,9 @@ from typing import Any
 from burnish import __version__
 from burnish.artifacts.folder import load_manifest
 from burnish.config.losses import find_source, get_loss_names
+from burnish.config.registry import find_method_spec, find_spec
 from burnish.config.stages import DpoSettings, EvaluateSettings, SftSettings
 from burnish.config.train import TrainSettings
-from burnish.data.prepare import want_of
 from burnish.data.prompts import load_prompts
 from burnish.data.template import load_template
 from burnish.data.tokenizer import TextTokenizer
@@ -91,7 +91,7 @@ def fingerprint_inputs(
         found["reference"] = fingerprint(reference)
     if reward_model is not None:
         found["reward_model"] = fingerprint(reward_model)
-    for name in get_loss_names(getattr(settings, "loss_type", [])):
+    for name in [settings.kind, *get_loss_names(getattr(settings, "loss_type", []))]:
         module, colon, _ = name.partition(":")
         source = find_source(module) if colon else None
         if source is not None:
@@ -147,9 +147,9 @@ def choose_held_out(
     if settings.data is not None:
         shared = {"max_length": settings.max_length, "chat_template": settings.chat_template, "seed": settings.seed}
         return SftSettings(data=settings.data, **shared), DpoSettings(data=settings.data, **shared)
-    trained: list[TrainSettings] = [r.settings for r in results.values() if r.kind != "evaluate"]
-    text_stage = next((s for s in trained if want_of(s.kind) == "completion"), None)
-    return text_stage, next((s for s in reversed(trained) if want_of(s.kind) == "pair"), None)
+    trained: list[TrainSettings] = [r.settings for r in results.values() if find_spec(r.kind).trains]
+    text_stage = next((s for s in trained if find_method_spec(s.kind).rows == "completion"), None)
+    return text_stage, next((s for s in reversed(trained) if find_method_spec(s.kind).rows == "pair"), None)
 
 
 def fingerprint_evaluation(
@@ -165,7 +165,7 @@ def fingerprint_evaluation(
         summaries: Of data that are known already.
     """
     summaries = summaries or DataSummaries()
-    trained = {n: r for n, r in results.items() if r.kind != "evaluate"}
+    trained = {n: r for n, r in results.items() if find_spec(r.kind).trains}
     found = {n: fingerprint_result(r.folder) for n, r in trained.items()}
     if base is not None:
         found["base model"] = fingerprint(base)

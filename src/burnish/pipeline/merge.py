@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from burnish.artifacts.folder import DamagedFolder, FolderWriter, load_manifest, verify_folder
 from burnish.artifacts.run_folder import load_run, load_stage, plain_name, stage_folders
 from burnish.config.keys import settings_class
-from burnish.config.registry import KINDS
+from burnish.config.registry import KINDS, find_spec
 from burnish.config.stages import SftSettings
 from burnish.config.train import TrainSettings
 from burnish.core.group import Group
@@ -202,7 +202,7 @@ def find_rows(source: Source, tokenizer_folder: Path | None, data: str | None) -
         return Rows(found.held_out or found.train, data, own=True)
     why = "it is of no run"
     kind = source.record.get("kind")
-    if kind in KINDS and KINDS[str(kind)].trains:
+    if kind in KINDS and find_spec(str(kind)).trains:
         try:
             settings = settings_class(str(kind)).model_validate(source.record.get("settings"))
             assert isinstance(settings, TrainSettings)

@@ -10,8 +10,8 @@ from burnish.config.grid import MODEL, Cell, Grid
 from burnish.config.load import LoadedRecipe
 from burnish.config.options import RunOptions
 from burnish.config.recipe import Recipe
+from burnish.config.registry import list_model_settings
 from burnish.config.spelling import describe_suggestions, suggest
-from burnish.config.stages import NAMING
 from burnish.config.train import TrainSettings
 from burnish.errors import UsageError
 
@@ -43,7 +43,7 @@ def find_other_model(settings: TrainSettings, finals: Mapping[str, Path]) -> str
     if teacher is not None:
         return str(finals.get(teacher, teacher))
     reference = getattr(settings, "reference", "same")
-    return None if reference == "same" else reference
+    return None if reference == "same" else str(finals.get(reference, reference))
 
 
 def find_reward_model(settings: TrainSettings, finals: Mapping[str, Path]) -> str | None:
@@ -58,7 +58,7 @@ def find_reward_model(settings: TrainSettings, finals: Mapping[str, Path]) -> st
 
 def find_named(settings: TrainSettings, names: Container[str]) -> list[str]:
     """Those of the stages before it that a stage reads beside the one that it starts from."""
-    found = [getattr(settings, key, None) for key in NAMING]
+    found = [getattr(settings, key, None) for key in list_model_settings()]
     return [name for name in found if name is not None and name in names]
 
 

@@ -13,7 +13,8 @@ from burnish.config.batch import compute_batch
 from burnish.config.load import LoadedRecipe
 from burnish.config.options import RunOptions
 from burnish.config.recipe import Recipe
-from burnish.config.stages import NAMING, EvaluateSettings
+from burnish.config.registry import list_model_settings
+from burnish.config.stages import EvaluateSettings
 from burnish.config.train import TrainSettings
 from burnish.data.tokenizer import TextTokenizer
 from burnish.errors import UsageError
@@ -84,7 +85,7 @@ def find_root_model(recipe: Recipe, stage: TrainSettings) -> str | None:
 
 def _name_models(stage: TrainSettings) -> dict[str, str]:
     """Setting → the other model that a stage reads by it; its own policy as reference is none."""
-    found = {key.replace("reward_model", "weighed by"): getattr(stage, key, None) for key in (*NAMING, "reference")}
+    found = {key.replace("reward_model", "weighed by"): getattr(stage, key, None) for key in list_model_settings()}
     return {key: name for key, name in found.items() if name not in (None, "same")}
 
 

@@ -19,6 +19,7 @@ from burnish.clock import mono, wall
 from burnish.config.load import LoadedRecipe
 from burnish.config.options import RunOptions
 from burnish.config.recipe import Recipe
+from burnish.config.registry import find_spec
 from burnish.config.stages import EvaluateSettings
 from burnish.config.train import TrainSettings
 from burnish.disk import disk_error, find_disk_failure
@@ -343,7 +344,12 @@ def _check_results(state: RunState) -> None:
         DamagedFolder: Naming the file.
     """
     for result in state.results.values():
-        if result.rerun or result.kind == "evaluate" or result.name in state.checked or not state.runtime.is_main:
+        if (
+            result.rerun
+            or not find_spec(result.kind).trains
+            or result.name in state.checked
+            or not state.runtime.is_main
+        ):
             continue
         try:
             verify_folder(result.folder)

@@ -16,7 +16,7 @@ from burnish.artifacts.folder import FolderWriter
 from burnish.artifacts.redact import redact, redact_tree
 from burnish.artifacts.run_folder import RunFolder
 from burnish.config.batch import compute_batch
-from burnish.config.registry import KINDS, load_object
+from burnish.config.registry import find_method_spec, load_user_object
 from burnish.config.spec import ModelSpec
 from burnish.config.train import TrainSettings
 from burnish.data.prepare import PreparedData, prepare_data
@@ -111,7 +111,7 @@ def load_inputs(
 
 def _find_starts(settings: TrainSettings) -> dict[str, tuple[str, Path]]:
     """Model → (path, local folder), for models whose kind has a setting for that, and where it is set."""
-    named = {n: getattr(settings, m.start) for n, m in KINDS[settings.kind].models.items() if m.start}
+    named = {n: getattr(settings, m.start) for n, m in find_method_spec(settings.kind).models.items() if m.start}
     paths = {name: resolve_model_path(path) for name, path in named.items() if path is not None}
     return {name: (path, fetch_model_folder(path)) for name, path in paths.items()}
 
@@ -135,8 +135,8 @@ def run_train_stage(
         reference_dir: Folder for the reference's cached log-probs and a reward model's scores; default: `reference` in
             the stage's folder.
     """
-    kind = KINDS[settings.kind]
-    method: Method = load_object(kind.runner)(settings)
+    kind = find_method_spec(settings.kind)
+    method: Method = load_user_object(kind.runner)(settings)
     for note in method.examine(inputs.data.train):
         log.warning("%s", note)
     train, held_out = inputs.data.train, inputs.data.held_out
@@ -206,7 +206,7 @@ def _build_source(
     """The kind's own source of examples, or the data, permuted in each epoch."""
     if path is None:
         return build_source(settings, data.train, runtime.world, method, data.complete)
-    return load_object(path)(settings, data.train, batch_size=compute_batch(settings, runtime.world).batch_size)
+    return load_user_object(path)(settings, data.train, batch_size=compute_batch(settings, runtime.world).batch_size)
 
 
 def save_final(
