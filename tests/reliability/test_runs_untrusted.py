@@ -14,6 +14,7 @@ import pytest
 
 import burnish
 from burnish.cli.main import main
+from burnish.core.kernels.build import load_kernels
 from tests.waiting import bounded
 
 EVENTS: list[tuple[str, tuple]] = []
@@ -33,7 +34,8 @@ def _audit() -> None:
 
 @pytest.fixture
 def watch() -> Iterator[list[tuple[str, tuple]]]:
-    """Unpickling and processes started while a test runs."""
+    """Unpickling and processes started while a test runs; the kernels' compiler, once a process, has run before."""
+    load_kernels()
     EVENTS.clear()
     WATCHING[0] = True
     yield EVENTS
