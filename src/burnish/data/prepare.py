@@ -235,6 +235,3 @@ def show_example(group: Group, tokenizer: TextTokenizer) -> str:
                 start = i
         lines.append(f"{name} ({len(ids)} tokens, {completion.scored} scored): {''.join(pieces)}")
     return "\n".join(lines)
-
-
-__all__ = ["PreparedData", "build_encoding", "find_data_key", "prepare_data"]

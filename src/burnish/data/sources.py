@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from burnish.config.data import DataSource
 from burnish.data.bundled import list_data, resolve_data
@@ -239,8 +238,3 @@ def unreachable(text: str, error: BaseException) -> ServiceError:
         where=text,
         remedy="check the spelling of the path; for a hub data set go online once, or download it and give the folder",
     )
-
-
-def plain(settings: DataSource) -> dict[str, Any]:
-    """The settings as plain data, for keys."""
-    return settings.model_dump(mode="json")
