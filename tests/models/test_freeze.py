@@ -1,4 +1,4 @@
-"""What trains: S2-01, S2-02, S2-03."""
+"""What trains: S2-01, S2-02."""
 
 from __future__ import annotations
 
