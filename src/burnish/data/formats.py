@@ -9,7 +9,7 @@ from typing import Any
 
 from burnish.config.spec import RowShape
 from burnish.data import shapes
-from burnish.data.example import Example, Form, Reading
+from burnish.data.example import Example, Form, Reading, name_answers
 from burnish.data.problems import SKIP_REMEDY, RowError
 from burnish.data.readers import Row
 from burnish.data.strict_json import describe
@@ -143,8 +143,7 @@ def _number(value: Any, name: str) -> float:
 
 def _check_answers(example: Example) -> None:
     """Refuse empty answers and, for pairs, equal ones."""
-    names = ["chosen", "rejected"] if len(example.completions) == 2 else ["completion"]
-    for name, completion in zip(names, example.completions):
+    for name, completion in zip(name_answers(len(example.completions)), example.completions):
         if not _scored_text(example.form, completion).strip():
             raise RowError(
                 "the answer is empty", kind="empty answer", field=name, remedy=f"fill or remove the row; {SKIP_REMEDY}"
