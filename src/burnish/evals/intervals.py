@@ -42,6 +42,11 @@ class Comparison:
     n: int
 
 
+def finite_or_none(value: float) -> float | None:
+    """A limit as JSON holds it: None where there is none (a single value has infinite limits)."""
+    return float(value) if np.isfinite(value) else None
+
+
 def compute_wilson(successes: float, n: int, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of a proportion (Wilson 1927).
 
