@@ -157,7 +157,7 @@ _DECLARED: tuple[StageSpec, ...] = (
     StageSpec(
         name="evaluate",
         settings=f"{STAGES}:EvaluateSettings",
-        runner="burnish.evals.evaluate:run_evaluation",
+        runner="burnish.evals.evaluate:evaluate_subjects",
         summary="held-out figures",
     ),
 )
