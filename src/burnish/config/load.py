@@ -37,6 +37,7 @@ class LoadedRecipe:
         notes: Remarks for the person who started it: aliases that were read, settings without effect.
         processes: Processes that the batch arithmetic was checked for.
         grid: The cells of a recipe with a grid; `recipe` is then the first cell's, with the grid's keys.
+        tables: What became of the lines of each `distributed.config`.
     """
 
     recipe: Recipe
@@ -46,12 +47,15 @@ class LoadedRecipe:
     notes: tuple[str, ...] = ()
     processes: int = 1
     grid: Grid | None = None
+    tables: tuple[str, ...] = ()
 
     def for_cell(self, cell: Cell) -> LoadedRecipe:
         """One cell as a recipe of its own."""
         head = f"# Cell {cell.name} of {self.origin}, resolved: a complete recipe.\n"
         text = head + _dump(cell.recipe.resolved(), ())
-        return replace(self, recipe=cell.recipe, text=text, sources=cell.sources, notes=(), grid=None)
+        return replace(
+            self, recipe=cell.recipe, text=text, sources=cell.sources, notes=(), grid=None, tables=cell.tables
+        )
 
     def source_of(self, path: str) -> str:
         """Where a value comes from ("default" if nothing sets it)."""
@@ -122,13 +126,15 @@ def load_recipe(
         return assembly.build(processes=processes, check_machine=check_machine, need_model=need_model)
 
     if tree is not None and not problems:
+        tables: tuple[str, ...] = ()
         recipe, grid, sources = build_grid(tree, assemble, build, words, problems, notes, origin)
     else:
         assembly = assemble(problems, notes)
         recipe, grid, sources = build(assembly), None, assembly.sources
+        tables = assembly.describe_files()
     if problems or recipe is None:
         raise RecipeError(problems, origin=origin)
-    return LoadedRecipe(recipe, origin, text, sources, tuple(dict.fromkeys(notes)), processes, grid)
+    return LoadedRecipe(recipe, origin, text, sources, tuple(dict.fromkeys(notes)), processes, grid, tables)
 
 
 def _world_size(environment: Mapping[str, str]) -> int:
