@@ -29,8 +29,8 @@ MARKS = frozenset({"compute_environment", "distributed_type", "mixed_precision",
 
 _LAUNCHER = "that is the launcher's: torchrun, accelerate launch, or the text of `burnish launch`"
 _BLOCKS = "each block of the model is a unit"
-_WHOLE = "checkpoints are sharded, final/ holds whole weights"
-_LOADING = "weights are loaded shard by shard"
+_WHOLE = "fsdp2 writes its checkpoints in shards; final/ holds whole weights"
+_LOADING = "every process gets the weights when the model is loaded"
 _TUNING = "fsdp2 overlaps communication by itself"
 
 

@@ -206,7 +206,9 @@ class Assembly:
 
     # From layers to settings
 
-    def build(self, *, processes: int, check_machine: bool, need_model: bool) -> Recipe | None:
+    def build(
+        self, *, processes: int, check_machine: bool, need_model: bool, check_device: bool = True
+    ) -> Recipe | None:
         """The recipe, or None if it cannot be made; everything that is wrong is in `problems`."""
         self.problems.extend(self.identity_problems)
         self._check_top_keys()
@@ -219,7 +221,7 @@ class Assembly:
             stages.append(stage)
             found = [*check_stage(stage, draft.path, processes=processes), *_find_missing(draft, stage)]
             if check_machine:
-                found += find_machine_problems(stage, draft.path, Path(self.origin).parent)
+                found += find_machine_problems(stage, draft.path, Path(self.origin).parent, device=check_device)
             self._add_located(found, draft, broken)
         self.notes.extend(self.describe_files())
         complete = [d for d in self.drafts if d.kind is not None]

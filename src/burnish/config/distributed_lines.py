@@ -63,9 +63,9 @@ class Reading:
         """The line leaves a setting to the recipe."""
         self.lines.append(Line(key, node, text=f"the recipe's {setting}"))
 
-    def agree(self, key: str, node: Node, reason: str) -> None:
+    def agree(self, key: str, node: Node, reason: str = "") -> None:
         """The line asks for what burnish does anyway."""
-        self.lines.append(Line(key, node, text=f"as here: {reason}"))
+        self.lines.append(Line(key, node, text=f"as here: {reason}" if reason else "as here"))
 
     def skip(self, key: str, node: Node, reason: str) -> None:
         """The line is not taken."""
@@ -139,7 +139,7 @@ def skips(reason: str) -> Handler:
     return lambda reading, key, node: reading.skip(key, node, reason)
 
 
-def skips_unless(value: Any, reason: str, why: str = "burnish does the same") -> Handler:
+def skips_unless(value: Any, reason: str, why: str = "") -> Handler:
     """The line asks for what burnish does anyway if it has this value (or "auto" or none), else it is not taken."""
 
     def handle(reading: Reading, key: str, node: Node) -> None:

@@ -78,6 +78,7 @@ def load_recipe(
     checkpoint: Mapping[str, Any] | None = None,
     processes: int | None = None,
     check_machine: bool = True,
+    check_device: bool = True,
     need_model: bool = True,
     default_kind: str | None = None,
 ) -> LoadedRecipe:
@@ -92,6 +93,7 @@ def load_recipe(
         checkpoint: Settings of a checkpoint: a resolved recipe, or the settings of one stage.
         processes: Processes that share the batch; None: WORLD_SIZE, else 1.
         check_machine: Check that local files exist and that needed extras are installed.
+        check_device: Check that the devices which settings need are here; a login node may have none.
         need_model: Refuse training stages that have no model to start from.
         default_kind: Kind of the one stage of a file that has neither `stages` nor `kind`.
 
@@ -123,7 +125,9 @@ def load_recipe(
         return assembly
 
     def build(assembly: Assembly) -> Recipe | None:
-        return assembly.build(processes=processes, check_machine=check_machine, need_model=need_model)
+        return assembly.build(
+            processes=processes, check_machine=check_machine, check_device=check_device, need_model=need_model
+        )
 
     if tree is not None and not problems:
         tables: tuple[str, ...] = ()
