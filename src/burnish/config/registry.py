@@ -243,6 +243,7 @@ ALIASES: dict[str, Alias] = {
 # Settings that are mappings of settings of their own.
 SECTIONS: dict[str, str] = {
     "lora": "burnish.config.train:LoraSettings",
+    "distributed": "burnish.config.distributed:DistributedSettings",
     "dynamic_beta": "burnish.config.dynamic_beta:DynamicBetaSettings",
     "margin_records": "burnish.config.dynamic_beta:MarginRecordSettings",
 }
