@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Protocol
 
-from burnish.engine.parallel.fsdp2 import Fsdp2
 from burnish.engine.parallel.interface import Parallel
 from burnish.engine.parallel.replicated import Replicated
 from burnish.engine.parallel.single import Single
@@ -40,5 +39,7 @@ def build_parallel(runtime: Runtime, wish: Wish | None = None, *, deterministic:
         if offload and runtime.device.type == "cpu":
             log.info("distributed.cpu_offload: the parameters are on the CPU already")
             offload = False
+        from burnish.engine.parallel.fsdp2 import Fsdp2  # a second of imports that other strategies need not pay
+
         return Fsdp2(runtime, ordered=ordered, reshard=wish.reshard_after_forward, offload=offload)
     return Replicated(runtime, ordered=ordered)
