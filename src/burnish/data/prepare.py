@@ -122,8 +122,8 @@ def _cache_key(settings: TrainSettings, sources: Sources, encoding: Encoding) ->
     own = {name: value for name, value in settings.model_dump(mode="json").items() if name in DataSettings.model_fields}
     return build_key(
         {
-            "want": find_method_spec(settings.kind).rows,
-            "margins": settings.kind == "reward",
+            "rows": find_method_spec(settings.kind).rows,
+            "columns": find_method_spec(settings.kind).columns,
             "seed": settings.seed if are_rows_drawn(settings, sources) else None,
             "settings": own,
             "strip_control": settings.strip_control,

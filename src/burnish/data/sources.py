@@ -13,7 +13,7 @@ from burnish.data.bundled import list_data, resolve_data
 from burnish.data.problems import ProblemLog
 from burnish.data.readers import ACCEPTED, Row, count_rows, file_kind, read_rows
 from burnish.data.slices import Split, parse_split
-from burnish.errors import DataError, ServiceError
+from burnish.errors import DataError
 
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "manifest.json")
 _HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval", "heldout", "held_out")
@@ -228,13 +228,4 @@ def _missing(text: str) -> DataError:
         "there is no such file, folder or bundled set",
         where=text,
         remedy=f"{hint}give an existing path, one of the bundled sets ({bundled}), or a hub id (owner/name)",
-    )
-
-
-def unreachable(text: str, error: BaseException) -> ServiceError:
-    """The hub did not answer."""
-    return ServiceError(
-        f"this is no local path, and the hub cannot be asked: {str(error)[:200]}",
-        where=text,
-        remedy="check the spelling of the path; for a hub data set go online once, or download it and give the folder",
     )
