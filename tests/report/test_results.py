@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from burnish.clock import show_seconds
 from burnish.report.charts import draw_stage
 from burnish.report.numbers import (
     is_proportion,
@@ -13,7 +14,6 @@ from burnish.report.numbers import (
     show_interval,
     show_number,
     show_p,
-    show_seconds,
     show_value,
 )
 from burnish.report.read import StageFiles

@@ -7,9 +7,9 @@ and cached on disk. Always without gradient, in evaluation mode, with every drop
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -272,29 +272,14 @@ def build_reference_key(
     return build_stored_key(model=model, groups=groups, settings=settings, template=template, form=form)
 
 
-@dataclass(frozen=True)
-class ReferenceCache:
-    """Reference log-probs on disk: the numbers of each completion are those of its scored tokens.
+class ReferenceCache(StoredNumbers):
+    """Reference log-probs on disk: the numbers of each completion are those of its scored tokens."""
 
-    Attributes:
-        folder: Where the caches lie.
-        key: See `build_reference_key`; any difference makes another cache.
-    """
-
-    folder: Path
-    key: Mapping[str, Any]
-
-    @property
-    def store(self) -> StoredNumbers:
-        return StoredNumbers(self.folder, self.key, "reference", "logprobs.npy", "reference log-probs")
-
-    @property
-    def path(self) -> Path:
-        return self.store.path
+    kind, file, what = "reference", "logprobs.npy", "reference log-probs"
 
     def load(self, groups: Sequence[Group]) -> ReferenceTable | None:
         """The table of exactly these groups; None if there is none or it is damaged (said aloud)."""
-        found = self.store.load([c.scored for g in groups for c in g.completions])
+        found = self.load_rows([c.scored for g in groups for c in g.completions])
         if found is None:
             return None
         rows = iter(found)
@@ -310,12 +295,4 @@ class ReferenceCache:
     def save(self, groups: Sequence[Group], table: ReferenceTable) -> None:
         """Write the table, replacing what is there."""
         pairs = [zip(g.completions, rows, strict=True) for g, rows in zip(groups, table, strict=True)]
-        self.store.save([row[c.mask] for pair in pairs for c, row in pair])
-
-    def attach(self, groups: Sequence[Group], compute: Callable[[], ReferenceTable]) -> list[Group]:
-        """The groups with their reference log-probs: from the cache, else computed and stored."""
-        table = self.load(groups)
-        if table is None:
-            table = compute()
-            self.save(groups, table)
-        return attach_table(groups, table)
+        self.save_rows([row[c.mask] for pair in pairs for c, row in pair])

@@ -6,11 +6,11 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from burnish import __version__
+from burnish.artifacts.environment import find_version
 from burnish.artifacts.folder import load_manifest
 from burnish.config.losses import find_source, get_loss_names
 from burnish.config.registry import find_method_spec, find_spec
@@ -46,13 +46,8 @@ class StageResult:
 
 def find_code() -> dict[str, str]:
     """Versions of the code that decides numbers. Not part of a stage's key: a finished stage stays finished."""
-    found = {"burnish": __version__}
-    for name in ("torch", "transformers", "peft"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {name: find_version(name) for name in ("torch", "transformers", "peft")}
+    return {"burnish": __version__} | {name: number for name, number in found.items() if number is not None}
 
 
 def fingerprint_result(final: Path) -> str:

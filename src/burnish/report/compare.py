@@ -14,9 +14,10 @@ from burnish.artifacts.files import write_file
 from burnish.artifacts.grid_folder import CELLS, load_grid, load_summary
 from burnish.artifacts.redact import redact, redact_tree
 from burnish.artifacts.run_folder import load_run
+from burnish.clock import show_seconds
 from burnish.report import charts
 from burnish.report.headline import badge
-from burnish.report.numbers import show_difference, show_interval, show_p, show_seconds, show_value
+from burnish.report.numbers import show_difference, show_interval, show_p, show_value
 from burnish.report.page import REPORT, build_page, describe_command, join_words
 from burnish.report.read import as_dict, as_list, as_number, as_rows, read_json, read_yaml
 from burnish.report.results import explain_metric, say_axis, say_metric, say_task

@@ -6,7 +6,8 @@ from html import escape
 from typing import Any
 
 from burnish import __version__
-from burnish.report.numbers import show_count, show_seconds
+from burnish.clock import show_seconds
+from burnish.report.numbers import show_count
 from burnish.report.page import join_words
 from burnish.report.read import RunFiles, StageFiles, as_dict, as_number, as_rows
 

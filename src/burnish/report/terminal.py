@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from burnish.report.numbers import show_difference, show_interval, show_p, show_value
@@ -26,11 +27,11 @@ def render_table(figures: dict[str, Any]) -> str:
             value, interval = show_figure(block, figure)
             head = (block.task, say_metric(block.metric)) if at == 0 else ("", "")
             values.append((*head, figure.subject, value, interval, "" if figure.n is None else str(figure.n)))
-    lines += _align(values, right={3, 5})
+    lines += _align_below_titles(values, {3, 5})
     changes = [("", "task", "metric", "from → to", "difference", "95 % interval", "p", "test")]
     changes += [row for block in blocks for row in _change_rows(block)]
     if len(changes) > 1:
-        lines += ["", *_align(changes, right={4})]
+        lines += ["", *_align_below_titles(changes, {4})]
     remarks = write_remarks(blocks)
     if len(changes) > 1:
         lines += ["", *remarks]
@@ -57,7 +58,7 @@ def render_summary(raw: dict[str, Any]) -> str:
         titles, lines = titles[:1] + titles[2:], [line[:1] + line[2:] for line in lines]
     right = {titles.index("mean"), titles.index("runs"), titles.index("difference")}
     baseline = ["* the baseline"] if any(row.baseline for row in summary.rows) else []
-    return "\n".join([*_align([titles, *lines], right=right), "", *baseline, *summary.notes]) + "\n"
+    return "\n".join([*_align_below_titles([titles, *lines], right), "", *baseline, *summary.notes]) + "\n"
 
 
 def _show_change(figure: GridFigure) -> tuple[str, ...]:
@@ -89,13 +90,16 @@ def _change_rows(block: Block) -> list[tuple[str, ...]]:
     ]
 
 
-def _align(rows: list[tuple[str, ...]], *, right: set[int]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))
-        ).rstrip()
+def align(rows: list[tuple[str, ...]], right: Collection[int] = ()) -> list[str]:
+    """Rows as lines, columns as wide as their widest cell; those in `right` are set to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
         for row in rows
     ]
-    rule = "  ".join("─" * w for w in widths)
-    return [lines[0], rule, *lines[1:]]
+
+
+def _align_below_titles(rows: list[tuple[str, ...]], right: Collection[int]) -> list[str]:
+    titles, *lines = align(rows, right)
+    rule = "  ".join("─" * max(map(len, column)) for column in zip(*rows, strict=True))
+    return [titles, rule, *lines]
