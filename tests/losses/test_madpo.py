@@ -137,7 +137,7 @@ def test_with_wpo_the_weights_multiply_and_the_sft_part_has_none() -> None:
         for s in ({"use_weighting": True}, {"reward_model": "./rm"})
     ]
     method = Dpo(DpoSettings())
-    loss = method.mix[0].compute(method._compute_pairs(outputs, table)).loss
+    loss = method.mix[0].compute(method.compute_pairs(outputs, table)).loss
     assert both[0].item() == pytest.approx((loss * alone[0] * alone[1]).sum().item(), rel=1e-12)  # type: ignore[operator]
     assert both[0].item() != pytest.approx(sums(use_weighting=True)[0].item(), rel=1e-6)
     assert both[1].item() == plain[1].item()
