@@ -65,6 +65,7 @@ def fingerprint_inputs(
     fingerprint: Callable[[Path], str],
     reference: Path | None = None,
     reward_model: Path | None = None,
+    starts: Mapping[str, Path] | None = None,
 ) -> dict[str, str]:
     """Fingerprints of a training stage's inputs: model, tokenizer, chat template, data, other models, own loss functions.
 
@@ -74,6 +75,7 @@ def fingerprint_inputs(
         fingerprint: Fingerprint of a model folder.
         reference: Folder of another reference model than the policy itself.
         reward_model: Folder of the reward model that weighs the pairs.
+        starts: Model → folder that it starts from, where that is not the stage's own.
     """
     template = load_template(settings.chat_template, tokenizer, settings.chat_template_kwargs)
     found = {
@@ -86,6 +88,7 @@ def fingerprint_inputs(
         found["reference"] = fingerprint(reference)
     if reward_model is not None:
         found["reward_model"] = fingerprint(reward_model)
+    found |= {f"model {name}": fingerprint(place) for name, place in (starts or {}).items()}
     for name in [settings.kind, *get_loss_names(getattr(settings, "loss_type", []))]:
         module, colon, _ = name.partition(":")
         source = find_source(module) if colon else None
