@@ -25,7 +25,7 @@ _HEAD = """# Settings
 A recipe is a YAML (or JSON) file. Any stage setting written at the top is the default of every stage that has it and
 does not set it. `burnish config example KIND` prints a complete recipe, `burnish config show RECIPE` what one means.
 
-**Precedence.** Defaults < `.env` < environment < checkpoint (`--resume-from`) < file < grid < command line. On the command
+**Precedence.** Defaults < [`distributed.config`](distributed-config.md) < `.env` < environment < checkpoint (`--resume-from`) < file < grid < command line. On the command
 line, `stages.dpo.beta=0.05`, `stages.2.beta=0.05` (positions from 0) or `dpo.beta=0.05` reach one stage; `beta=0.05`
 reaches every stage that has the setting, also where the file sets it in the stage.
 
