@@ -77,7 +77,7 @@ def measure(method: Any, pocket: Pocket, ctx: StepContext) -> torch.Tensor:
     with torch.no_grad():
         batch = build_packed_batch(pocket.fixed)
         outputs = call_models(ctx, batch)
-    pairs = method._compute_pairs(outputs, batch.table)
+    pairs = method.compute_pairs(outputs, batch.table)
     for loss_type in method.mix:
         loss = loss_type.compute(pairs).loss.double()
         total += loss_type.weight * (loss / pairs.chosen_tokens.mean() if loss_type.entry.unit == "token" else loss)
@@ -92,7 +92,9 @@ def test_the_loss_on_fixed_pairs_falls(name: str, pocket: Pocket) -> None:
     with torch.no_grad():
         for parameter, value in zip(pocket.parameters, pocket.start, strict=True):
             parameter.copy_(value)
-    ctx = StepContext(pocket.policy, method, build_parallel(Runtime(torch.device("cpu"))), pocket.parameters, seed=0)
+    ctx = StepContext(
+        {"policy": pocket.policy}, method, build_parallel(Runtime(torch.device("cpu"))), pocket.parameters, seed=0
+    )
     ctx.reference = pocket.reference if "logits" in method.reference else None
     before, state = measure(method, pocket, ctx), build_initial_state(method)
     optimizer = torch.optim.AdamW(pocket.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)

@@ -39,7 +39,7 @@ def load(kind: str, model: str, **settings: Any) -> tuple[Policy, list[torch.nn.
 
 
 def train(ctx: StepContext, groups: list[Group], rate: float) -> None:
-    policy: Any = ctx.policy
+    policy: Any = ctx.models["policy"]
     optimizer = torch.optim.AdamW(ctx.parameters, lr=rate, weight_decay=0.0, fused=True)
     for step in range(STEPS):
         policy.train(True)

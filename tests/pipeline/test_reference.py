@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from burnish.config.registry import KINDS, load_object
+from burnish.config.spec import ModelSpec
 from burnish.core.batch import build_packed_batch
 from burnish.engine.context import StepContext
 from burnish.engine.evaluation import run_evaluation
@@ -20,9 +21,9 @@ from burnish.engine.parallel.choose import build_parallel
 from burnish.engine.plan import build_plan
 from burnish.engine.runtime import Runtime
 from burnish.engine.step import compute_gradient
-from burnish.models.load import build_model
-from burnish.models.policy import Policy
+from burnish.models.precision import resolve_precision
 from burnish.pipeline.reference import attach_reference
+from burnish.pipeline.stage_models import load_stage_model
 from burnish.pipeline.train_stage import load_inputs
 from tests.config.recipes import one
 from tests.models.small import shake
@@ -58,11 +59,12 @@ def measure(inputs: Path, cache: Path, mode: str, stage: dict[str, Any]) -> Foun
         **stage,
     )
     found = load_inputs(settings, str(inputs / "model"), lambda folder: "")
-    built = build_model(settings, found.path, head="lm", seed=0)
-    policy = Policy(built.model, head="lm")
+    spec, precision = ModelSpec(), resolve_precision("fp32", RUNTIME.device, 32)
+    model = load_stage_model("policy", spec, settings, found.path, found.folder, precision, RUNTIME)
+    built, policy = model.built, model.policy
     method = load_object(KINDS[settings.kind].runner)(settings)
     held_out = arrange_groups(method, found.data.held_out)
-    data = attach_reference(settings, method, found, built, policy, found.data.train, held_out, cache, RUNTIME)
+    data = attach_reference(settings, method, found, {"policy": model}, found.data.train, held_out, cache, RUNTIME)
     assert (data.model is None) == (mode == "cached"), "in the mode that was asked for"
     source = build_source(settings, data.train, 1, method, data.complete)
     groups = source.step(source.steps_per_epoch + 1).groups

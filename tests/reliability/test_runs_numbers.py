@@ -184,7 +184,7 @@ def test_r12_kernels_are_recorded_and_others_warn(tmp_path, caplog, monkeypatch)
     Trainer(job).run()
     now = list_checkpoints(tmp_path / "a")[-1].manifest.meta["kernels"]
     assert now == load_kernels().identity
-    monkeypatch.setattr("burnish.engine.loop.load_kernels", lambda: Kernels(None, "none: no compiler", "other"))
+    monkeypatch.setattr("burnish.engine.saves.load_kernels", lambda: Kernels(None, "none: no compiler", "other"))
     again = make_job(tmp_path / "a", max_steps=3, save_steps=1)
     again.resume = True
     Trainer(again).run()
