@@ -16,6 +16,7 @@ from burnish.config.registry import ALIASES, KINDS
 # Command → where it is, and what `burnish --help` says of it.
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("burnish.cli.run:run", "Run a recipe: a file, or a bundled one by name."),
+    "launch": ("burnish.cli.launch:launch", "Write the job that runs a recipe on several machines (Slurm, SkyPilot)."),
     "data": ("burnish.cli.data:data", "Check, show and count data before training."),
     "runs": ("burnish.cli.runs:runs", "List, show and delete runs."),
     "merge": ("burnish.cli.merge:merge", "Fold an adapter into its full-precision base."),
@@ -23,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("burnish.cli.config:config", "Schema, examples and resolved recipes."),
     "doctor": ("burnish.cli.doctor:doctor", "What this machine has."),
 }
-ORDER = ("run", *KINDS, *ALIASES, "data", "runs", "merge", "report", "config", "doctor")
+ORDER = ("run", *KINDS, *ALIASES, "launch", "data", "runs", "merge", "report", "config", "doctor")
 
 
 class LazyGroup(click.Group):

@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from burnish.config.data import DataSource
 from burnish.data.bundled import list_data, resolve_data
@@ -230,8 +229,3 @@ def _missing(text: str) -> DataError:
         where=text,
         remedy=f"{hint}give an existing path, one of the bundled sets ({bundled}), or a hub id (owner/name)",
     )
-
-
-def plain(settings: DataSource) -> dict[str, Any]:
-    """The settings as plain data, for keys."""
-    return settings.model_dump(mode="json")
