@@ -6,6 +6,7 @@ from typing import Literal
 
 from burnish.config.base import Settings, setting
 from burnish.config.data import DataSettings
+from burnish.config.distributed import DistributedSettings
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Attention = Literal["auto", "varlen", "flex", "sdpa", "padded"]
@@ -59,6 +60,7 @@ class TrainSettings(DataSettings):
     )
     deterministic: bool = setting(True, "Bit-equal reruns where the device allows; off may be faster on CUDA.")
     devices: list[int] | None = setting(None, "CUDA devices to use, e.g. [0, 1].")
+    distributed: DistributedSettings = setting(DistributedSettings(), "How several processes share the stage.")
 
     learning_rate: float = setting(1e-5, "Peak learning rate.", gt=0)
     head_learning_rate: float | None = setting(None, "Own learning rate for a new head (reward score).", gt=0)
