@@ -113,6 +113,7 @@ def build_side(plan: Plan, model: Path) -> tuple[TrainSettings, Any, Any, Policy
     method, head = load_object(kind.runner)(settings), kind.models["policy"].head
     precision = resolve_precision(plan.precision, runtime.device, plan.shape.hidden)
     built = build_model(settings, str(model), head=head, seed=plan.seed, compute_dtype=precision.compute)
+    built.model.to(runtime.device)
     policy = Policy(built.model, head=head, attention=settings.attention, compute_dtype=precision.compute)
     return settings, method, built, policy
 
