@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all test-kill soak lint check bench docs pocket wheel clean
+.PHONY: setup demo test test-all test-kill test-gpu soak lint check bench docs bench-gpu pocket wheel clean
 
 setup: $(VENV)/.done
 
@@ -26,6 +26,9 @@ test-all: setup
 test-kill: setup
 	$(BIN)/python -m pytest -m kill -n 2 --dist worksteal tests/pipeline
 
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu -rs
+
 soak: setup
 	$(BIN)/python scripts/soak.py
 
@@ -41,6 +44,9 @@ check: lint test docs
 
 bench: setup
 	$(BIN)/python benchmarks/train_step.py --method all --peer trl --json
+
+bench-gpu: setup
+	$(BIN)/python benchmarks/gpu.py
 
 pocket: setup
 	$(BIN)/python scripts/pocket/build.py

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from burnish.config.stages import DpoSettings
 from burnish.config.train import LoraSettings
@@ -220,3 +221,42 @@ def test_batches_keep_the_budget() -> None:
     assert plan_batches(groups, 1) == [[i] for batch in plan_batches(groups, 1) for i in batch]
     assert plan_batches([], 50) == []
     assert attach_table([], []) == []
+
+
+class _Made(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the elements of new fp32 tensors that are not smaller than a matrix."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least, self.wide = least, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        copies = func.overloadpacket.__name__ in ("clone", "_to_copy", "empty_like", "empty_strided")
+        if copies and isinstance(out, torch.Tensor) and out.dtype == torch.float32 and out.numel() >= self.least:
+            self.wide += out.numel()
+        return out
+
+
+def test_g08_a_copy_is_made_in_the_compute_type(base: Path) -> None:
+    """No fp32 copy of a matrix exists for a moment; what is not trained is shared."""
+    _, policy = build(base, torch.bfloat16)
+    matrices = [m.weight for m in policy.modules() if isinstance(m, nn.Linear)]
+    top = policy.inner.get_output_embeddings().weight
+    inner = [w for w in matrices if w is not top]
+    made = _Made(min(w.numel() for w in inner))
+    with made:
+        reference = build_reference(policy, "copy")
+    assert made.wide <= top.numel()  # embedding and head keep their type
+    copied = {n: m.weight for n, m in reference.policy.named_modules() if isinstance(m, nn.Linear)}
+    assert {w.dtype for w in copied.values()} <= {torch.bfloat16, torch.float32}
+    assert sum(w.dtype == torch.bfloat16 for w in copied.values()) == len(inner)
+    assert not any(p.requires_grad for p in reference.policy.parameters())
+
+    _, policy = build(base, torch.bfloat16, lora=LoraSettings(r=2))
+    reference = build_reference(policy, "copy")
+    theirs = dict(reference.policy.named_parameters())
+    shared = [n for n, p in policy.named_parameters() if theirs[n] is p]
+    assert shared and not any("lora_" in n for n in shared)
+    assert all(not p.requires_grad for n, p in policy.named_parameters() if n in shared)
+    assert all(p.requires_grad for n, p in policy.named_parameters() if n not in shared)

@@ -14,7 +14,8 @@ from burnish.config.stages import DistillSettings, ReferenceSettings
 from burnish.config.train import TrainSettings
 from burnish.core.batch import build_packed_batch
 from burnish.core.group import Group
-from burnish.engine.job import build_source, choose_budget
+from burnish.engine.budget import choose_budget
+from burnish.engine.job import build_source
 from burnish.engine.method import Method
 from burnish.engine.runtime import Runtime
 from burnish.engine.source import OfflineSource

@@ -21,7 +21,8 @@ from burnish.config.spec import ModelSpec
 from burnish.config.train import TrainSettings
 from burnish.data.prepare import PreparedData, prepare_data
 from burnish.data.tokenizer import TextTokenizer
-from burnish.engine.job import TrainJob, TrainOutcome, build_source, choose_budget
+from burnish.engine.budget import choose_budget
+from burnish.engine.job import TrainJob, TrainOutcome, build_source
 from burnish.engine.loop import run_training
 from burnish.engine.method import Method, arrange_groups
 from burnish.engine.runtime import Runtime
