@@ -100,14 +100,15 @@ def gather_rows(ctx: StepContext, rows: list[Rows] | None) -> list[list[Rows]]:
         return [rows]
     sent = rows and [(table.to("cpu"), {n: t.detach().cpu() for n, t in outputs.items()}) for table, outputs in rows]
     parts = ctx.runtime.gather(sent)
-    if rows is None or None in parts:
+    there = [part for part in parts if part is not None]
+    if rows is None or len(there) < len(parts):
         raise MemoryError("another process ran out of memory")
     device = ctx.runtime.device
     return [
         rows
         if rank == ctx.runtime.rank
         else [(table.to(device), {n: t.to(device) for n, t in outputs.items()}) for table, outputs in part]
-        for rank, part in enumerate(parts)
+        for rank, part in enumerate(there)
     ]
 
 

@@ -141,9 +141,10 @@ def _generate_batch(
         going = [place for place, row in enumerate(alive) if row not in answers]
         if not going:
             return [answers[row] for row in range(len(prompts))]
-        if len(going) < len(alive) and hasattr(cache, "batch_select_indices"):
+        select = getattr(cache, "batch_select_indices", None)
+        if len(going) < len(alive) and select is not None:
             rows = move(torch.tensor(going), device)
-            cache.batch_select_indices(rows)
+            select(rows)
             ids, mask, positions, alive = ids[rows], mask[rows], positions[rows], [alive[p] for p in going]
 
 

@@ -91,9 +91,8 @@ class Policy(nn.Module):
         self.why_padded = ""
         found = str(self.inner.config._attn_implementation or "eager")
         self._ordinary = "sdpa" if found in NAMES.values() else found  # another Policy may hold the model
-        self.backbone.warn_if_padding_and_no_attention_mask = (
-            _never_warn  # it reads ids in each forward: the host would wait
-        )
+        backbone: Any = self.backbone
+        backbone.warn_if_padding_and_no_attention_mask = _never_warn  # it reads ids in each forward: the host would wait
         self._own_head = False
         self._hidden_size = int(self.inner.get_input_embeddings().weight.shape[-1])
         self.backend = self._choose_backend(attention, cache_dir)
