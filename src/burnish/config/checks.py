@@ -11,6 +11,7 @@ from typing import Any
 
 from burnish.config.base import Settings
 from burnish.config.data import DataSettings
+from burnish.config.distributed import find_contradictions as find_distributed_contradictions
 from burnish.config.dynamic_beta import find_contradictions
 from burnish.config.losses import find_entry, find_readers, find_unread, get_loss_names, is_registered
 from burnish.config.needs import find_entries, find_needs, is_among, list_metrics
@@ -191,6 +192,12 @@ def _check_trainable(s: TrainSettings) -> Found:
         yield "lora.bias", f"is {s.lora.bias}, which use_dora does not allow", "set lora.bias: none"
     if s.devices is not None and (not s.devices or len(set(s.devices)) < len(s.devices) or min(s.devices) < 0):
         yield "devices", f"is {s.devices}", "list different device numbers from 0, e.g. [0, 1]"
+
+
+@_check(TrainSettings)
+def _check_distributed(s: TrainSettings) -> Found:
+    for name, message, remedy in find_distributed_contradictions(s.distributed, s.quantize, s.optim):
+        yield f"distributed.{name}", message, remedy
 
 
 @_check(TrainSettings)

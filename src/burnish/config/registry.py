@@ -132,7 +132,7 @@ _DECLARED: tuple[StageSpec, ...] = (
     StageSpec(
         name="evaluate",
         settings=f"{STAGES}:EvaluateSettings",
-        runner="burnish.evals.evaluate:run_evaluation",
+        runner="burnish.evals.evaluate:evaluate_subjects",
         summary="held-out figures",
     ),
 )
@@ -243,6 +243,7 @@ ALIASES: dict[str, Alias] = {
 # Settings that are mappings of settings of their own.
 SECTIONS: dict[str, str] = {
     "lora": "burnish.config.train:LoraSettings",
+    "distributed": "burnish.config.distributed:DistributedSettings",
     "dynamic_beta": "burnish.config.dynamic_beta:DynamicBetaSettings",
     "margin_records": "burnish.config.dynamic_beta:MarginRecordSettings",
 }
