@@ -1,18 +1,21 @@
-"""Processes and devices: the one door to accelerate.
+"""Processes and devices: which rank this process is, where it computes, and how ranks tell one another numbers.
 
-One process needs nothing of it. Several processes (torchrun, accelerate launch, `burnish --num-processes`) hold equal
-copies of the state; gradients are gathered and added in rank order, so that the sum does not depend on timing.
+One process needs nothing of it. Several processes (`burnish --num-processes`, torchrun, accelerate launch) find each other by the
+environment variables that all launchers set. What they tell one another here travels on a CPU group and never holds tensors of a
+device; parameters and gradients are the business of `engine.parallel`.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import pickle
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,81 +23,100 @@ from torch import Tensor
 
 from burnish.core.allocator import keep_freed_memory, release_freed_memory
 from burnish.engine.determinism import prepare_cublas
-from burnish.errors import ConfigError, PeerLost, is_out_of_memory
+from burnish.errors import BurnishError, ConfigError, PeerLost, is_out_of_memory
 from burnish.track.whereabouts import TIMEOUT_VARIABLE, here, read_timeout
 
 log = logging.getLogger("burnish")
 
-_BUCKET = 1 << 25  # elements reduced at a time: 128 MB in fp32
+T = TypeVar("T")
 
 
 class Runtime:
     """The ranks of a run and the device of this one.
 
-    Attributes:
-        rank, world: This process and how many there are.
+    Args:
         device: Where this rank computes.
+        rank, world: This process and how many there are.
+        control: The CPU group of the ranks; None: the default group, which then must be one of the CPU.
     """
 
-    def __init__(self, device: torch.device, rank: int = 0, world: int = 1) -> None:
-        self.device, self.rank, self.world = device, rank, world
+    def __init__(
+        self, device: torch.device, rank: int = 0, world: int = 1, control: dist.ProcessGroup | None = None
+    ) -> None:
+        self.device, self.rank, self.world, self.control = device, rank, world, control
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes files and speaks."""
+        """Whether this rank writes files and log lines."""
         return self.rank == 0
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world > 1:
             with peers():
-                dist.barrier()
+                dist.barrier(group=self.control)
 
-    def gather(self, value: Any) -> list[Any]:
-        """The picklable `value` of every rank, in rank order, on every rank."""
+    def gather(self, value: T) -> list[T]:
+        """The picklable `value` of every rank, in rank order, on every rank.
+
+        Raises:
+            TypeError: It holds a tensor that is not on the CPU.
+        """
         if self.world == 1:
             return [value]
-        out: list[Any] = [None] * self.world
         with peers():
-            dist.all_gather_object(out, value)
-        return out
+            own = _pack(value)
+            lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+            dist.all_gather(lengths, torch.tensor([own.numel()]), group=self.control)
+            longest = max(int(n) for n in lengths)
+            parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world)]
+            dist.all_gather(parts, torch.nn.functional.pad(own, (0, longest - own.numel())), group=self.control)
+        return [
+            value if rank == self.rank else _unpack(part[: int(n)])
+            for rank, (part, n) in enumerate(zip(parts, lengths, strict=True))
+        ]
+
+    def run_on_main(self, make: Callable[[], T]) -> T:
+        """What `make` gives on rank 0, on every rank; its own error is raised on all.
+
+        Raises:
+            BurnishError: As `make` raised it.
+        """
+        if self.world == 1:
+            return make()
+        found: Any = None
+        if self.is_main:
+            try:
+                found = make()
+            except BurnishError as error:
+                found = error
+        size = torch.zeros(1, dtype=torch.int64)
+        data = torch.empty(0, dtype=torch.uint8)
+        with peers():
+            if self.is_main:
+                data = _pack(found)
+                size[0] = data.numel()
+            dist.broadcast(size, src=0, group=self.control)
+            if not self.is_main:
+                data = torch.empty(int(size), dtype=torch.uint8)
+            dist.broadcast(data, src=0, group=self.control)
+        found = found if self.is_main else _unpack(data)
+        if isinstance(found, BurnishError):
+            raise found
+        return found
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
-        return any(self.gather(bool(flag))) if self.world > 1 else flag
+        return self.any_of([flag])[0]
 
-    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Replace every gradient by its sum over ranks, added in rank order (bit-equal on all ranks)."""
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """For each flag whether it is set on any rank; every rank must give equally many."""
         if self.world == 1:
-            return
-        used = [any(flags) for flags in zip(*self.gather([p.grad is not None for p in parameters]), strict=True)]
-        parameters = [p for p, has in zip(parameters, used, strict=True) if has]
-        for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        for bucket in _buckets(parameters):
-            flat = torch.cat([p.grad.reshape(-1) for p in bucket if p.grad is not None])
-            every = [torch.empty_like(flat) for _ in range(self.world)]
-            with peers():
-                dist.all_gather(every, flat)
-            total = every[0]
-            for other in every[1:]:
-                total += other
-            offset = 0
-            for p in bucket:
-                assert p.grad is not None
-                p.grad.copy_(total[offset : offset + p.numel()].view_as(p))
-                offset += p.numel()
-
-    def sum_numbers(self, rows: dict[str, float]) -> dict[str, float]:
-        """Named numbers added over ranks in rank order; names may differ between ranks."""
-        if self.world == 1:
-            return rows
-        total: dict[str, float] = {}
-        for part in self.gather(rows):
-            for name, value in part.items():
-                total[name] = total.get(name, 0.0) + value
-        return total
+            return list(flags)
+        found = torch.tensor(flags, dtype=torch.uint8)
+        with peers():
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.control)
+        return [bool(flag) for flag in found.tolist()]
 
     def close(self) -> None:
         """Leave the process group; hand free memory back to the system."""
@@ -102,8 +124,36 @@ class Runtime:
             release_freed_memory()
         if self.world > 1 and dist.is_initialized():
             if sys.exc_info()[0] is None:
-                dist.barrier()  # a rank that leaves early would cut the connections of the others
+                dist.barrier(group=self.control)  # a rank that leaves early would cut the connections of the others
             dist.destroy_process_group()
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles CPU tensors as bytes; a tensor of a device is a mistake: it would arrive on the sender's device."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, Tensor) or type(obj) is not Tensor:
+            return NotImplemented
+        if obj.device.type != "cpu":
+            raise TypeError(f"a tensor on {obj.device} in what ranks tell one another; move it to the CPU first")
+        flat = obj.detach().contiguous().reshape(-1).view(torch.uint8)
+        return _build_tensor, (flat.numpy().tobytes(), obj.dtype, tuple(obj.shape))
+
+
+def _build_tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if not data:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(dtype).reshape(shape)
+
+
+def _pack(value: Any) -> Tensor:
+    out = io.BytesIO()
+    _Pickler(out, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    return torch.frombuffer(bytearray(out.getbuffer()), dtype=torch.uint8)
+
+
+def _unpack(data: Tensor) -> Any:
+    return pickle.loads(data.numpy().tobytes())
 
 
 @contextmanager
@@ -126,28 +176,15 @@ def peers() -> Iterator[None]:
         ) from error
 
 
-def _buckets(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-    """Parameters of one type in runs of at most `_BUCKET` elements."""
-    bucket: list[Tensor] = []
-    size = 0
-    for p in parameters:
-        if bucket and (size + p.numel() > _BUCKET or p.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(p)
-        size += p.numel()
-    if bucket:
-        yield bucket
-
-
 def build_runtime(devices: Sequence[int] | None = None) -> Runtime:
     """Join the process group that the launcher's environment describes, if any, and choose this rank's device.
 
     Args:
-        devices: CUDA devices to use, one for each process on this machine; None: device 0, or the launcher's choice.
+        devices: CUDA devices to use, one for each process on this machine; None: as many as there are processes, from 0.
 
     Raises:
-        ConfigError: There are fewer devices than processes, or no such device.
+        ConfigError: There are fewer devices than processes, no such device, or the environment describes no group.
+        PeerLost: The other processes did not come.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available() and os.environ.get("BURNISH_DEVICE") != "cpu"
@@ -155,29 +192,43 @@ def build_runtime(devices: Sequence[int] | None = None) -> Runtime:
         log.warning("devices: %s is set, but there is no CUDA device here; computing on the CPU", devices)
     if cuda:
         prepare_cublas()
-    chosen = _choose_device(devices, cuda)
+    device = _choose_device(devices) if cuda else torch.device("cpu")
     if not cuda:
         keep_freed_memory()
-    if world > 1:
-        from accelerate import PartialState
+    if world == 1:
+        if cuda and devices:
+            torch.cuda.set_device(device)
+        return Runtime(device)
+    control = _join_group(cuda)
+    if cuda:
+        torch.cuda.set_device(device)
+    return Runtime(device, dist.get_rank(), dist.get_world_size(), control)
 
-        state = PartialState(cpu=not cuda, timeout=timedelta(seconds=read_timeout()))
-        device = chosen or torch.device(state.device or "cpu")
-        return Runtime(device, state.process_index, state.num_processes)
-    return Runtime(chosen or torch.device("cuda", 0) if cuda else torch.device("cpu"))
+
+def _join_group(cuda: bool) -> dist.ProcessGroup | None:
+    """Join the default group, on the device's backend; returns the CPU group where that is another one."""
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {missing[0]} is not set",
+            where="environment",
+            remedy="start the processes with --num-processes, torchrun or accelerate launch, or unset WORLD_SIZE",
+        )
+    limit = timedelta(seconds=read_timeout())
+    with peers():
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=limit)
+        return dist.new_group(backend="gloo", timeout=limit) if cuda else None
 
 
-def _choose_device(devices: Sequence[int] | None, cuda: bool) -> torch.device | None:
-    if not devices or not cuda:
-        return None
+def _choose_device(devices: Sequence[int] | None) -> torch.device:
+    """The CUDA device of this process: its own of those named, or of those there are."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     known = torch.cuda.device_count()
-    wrong = [d for d in devices if not 0 <= d < known]
-    if wrong or local >= len(devices):
+    chosen = list(devices) if devices else list(range(known))
+    if any(not 0 <= d < known for d in chosen) or local >= len(chosen):
         raise ConfigError(
-            f"devices: {list(devices)} does not fit: {known} devices here, process {local} on this machine needs one",
+            f"devices: {chosen} does not fit: {known} devices here, process {local} on this machine needs one",
             where="devices",
-            remedy=f"name one of 0 … {known - 1} for each process",
+            remedy=f"name one of 0 … {known - 1} for each process, or start fewer processes",
         )
-    torch.cuda.set_device(devices[local])
-    return torch.device("cuda", devices[local])
+    return torch.device("cuda", chosen[local])

@@ -59,6 +59,17 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.Module, nn.ModuleList]:
     return name, backbone.get_submodule(name.rpartition(".")[0]), blocks
 
 
+def list_blocks(module: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of the transformers model inside a module; none where there is no such list."""
+    inner = next((m for m in module.modules() if isinstance(m, PreTrainedModel)), None)
+    if inner is None:
+        return []
+    try:
+        return list(find_blocks(inner)[2])
+    except ConfigError:
+        return []
+
+
 def find_final_norms(parent: nn.Module, blocks: nn.ModuleList) -> dict[str, nn.Module]:
     """The norms beside the blocks that act after them (a norm of the embedding is none)."""
     return {
@@ -150,10 +161,3 @@ def cast_trainable(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
-
-
-def name_training(lora_rank: int | None, top_k: int | None) -> str:
-    """A short name for what trains, for folders and tables: "full", "top4" or "lora16"."""
-    if lora_rank is not None:
-        return f"lora{lora_rank}"
-    return f"top{top_k}" if top_k else "full"

@@ -1,15 +1,18 @@
-"""How the models of a stage lie over its ranks: what a strategy must do for the step, the update and checkpoints."""
+"""How the models of a stage lie over its ranks: what a strategy must do for the step, the update, checkpoints and export."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from burnish.engine.runtime import Runtime
+
+T = TypeVar("T")
 
 
 class Parallel(Protocol):
@@ -17,14 +20,26 @@ class Parallel(Protocol):
 
     Attributes:
         kind: "single", "replicated" or "fsdp2".
+        sharded: Each rank holds a part of the parameters; every forward of a model then needs all ranks.
         runtime: The ranks, and the control traffic between them.
     """
 
     kind: str
+    sharded: bool
     runtime: Runtime
 
+    def build(self, make: Callable[[], T]) -> T:
+        """What `make` builds; a sharded strategy lets rank 0 alone make it and leaves the parameters of the others on the
+        meta device until `prepare`.
+
+        Raises:
+            BurnishError: As `make` raised it, on every rank.
+        """
+        ...
+
     def prepare(self, models: Mapping[str, nn.Module]) -> None:
-        """Lay the models over the ranks, in place; before parameters are taken and the optimizer is built."""
+        """Move the models to the device and lay them over the ranks, in place; before parameters are taken and the optimizer
+        is built."""
         ...
 
     def micro(self, last: bool) -> AbstractContextManager[None]:
@@ -57,6 +72,30 @@ class Parallel(Protocol):
 
     def discard(self, parameters: Sequence[Tensor]) -> None:
         """Drop all gradients."""
+        ...
+
+    def save_tensors(self, tensors: Mapping[str, Mapping[str, Tensor]], folder: Path | None) -> None:
+        """Write the tensors of a checkpoint; every rank must come here.
+
+        Args:
+            tensors: Name of a file → its tensors.
+            folder: Where to, on rank 0; None on the others.
+        """
+        ...
+
+    def load_tensors(self, folder: Path, parameters: Mapping[str, Tensor], *, only: str = "") -> dict[str, Tensor]:
+        """The tensors of a checkpoint, whatever strategy wrote it, laid out as this one needs them; every rank must come here.
+
+        Args:
+            parameters: The parameters in training by name: a tensor "<what>/<name>" of a parameter's shape is laid out as
+                that parameter.
+            only: Prefix of the names that are wanted.
+        """
+        ...
+
+    def full_tensors(self, model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and buffers of a model, one after the other, whole, on rank 0; the other ranks must exhaust it too, and
+        get none."""
         ...
 
     def identity(self) -> dict[str, Any]:

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from burnish.engine.parallel.files import read_tensors, write_tensors
 from burnish.engine.runtime import Runtime
+
+T = TypeVar("T")
 
 
 class Single:
     """The models as they are, on this process's device."""
 
     kind = "single"
+    sharded = False
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
 
+    def build(self, make: Callable[[], T]) -> T:
+        """Each rank makes its own."""
+        return make()
+
     def prepare(self, models: Mapping[str, nn.Module]) -> None:
-        """They stay as they are."""
+        """Move them to the device."""
+        for model in models.values():
+            model.to(self.runtime.device)
 
     def micro(self, last: bool) -> AbstractContextManager[None]:
         """Nothing to do."""
@@ -35,9 +46,8 @@ class Single:
     def finish(self, parameters: Sequence[Tensor], scale: float | None) -> Tensor:
         """Undo the loss scale; returns (), the gradients' L2 norm."""
         grads = [p.grad for p in parameters if p.grad is not None]
-        if scale is not None:
-            for grad in grads:
-                grad.mul_(1.0 / scale)
+        if scale is not None and grads:
+            torch._foreach_mul_(grads, 1.0 / scale)
         return get_total_norm(grads)
 
     def clip_and_step(
@@ -52,6 +62,21 @@ class Single:
         """Drop all gradients."""
         for p in parameters:
             p.grad = None
+
+    def save_tensors(self, tensors: Mapping[str, Mapping[str, Tensor]], folder: Path | None) -> None:
+        """Rank 0 writes a file for each part."""
+        if folder is not None:
+            for name, part in tensors.items():
+                write_tensors(folder / f"{name}.safetensors", part)
+
+    def load_tensors(self, folder: Path, parameters: Mapping[str, Tensor], *, only: str = "") -> dict[str, Tensor]:
+        """Whole tensors, on the CPU."""
+        return read_tensors(folder, only)
+
+    def full_tensors(self, model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """The model's own tensors, on rank 0."""
+        held = model.state_dict(keep_vars=True) if self.runtime.is_main else {}
+        yield from ((name, held[name].detach()) for name in names if name in held)
 
     def identity(self) -> dict[str, Any]:
         """One process."""
