@@ -83,7 +83,7 @@ def test_r11_fp32_within_its_precision(name):
     assert (gradient - expected).norm() / expected.norm() < 1e-5
 
 
-def _two_ranks() -> list[dict]:
+def _two_ranks() -> dict[str, list[dict]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -97,13 +97,27 @@ def _two_ranks() -> list[dict]:
     ]
     outputs = [child.communicate(timeout=BOUND)[0] for child in children]
     assert [child.returncode for child in children] == [0, 0]
-    return json.loads(outputs[0].splitlines()[-1])["rows"]
+    return json.loads(outputs[0].splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks() -> list[dict]:
-    """Steps of seven uneven groups, and of a single one, on two processes, compared with one."""
+def both_ranks() -> dict[str, list[dict]]:
     return _two_ranks()
+
+
+@pytest.fixture
+def on_two_ranks(both_ranks: dict[str, list[dict]]) -> list[dict]:
+    """Steps of seven uneven groups, and of a single one, on two processes, compared with one."""
+    return both_ranks["rows"]
+
+
+@pytest.mark.dist
+def test_r32_a_rank_without_memory_tells_the_others(both_ranks):
+    """R-32: the second rank runs out in a forward or backward: both learn of it, and the same step can be done again."""
+    assert len(both_ranks["memory"]) == 4
+    for line in both_ranks["memory"]:
+        assert line["met"] == ["memory", "memory"], line
+        assert line["error"] < 1e-10, line
 
 
 @pytest.mark.dist

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from burnish.config.train import TrainSettings
 from burnish.core.group import Group
-from burnish.disk import format_bytes
 from burnish.engine.memory import SHRINK
 from burnish.engine.plan import StepPlan
 from burnish.engine.runtime import Runtime
@@ -103,7 +102,8 @@ class Budget:
     def tokens(self) -> int:
         """Tokens in a micro-batch at most, as it holds now."""
         c = self._state.counters
-        base = c.auto_budget or choose_budget(self._settings, self._runtime.device.type)
+        sized = c.auto_budget if self._settings.micro_batch_tokens == "auto" else 0
+        base = sized or choose_budget(self._settings, self._runtime.device.type)
         return min(base, c.budget_limit) if c.budget_limit else base
 
     def size(self, models: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
@@ -112,36 +112,32 @@ class Budget:
         c, device = self._state.counters, self._runtime.device
         if self._settings.micro_batch_tokens == "auto" and device.type == "cuda" and not c.auto_budget:
             c.auto_budget = min(self._runtime.gather(self._measure(models, parameters, device)))
+            log.info("micro_batch_tokens: %d (auto: by the device's free memory)", c.auto_budget)
         note_budget(self.tokens)
 
     def _measure(self, models: Mapping[str, Any], parameters: Sequence[Tensor], device: torch.device) -> int:
         configs = [getattr(getattr(m, "inner", None), "config", None) for m in models.values()]
-        if any(config is None for config in configs):
+        dims = [config.get_text_config() for config in configs if config is not None]
+        if len(dims) < len(configs):
             return AUTO_BUDGET["cuda"]
         compute = getattr(models["policy"], "compute_dtype", None) or torch.float32
         checkpointing = self._settings.gradient_checkpointing
-        each = sum(
-            estimate_token_bytes(c.get_text_config(), compute.itemsize, checkpointing=checkpointing)  # pyright: ignore
-            for c in configs
-        )
+        each = sum(estimate_token_bytes(d, compute.itemsize, checkpointing=checkpointing) for d in dims)
         trained = sum(p.numel() * p.element_size() for p in parameters)
         to_come = int(trained * (1 + _MOMENTS[self._settings.optim]))
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        found = size_budget(free, each, to_come)
-        log.info(
-            "micro_batch_tokens: %d (auto: %s free, %s to come for gradients and moments, about %s a token)",
-            found,
-            format_bytes(free),
-            format_bytes(to_come),
-            format_bytes(each),
-        )
-        return found
+        return size_budget(free, each, to_come)
 
     def lower(self, tokens: int) -> None:
         """Memory ran out: no more than `tokens` from here on."""
-        log.warning(
-            "out of memory with %d tokens in a micro-batch: going on with %d (the same gradient)", self.tokens, tokens
-        )
+        if self._runtime.is_main:
+            text = "out of memory with %d tokens in a micro-batch: going on with %d (the same gradient)"
+            log.warning(text, self.tokens, tokens)
         self._state.counters.budget_limit = tokens
         note_budget(tokens)
+
+    def forget(self, limit: int) -> None:
+        """Smaller micro-batches did not help: the limit as it was before."""
+        self._state.counters.budget_limit = limit
+        note_budget(self.tokens)

@@ -176,16 +176,26 @@ class Trainer:
         return False
 
     def _compute_gradient(self, data: StepData) -> Gradient:
-        def compute(plan: StepPlan) -> Gradient:
+        def compute() -> Gradient:
+            plan = self._build_plan(data.groups)
             if plan.oversized:
                 row, most = data.groups[plan.oversized[0]].id, self.budget.tokens
                 self.record.warn_once("oversized", f"{row} is longer than micro_batch_tokens ({most}) and runs alone")
             self.ctx.scale = self.state.scale
             return compute_gradient(self.ctx, data.groups, plan, self.state.method, self.state.counters.step)
 
-        return self._fit_memory(data.groups, compute, self.ctx.can_tell_others)
+        return self._fit_memory(data.groups, compute, told=self.ctx.can_tell_others)
 
-    def _fit_memory(self, groups: Sequence[Group], compute: Callable[[StepPlan], T], told: bool) -> T:
+    def _build_plan(self, groups: Sequence[Group]) -> StepPlan:
+        return build_plan(
+            groups,
+            budget=self.budget.tokens,
+            cap=self.job.settings.per_device_train_batch_size,
+            world=self.job.runtime.world,
+            coupled=self.job.method.coupled,
+        )
+
+    def _fit_memory(self, groups: Sequence[Group], compute: Callable[[], T], *, told: bool) -> T:
         """Compute something of some groups that changes no state; where memory runs out, again with smaller micro-batches.
 
         Args:
@@ -193,15 +203,13 @@ class Trainer:
         """
         before = self.state.counters.budget_limit
         while True:
-            cap, world = self.job.settings.per_device_train_batch_size, self.job.runtime.world
-            coupled = self.job.method.coupled
-            plan = build_plan(groups, budget=self.budget.tokens, cap=cap, world=world, coupled=coupled)
             try:
-                return compute(plan)
+                return compute()
             except Exception as error:
-                smaller = find_smaller(plan, groups, self.budget.tokens)
-                if not is_out_of_memory(error) or smaller is None or not (world == 1 or told):
-                    self.state.counters.budget_limit = before  # it did not help
+                again = is_out_of_memory(error) and (told or self.job.runtime.world == 1)
+                smaller = find_smaller(self._build_plan(groups), groups, self.budget.tokens) if again else None
+                if smaller is None:
+                    self.budget.forget(before)  # it did not help
                     raise
                 error.__traceback__ = None  # its frames hold the tensors of the step
             self._free_memory()
@@ -269,7 +277,7 @@ class Trainer:
         """Evaluate, remember the best; True if training should stop early."""
         cap, chunk = self.job.settings.per_device_train_batch_size, self.source.batch_size
 
-        def evaluate(_: StepPlan) -> dict[str, float]:
+        def evaluate() -> dict[str, float]:
             state, budget = self.state.method, self.budget.tokens
             return run_evaluation(self.ctx, self.job.held_out, state, budget=budget, cap=cap, chunk=chunk)
 
