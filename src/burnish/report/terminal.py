@@ -7,7 +7,7 @@ from typing import Any
 
 from burnish.report.numbers import show_difference, show_interval, show_p, show_value
 from burnish.report.results import Block, read_blocks, say_metric, say_task, show_figure, write_remarks
-from burnish.report.summary import GridFigure, read_summary
+from burnish.report.summary import GridFigure, Limits, read_summary
 
 _MARKS = {"better": "▲", "worse": "▼", "no clear change": "="}
 
@@ -45,12 +45,15 @@ def render_summary(raw: dict[str, Any]) -> str:
     """
     summary = read_summary(raw)
     lines: list[tuple[str, ...]] = []
-    for task, metric, main in summary.metrics:
-        for at, (row, figure) in enumerate(summary.select(task, metric) if main else []):
+    for shown in (metric for metric in summary.metrics if metric.main):
+        for at, (row, figure) in enumerate(summary.select(shown)):
             name = f"{row.name} *" if row.baseline else row.name
-            interval = show_interval(metric, figure.low, figure.high)
-            head = (say_task(task) if at == 0 else "", row.model, name)
-            lines.append((*head, show_value(metric, figure.value), interval, str(figure.runs), *_show_change(figure)))
+            value, interval = (
+                show_value(shown.metric, figure.value),
+                show_interval(shown.metric, figure.low, figure.high),
+            )
+            head = (say_task(shown.task) if at == 0 else "", row.model or "", name)
+            lines.append((*head, value, interval, str(figure.runs), *_show_change(figure)))
     if not lines:
         return ""
     titles = ("task", "model", "method", "mean", "95 % interval", "runs", "", "difference", "over seeds", "p")
@@ -65,11 +68,11 @@ def _show_change(figure: GridFigure) -> tuple[str, ...]:
     change = figure.change
     if change is None:
         return ("", "", "", "")
-    low, high = change.seeds or (None, None)
+    seeds = change.seeds or Limits()
     return (
         {"better": "▲", "worse": "▼", "within noise": "="}.get(change.verdict, " "),
         show_difference(figure.metric, change.difference),
-        show_interval(figure.metric, low, high, difference=True),
+        show_interval(figure.metric, seeds.low, seeds.high, difference=True),
         show_p(change.p_holm).removeprefix("p = ").removeprefix("p "),
     )
 
