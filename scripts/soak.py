@@ -37,6 +37,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DISK_BYTES = 256 << 20
 SAVE_EVERY = 50
+PATIENCE = 300  # seconds in which a process ends after a signal, however slow the machine
 FATAL = {"kill": 6, "term": 3, "int": 1, "full": 3, "fault-kill": 3, "fault-disk": 2}
 HARMLESS = {"clock": 4, "suspend": 1, "second": 1}
 KILL_POINTS = [
@@ -169,6 +170,19 @@ class Segment:
 
     def text(self) -> str:
         return self.out.read_text(encoding="utf-8", errors="replace")
+
+    def wait_at_fault(self) -> None:
+        """Until the process has stopped itself at its fault point, or ended."""
+        while self.process.poll() is None:
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+                    return
+            time.sleep(0.02)
+
+    def go_on(self) -> None:
+        """Let a process that stopped itself run again."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGCONT)
 
     @property
     def training(self) -> bool:
@@ -304,6 +318,7 @@ def fill_disk(plan: Plan, segment: Segment) -> tuple[int | None, str]:
                 with contextlib.suppress(OSError):
                     os.posix_fallocate(stream.fileno(), size, free - left)
                     size += free - left
+            segment.go_on()
             status = segment.wait(0.1)
     filler.unlink()
     return status, f"{left:,} bytes left free · "
@@ -386,18 +401,22 @@ def run_harmless(plan: Plan, segment: Segment, until: float) -> None:
         plan.say(event, segment.step(), text)
 
 
-def disturb(plan: Plan, deadline: float, events: list[str] | None, fixed: float) -> None:
-    """Starts and disturbances until the run is done."""
+def disturb(plan: Plan, deadline: float, events: list[str] | None, fixed: int) -> None:
+    """Starts and disturbances until the run is done; given `events` happen `fixed` steps after a start."""
     root, status = "disturbed", None
     while status != 0:
         at = last_step(plan.stage_dir(root))
-        lifetime = choose_lifetime(plan, deadline, at) if events is None else (fixed if events else None)
+        lifetime = choose_lifetime(plan, deadline, at) if events is None else None
         event = ""
-        if lifetime is not None:
+        if events or lifetime is not None:
             event = events.pop(0) if events else plan.draw.choices(list(FATAL), list(FATAL.values()))[0]
-        segment = Segment(plan, root, plan.steps, choose_fault(plan, event))
+        at_step = f"loop.after_step:{fixed}:stop" if event and events is not None else ""
+        segment = Segment(plan, root, plan.steps, choose_fault(plan, event) or at_step)
         try:
-            run_harmless(plan, segment, segment.started + (lifetime if lifetime is not None else 86400.0))
+            if events is None:
+                run_harmless(plan, segment, segment.started + (lifetime if lifetime is not None else 86400.0))
+            else:
+                segment.wait_at_fault()
             step, status = segment.step(), segment.process.poll()
             note = f"{segment.fault} · " if segment.fault else ""
             if status is None:
@@ -406,15 +425,15 @@ def disturb(plan: Plan, deadline: float, events: list[str] | None, fixed: float)
                     if status is None:
                         plan.say(event, step, f"{note}it went on within what was left")
                         event, note = "kill", ""
-                else:
-                    if segment.fault:
-                        event, note = "kill", f"{segment.fault} not reached · "
+                elif segment.fault != at_step:
+                    event, note = "kill", f"{segment.fault} not reached · "
                 if status is None:
                     number = {"term": signal.SIGTERM, "int": signal.SIGINT}.get(event, signal.SIGKILL)
                     segment.process.send_signal(number)
-                    status = segment.wait(30)
+                    segment.go_on()
+                    status = segment.wait(PATIENCE)
                     if status is None:
-                        raise Failure(f"{event}: still there 30 s later\n{segment.text()[-2000:]}")
+                        raise Failure(f"{event}: still there {PATIENCE} s later\n{segment.text()[-2000:]}")
             elif status not in (0, -9, 5) or (status and not segment.fault):
                 raise Failure(f"ended by itself with {status}\n{segment.text()[-3000:]}")
             if plan.stated is None and (found := re.search(r"at most ([\d,]+) bytes", segment.text())):
@@ -462,7 +481,7 @@ def measure_pace(plan: Plan) -> None:
     shutil.rmtree(plan.disk / "pace")
 
 
-def soak(plan: Plan, minutes: float, steps: int, events: list[str] | None, fixed: float) -> None:
+def soak(plan: Plan, minutes: float, steps: int, events: list[str] | None, fixed: int) -> None:
     """The three runs and the comparison."""
     deadline = plan.began + 60 * minutes
     plan.clock.write_text("0")
@@ -526,7 +545,7 @@ def main() -> int:
     parser.add_argument("--log", type=Path, default=Path("soak.log"))
     parser.add_argument("--steps", type=int, default=0, help="a fixed length instead of one measured for --minutes")
     parser.add_argument("--events", nargs="*", choices=list(FATAL), help="these disturbances, in order, and no others")
-    parser.add_argument("--lifetime", type=float, default=9.0, help="seconds before each of --events")
+    parser.add_argument("--after", type=int, default=20, help="steps of each start before the next of --events")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT / "src"))
@@ -545,7 +564,7 @@ def main() -> int:
             "start", 0, f"seed {seed} · {args.minutes:g} minutes · {args.kind} of {args.model} · full disk by {kind}"
         )
         try:
-            soak(plan, args.minutes, args.steps, args.events, args.lifetime)
+            soak(plan, args.minutes, args.steps, args.events, args.after)
             told = ", ".join(f"{n} {name}" for name, n in sorted(plan.counts.items()))
             plan.say("PASSED", plan.steps, f"seed {seed} · {told}")
             return 0

@@ -1,9 +1,11 @@
 """A parent that has imported everything and forks one child per command, so that hundreds of kills are affordable.
 
 Run as a module it reads one JSON job a line: {"argv": […], "fault": "point:n:kill" | "", "call": "module:name:n:before" | "",
-"kill_after": seconds | null, "signal_after": [number, seconds] | null, "cwd": folder, "log": file, "env": variables, "spare":
-bytes | null} and answers {"status": exit status or −signal}. `call` kills the child before or after the n-th call of a function
-or method, as seen from a module.
+"signal_at": [point, number] | null, "die_at": calls | null, "cwd": folder, "log": file, "env": variables, "spare": bytes |
+null} and answers {"status": exit status or −signal, "calls": number of calls}. No job depends on the clock: `call` kills the
+child before or after the n-th call of a function or method, as seen from a module; for `signal_at` the child stops itself at
+a fault point, and gets the signal there; `die_at` counts every call of Python's and C's functions in the main thread, and the
+child dies within a millisecond after the n-th, in the middle of a system call or a kernel too (0 only counts).
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,28 +45,40 @@ class ForkServer:
         cwd: Path,
         fault: str = "",
         call: str = "",
-        kill_after: float | None = None,
-        signal_after: tuple[int, float] | None = None,
+        signal_at: tuple[str, int] | None = None,
+        die_at: int | None = None,
         env: dict[str, str] | None = None,
         spare: int | None = None,
     ) -> int:
         """Run `burnish argv` in a fresh child; returns its exit status, or −n if signal n ended it.
 
         Args:
+            signal_at: ("point:n", number): the signal is sent when the child passes the fault point for the n-th time.
+            die_at: The number of calls after which the child dies by SIGALRM.
             env: Further environment variables.
             spare: Bytes of address space that the child may take beyond what it has (RLIMIT_AS).
         """
-        job = {"argv": argv, "fault": fault, "call": call, "kill_after": kill_after, "signal_after": signal_after}
+        job = {"argv": argv, "fault": fault, "call": call, "signal_at": signal_at, "die_at": die_at}
         job |= {"env": env or {}, "spare": spare}
+        return int(self._ask(job | {"cwd": str(cwd), "log": str(log)})["status"])
+
+    def count_calls(self, argv: list[str], *, log: Path, cwd: Path) -> int:
+        """Run `burnish argv`, which must succeed; returns how many calls it took: the range of `die_at`."""
+        job = {"argv": argv, "fault": "", "call": "", "signal_at": None, "die_at": 0, "env": {}, "spare": None}
+        answer = self._ask(job | {"cwd": str(cwd), "log": str(log)})
+        assert answer["status"] == 0, log.read_text()[-3000:]
+        return int(answer["calls"])
+
+    def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
         assert self._parent.stdin and self._parent.stdout
-        self._parent.stdin.write((json.dumps(job | {"cwd": str(cwd), "log": str(log)}) + "\n").encode())
+        self._parent.stdin.write((json.dumps(job) + "\n").encode())
         self._parent.stdin.flush()
-        return int(json.loads(self._parent.stdout.readline())["status"])
+        return json.loads(self._parent.stdout.readline())
 
     def close(self) -> None:
         assert self._parent.stdin
         self._parent.stdin.close()
-        self._parent.wait(timeout=20)
+        self._parent.wait()
 
 
 def _kill_at_call(module: str, name: str, nth: str, when: str) -> None:
@@ -88,7 +102,28 @@ def _kill_at_call(module: str, name: str, nth: str, when: str) -> None:
     setattr(owner, last, counted)
 
 
-def _child(job: dict[str, Any]) -> None:
+class _Calls:
+    """Counts calls in the main thread; soon after the `last` of them the process dies."""
+
+    def __init__(self, last: int) -> None:
+        self.count, self._last = 0, last
+
+    def __enter__(self) -> _Calls:
+        sys.setprofile(self._see)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        sys.setprofile(None)
+
+    def _see(self, frame: FrameType, event: str, arg: object) -> None:
+        if event in ("call", "c_call"):
+            self.count += 1
+            if self.count == self._last:
+                sys.setprofile(None)
+                signal.setitimer(signal.ITIMER_REAL, (1 + self._last % 1000) / 1e6)
+
+
+def _child(job: dict[str, Any], told: int) -> None:
     os.chdir(job["cwd"])
     sys.path.insert(0, job["cwd"])  # as `python -m burnish` has it
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -100,7 +135,8 @@ def _child(job: dict[str, Any]) -> None:
     from burnish.cli.main import main
 
     torch.set_num_threads(1)
-    faults._SPEC, faults._ACTIVE = job["fault"], bool(job["fault"])
+    fault = f"{job['signal_at'][0]}:stop" if job["signal_at"] else job["fault"]
+    faults._SPEC, faults._ACTIVE = fault, bool(fault)
     if job["call"]:
         _kill_at_call(*job["call"].split(":"))
     os.environ.update(job["env"])
@@ -112,7 +148,12 @@ def _child(job: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     status = 1
     try:
-        status = main(job["argv"])
+        if job["die_at"] is None:
+            status = main(job["argv"])
+        else:
+            with _Calls(job["die_at"]) as calls:
+                status = main(job["argv"])
+            os.write(told, str(calls.count).encode())
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1
     finally:
@@ -139,21 +180,20 @@ def _serve() -> None:
         apply(name)
     for line in sys.stdin:
         job = json.loads(line)
+        answers, told = os.pipe()
         pid = os.fork()
         if pid == 0:
-            _child(job)
-        timers = []
-        if job["kill_after"] is not None:
-            timers.append(threading.Timer(job["kill_after"], os.kill, (pid, signal.SIGKILL)))
-        if job["signal_after"] is not None:
-            number, seconds = job["signal_after"]
-            timers.append(threading.Timer(seconds, os.kill, (pid, number)))
-        for timer in timers:
-            timer.start()
-        _, status = os.waitpid(pid, 0)
-        for timer in timers:
-            timer.cancel()
-        print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), flush=True)
+            _child(job, told)
+        os.close(told)
+        _, status = os.waitpid(pid, os.WUNTRACED)
+        if os.WIFSTOPPED(status):
+            if job["signal_at"]:
+                os.kill(pid, job["signal_at"][1])
+            os.kill(pid, signal.SIGCONT)
+            _, status = os.waitpid(pid, 0)
+        with os.fdopen(answers) as stream:
+            calls = int(stream.read() or 0)
+        print(json.dumps({"status": os.waitstatus_to_exitcode(status), "calls": calls}), flush=True)
 
 
 if __name__ == "__main__":

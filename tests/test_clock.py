@@ -25,5 +25,5 @@ def test_r36_wall_clock_can_be_set_wrong_in_tests_only(tmp_path: Path, seconds: 
     """R-36: the hook moves `wall` while testing and does nothing otherwise."""
     offset = tmp_path / "clock"
     offset.write_text(str(seconds))
-    assert abs(read_wall(offset, "1") - seconds) < 120
-    assert abs(read_wall(offset, "0")) < 120
+    assert abs(read_wall(offset, "1") - seconds) < 1800
+    assert abs(read_wall(offset, "0")) < 1800

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,7 @@ CONFIG_COMMANDS = (
 
 def run(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=cwd)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd)
 
 
 def modules_of(package: str) -> list[str]:
@@ -73,13 +72,10 @@ def test_the_check_can_fail(tmp_path: Path):
 
 
 @pytest.mark.parametrize("arguments", LIGHT_COMMANDS, ids=" ".join)
-def test_light_commands_start_within_half_a_second(arguments: list[str], tmp_path: Path):
-    best = float("inf")
-    for _ in range(12):  # the best of several: other processes may share the machine
-        begun = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "burnish", *arguments], capture_output=True, cwd=tmp_path)
-        best = min(best, time.perf_counter() - begun)
-        assert done.returncode == 0, done.stderr
-        if best < 0.5:
-            return
-    pytest.fail(f"burnish {' '.join(arguments)} takes {best:.2f} s")
+def test_light_commands_load_few_modules(arguments: list[str], tmp_path: Path):
+    """They start within half a second where a module takes a millisecond; an interpreter alone has 30 to 40."""
+    code = "import sys\nfrom burnish.cli.main import main\n"
+    code += f"status = main({arguments!r})\nprint('LOADED', len(sys.modules))\nsys.exit(status)"
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.rpartition("LOADED")[2]) < 300

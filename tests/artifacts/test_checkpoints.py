@@ -5,7 +5,6 @@ import random
 import shutil
 import signal
 import tempfile
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,11 +15,10 @@ from burnish.artifacts.checkpoints import (
     hold_checkpoint,
     list_checkpoints,
     newest_valid,
-    pin,
     prune,
     verify_checkpoint,
 )
-from burnish.artifacts.folder import DamagedFolder, FolderWriter
+from burnish.artifacts.folder import PINNED, DamagedFolder, FolderWriter
 
 
 def save(stage: Path, step: int, run_id: str = "r", name: str | None = None) -> Path:
@@ -93,10 +91,10 @@ def test_keep_zero_keeps_all_and_the_newest_always_stays(tmp_path):
     for step in range(1, 6):
         save(tmp_path, step)
     assert prune(tmp_path, 0, set()) == []
-    pin(tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-1" / PINNED).touch()
     assert prune(tmp_path, 2, {3}, known_good=5) == [2]
     assert steps(tmp_path) == [1, 3, 4, 5]
-    pin(tmp_path / "checkpoint-1", False)
+    (tmp_path / "checkpoint-1" / PINNED).unlink()
     assert prune(tmp_path, 1, set()) == [1, 3, 4]
 
 
@@ -152,7 +150,7 @@ def test_r19_retention_over_random_histories(fast_folder, seeds):
             )
             chosen = rng.choice(sorted(present))
             if action == "pin":
-                pin(present[chosen])
+                (present[chosen] / PINNED).touch()
                 pinned.add(chosen)
             elif action == "best":
                 best = chosen
@@ -214,7 +212,7 @@ def test_r19_a_reader_that_dies_holds_nothing(tmp_path):
     if pid == 0:
         with hold_checkpoint(tmp_path / "checkpoint-1"):
             os.write(told, b".")
-            time.sleep(60)
+            signal.pause()
         os._exit(0)
     os.read(ready, 1)
     assert prune(tmp_path, 1, set()) == []

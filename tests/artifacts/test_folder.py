@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -248,20 +247,22 @@ def test_r04_a_reader_never_sees_a_gap_while_a_folder_is_replaced(tmp_path):
             sys.executable,
             "-c",
             f"""
+import itertools, sys
 from pathlib import Path
 from burnish.artifacts.folder import FolderWriter
-for i in range(60):
+for i in itertools.count(1):
     with FolderWriter(Path({str(final)!r}), kind="x", meta={{}}) as w:
         w.write_bytes("a", str(i).encode())
 """,
         ]
     )
-    looks = 0
-    while child.poll() is None:
-        assert (final / MANIFEST).exists()
-        looks += 1
-        time.sleep(0.0005)
-    assert child.returncode == 0 and looks > 10
+    seen: set[str] = set()
+    while len(seen) < 40:
+        assert child.poll() is None
+        seen.add((final / MANIFEST).read_text())
+    child.kill()
+    child.wait()
+    clean_leftovers(tmp_path)
     verify_folder(final)
 
 

@@ -14,12 +14,12 @@ from burnish.artifacts.lock import LOCK, RunLock, boot_id, lock_holder, process_
 from burnish.errors import UsageError
 
 HOLD = """
-import sys, time
+import signal, sys
 from pathlib import Path
 from burnish.artifacts.lock import RunLock
 RunLock(Path(sys.argv[1])).acquire()
 print("held", flush=True)
-time.sleep(60)
+signal.pause()
 """
 
 
@@ -110,7 +110,7 @@ def test_a_probe_does_not_take_it_from_a_run_that_starts(tmp_path):
 from pathlib import Path
 from burnish.artifacts.lock import lock_holder
 print("go", flush=True)
-for _ in range(100_000): lock_holder(Path({str(tmp_path)!r}))
+while True: lock_holder(Path({str(tmp_path)!r}))
 """,
         ],
         stdout=subprocess.PIPE,

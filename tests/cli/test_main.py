@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from burnish import __version__
-from burnish.cli.main import ORDER, main, report_failure
+from burnish.cli.failure import report_failure
+from burnish.cli.main import ORDER, main
 from burnish.config.registry import ALIASES, KINDS
 from burnish.errors import (
     BurnishError,

@@ -170,6 +170,7 @@ def test_the_recipe_of_a_verb_is_kept(pipeline: Pipeline):
 
 
 def test_the_folder_is_named_by_k(pipeline: Pipeline):
+    """S2-03."""
     assert main(["sft", "--model", "a/m", "--data", "d", "--top_k", "2"]) == 0
     assert pipeline.loaded is not None and pipeline.loaded.run_name() == "sft_m_top2"
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from burnish.core.attention import _Explicit
 from burnish.core.flex import run_flex
-from burnish.core.plan import build_attention_plan
+from burnish.core.segments import build_attention_plan
 from tests.core.test_attention import _batch
 
 pytestmark = [

@@ -5,7 +5,6 @@ import io
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,9 +158,7 @@ def test_r06_malformed_files(case: Any, words: list[str], kind: str, tmp_path: P
     if case is d12 and kind == "sft":
         pytest.skip("a single completion has no pair to be equal to")
     file, settings = case(tmp_path, kind)
-    started = time.perf_counter()
     status, text = check(STAGES[kind](data=file, **settings))
-    assert time.perf_counter() - started < 5
     assert status == (2 if words else 0), text
     for word in words:
         assert word in text
@@ -176,17 +173,16 @@ def test_r06_before_torch_is_loaded(tmp_path: Path) -> None:
         file, settings = case(tmp_path / case.__name__, "dpo")
         jobs.append([file, settings, 2 if words else 0])
     code = (
-        "import io, json, sys, time; started = time.perf_counter()\n"
+        "import io, json, sys\n"
         "from burnish.config.stages import DpoSettings; from burnish.data.check import run_check\n"
         "for file, settings, expected in json.loads(sys.argv[1]):\n"
         "    status = run_check(DpoSettings(data=file, **settings), tokenizer=sys.argv[2], out=io.StringIO(), as_json=False)\n"
         "    assert status == expected, file\n"
-        "print(time.perf_counter() - started, [m for m in ('torch', 'transformers') if m in sys.modules])\n"
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code, json.dumps(jobs), chat_folder()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    seconds, modules = done.stdout.strip().split(" ", 1)
-    assert modules == "[]" and float(seconds) < 5 * len(jobs)
+    assert done.stdout.strip() == "[]"
 
 
 def test_every_problem_in_one_pass_and_counts_beyond_the_limit(tmp_path: Path) -> None:

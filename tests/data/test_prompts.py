@@ -16,18 +16,14 @@ def test_gsm8k_prompts_hold_what_is_checked(tmp_path: Path) -> None:
     write_lines(
         tmp_path / "test.jsonl", [{"question": f"{i}+1?", "answer": f"sum\n#### {i + 1}", "level": i} for i in range(9)]
     )
-    rows = load_prompts(str(tmp_path), chat_tokenizer(), max_items=4, seed=3)
-    assert len(rows) == 4 and [r.id for r in rows] == [
-        r.id for r in load_prompts(str(tmp_path), chat_tokenizer(), max_items=4, seed=3)
-    ]
-    first = rows[0]
-    number = int(first.tags["level"])
-    assert first.messages == [{"role": "user", "content": f"{number}+1?"}]
+    rows = load_prompts(str(tmp_path), chat_tokenizer())
+    assert len(rows) == 9
+    number, first = 5, rows[5]
+    assert f"{number}+1?" in first.text
     assert first.text.endswith("<|im_start|>assistant\n") and first.prompt_ids == chat_tokenizer().encode(first.text)
     assert (first.answer, first.reference) == (str(number + 1), f"sum\n#### {number + 1}")
-    assert first.tags == {"source": tmp_path.name, "level": str(number)} and first.id == f"test.jsonl:{number + 1}"
-    assert load_prompts(str(tmp_path), chat_tokenizer(), held_out=False)[0].answer == "1"
-    assert load_prompts(str(tmp_path), chat_tokenizer(), split="train[:1]")[0].answer == "1"
+    assert first.source == tmp_path.name and first.id == f"test.jsonl:{number + 1}"
+    assert load_prompts(DataSource(source=str(tmp_path), split="train[:1]"), chat_tokenizer())[0].answer == "1"
 
 
 def test_prompts_of_other_shapes(tmp_path: Path) -> None:
@@ -45,10 +41,9 @@ def test_prompts_of_other_shapes(tmp_path: Path) -> None:
         {"chosen": [*chat("q", "yes")["messages"]], "rejected": [*chat("q", "no")["messages"]]},
     ]
     found = load_prompts(write_lines(tmp_path / "a.jsonl", rows), chat_tokenizer())
-    assert [len(r.messages) if r.messages else 0 for r in found] == [3, 1, 1, 1, 1, 0, 1]
+    assert [r.text.count("<|im_start|>") for r in found] == [4, 2, 2, 2, 2, 0, 2]
     assert [r.reference for r in found] == ["a2", "", "good", "", "yes", "c", "yes"]
-    assert found[1].answer == "4" and found[1].tags["dataset"] == "sums"
-    assert found[5].text == "plain" and found[3].prompt_text == found[4].prompt_text
+    assert found[1].answer == "4" and found[5].text == "plain" and found[3].text == found[4].text
 
 
 def test_bos_and_raw_dialogues(tmp_path: Path) -> None:
@@ -60,17 +55,15 @@ def test_bos_and_raw_dialogues(tmp_path: Path) -> None:
     assert found.text == "User: q\n\nAssistant:"
 
 
-def test_limits_problems_and_nothing(tmp_path: Path) -> None:
-    file = write_lines(tmp_path / "a.jsonl", [pair(1), pair(2, prompt="long " * 50)])
-    assert [r.id for r in load_prompts(file, plain_tokenizer(), max_prompt_length=20)] == ["a.jsonl:1"]
+def test_problems_mappings_and_nothing(tmp_path: Path) -> None:
+    empty = DataSource(source=write_lines(tmp_path / "a.jsonl", [pair(1)]), split="train[:0]")
     with pytest.raises(DataError, match="no prompt"):
-        load_prompts(file, plain_tokenizer(), max_prompt_length=1)
+        load_prompts(empty, plain_tokenizer())
     bad = write_lines(tmp_path / "b.jsonl", [pair(1), "{"])
     with pytest.raises(DataProblems):
         load_prompts(bad, plain_tokenizer())
-    assert len(load_prompts(bad, plain_tokenizer(), on_error="skip")) == 1
     mapped = write_lines(tmp_path / "c.jsonl", [{"ask": "q"}])
-    assert load_prompts(mapped, plain_tokenizer(), columns={"prompt": "ask"})[0].text == "q"
-    assert load_prompts(DataSource(source=mapped, columns={"prompt": "ask"}, format="instruct"), chat_tokenizer())[
-        0
-    ].messages
+    columns = {"prompt": "ask"}
+    assert load_prompts(DataSource(source=mapped, columns=columns), plain_tokenizer())[0].text == "q"
+    (found,) = load_prompts(DataSource(source=mapped, columns=columns, format="instruct"), chat_tokenizer())
+    assert "<|im_start|>user\nq" in found.text

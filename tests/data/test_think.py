@@ -1,12 +1,11 @@
 """Reasoning blocks (S4-08)."""
 
-import time
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from burnish.data.think import strip_think
+from tests.waiting import bounded
 
 
 @pytest.mark.parametrize(
@@ -44,6 +43,5 @@ def test_no_tag_is_ever_left(pieces: list[str]) -> None:
 
 
 def test_many_tags_take_linear_time() -> None:
-    started = time.perf_counter()
-    strip_think("<think>" * 200_000 + "a" * 200_000)
-    assert time.perf_counter() - started < 2
+    with bounded():
+        strip_think("<think>" * 1_000_000 + "a" * 1_000_000)

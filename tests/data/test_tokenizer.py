@@ -48,7 +48,7 @@ def test_templates_may_be_a_list(tmp_path: Path) -> None:
     named = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
     found = TextTokenizer.load(str(write_tokenizer(tmp_path, byte_level(["<a>"]), chat_template=named)))
     assert (found.chat_template, found.chat_templates) == ("d", {"tool_use": "t"})
-    assert found.eos_id is None and found.eos_ids == frozenset() and found.pad_id == 0
+    assert found.eos_id is None and found.eos_ids == frozenset()
 
 
 def test_the_fingerprint_follows_what_matters(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_the_hub_is_not_asked_offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_real_tokenizer(shared: Path) -> None:
     found = TextTokenizer.load(str(shared / "data" / "stories260k-hf"))
-    assert (found.bos_id, found.eos_id, found.eos_ids, found.pad_id) == (1, 2, {1, 2}, 0)
+    assert (found.bos_id, found.eos_id, found.eos_ids) == (1, 2, {1, 2})
     assert found.adds_bos and found.model_max_length == 512 and found.vocab_size == 512
     text = "Once upon a time, there was a little dog."
     assert found.decode(found.encode(text)).strip() == text

@@ -29,7 +29,7 @@ from burnish.engine.parallel.choose import build_parallel
 from burnish.engine.runtime import Runtime
 from burnish.engine.source import extend_ledger
 from burnish.engine.state import TrainState
-from burnish.errors import InterruptedRun, NumericStop, ResourceError
+from burnish.errors import ConfigError, InterruptedRun, NumericStop, ResourceError
 from burnish.models.reference import Reference
 from burnish.track.metrics import read_metrics
 from tests.engine.tiny import CONTROLLED, MIXES, build_groups, build_method, build_policy, trainable
@@ -344,7 +344,7 @@ def test_eval_on_start(tmp_path):
 
 
 def test_an_unknown_best_metric_says_which_there_are(tmp_path):
-    with pytest.raises(ResourceError, match="eval_loss"):
+    with pytest.raises(ConfigError, match="eval_loss"):
         run_training(make_job(tmp_path / "a", metric_for_best_model="eval_bleu"))
 
 

@@ -22,6 +22,7 @@ from burnish.engine.step import compute_gradient
 from burnish.models.reference import Reference
 from tests.engine.tiny import CONTROLLED, MIXES, build_groups, build_method, build_policy, flatten, trainable
 from tests.losses.drawn import REGISTRY
+from tests.waiting import BOUND
 
 # Methods that two processes are tried with too, and every loss type beside them; "dpo aot" is a kind and its loss type.
 METHODS = ["sft", "reward", "sigmoid", "coupled", "dpo aot", "dpo bco_pair", "orpo orpo", "rpo", "wpo", "kto kto"]
@@ -94,7 +95,7 @@ def _two_ranks() -> list[dict]:
         subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, cwd=root)
         for r in range(2)
     ]
-    outputs = [child.communicate(timeout=240)[0] for child in children]
+    outputs = [child.communicate(timeout=BOUND)[0] for child in children]
     assert [child.returncode for child in children] == [0, 0]
     return json.loads(outputs[0].splitlines()[-1])["rows"]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from fractions import Fraction
 
 import pytest
 
-from burnish.evals.answers import is_equal, parse_final_number
+from burnish.evals.answers import parse_final_number
+from tests.waiting import bounded
 
 
 @pytest.mark.parametrize(
@@ -71,19 +71,17 @@ def test_what_is_no_answer(text: str, reason: str) -> None:
     assert (found.value, found.reason) == (None, reason)
 
 
-@pytest.mark.parametrize("text", ["1" * 200_000 + "!", "1," * 100_000, "-" * 200_000, "####" * 50_000, "1/" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["1" * 2_000_000 + "!", "1," * 1_000_000, "-" * 2_000_000, "####" * 500_000, "1/" * 1_000_000]
+)
 def test_hostile_texts_take_linear_time(text: str) -> None:
-    begun = time.monotonic()
-    parse_final_number(text)
-    assert time.monotonic() - begun < 2.0
+    with bounded():
+        parse_final_number(text)
 
 
-def test_comparison_is_exact() -> None:
-    assert is_equal("so 18.00", "#### 18") and is_equal("36/2", "18") and is_equal("1,000", "1000")
-    assert not is_equal("18.001", "18") and not is_equal("", "18")
-    assert not is_equal("0." + "3" * 40, "1/3"), "no rounding"
+def test_numbers_are_exact() -> None:
+    def read(text: str) -> object:
+        return parse_final_number(text).value
 
-
-def test_a_broken_gold_is_an_error_not_a_wrong_answer() -> None:
-    with pytest.raises(ValueError, match="no number in the reference"):
-        is_equal("17", "see above")
+    assert read("so 18.00") == read("#### 18") == read("36/2") and read("1,000") == read("1000")
+    assert read("18.001") != 18 and read("0." + "3" * 40) != read("1/3"), "no rounding"

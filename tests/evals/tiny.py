@@ -33,7 +33,6 @@ def build_tokenizer(path: str = "tiny", words: str = "w") -> TextTokenizer:
         bos_id=None,
         eos_id=1,
         eos_ids=frozenset({1}),
-        pad_id=0,
         vocab_size=VOCAB,
         chat_template=None,
         chat_templates={},

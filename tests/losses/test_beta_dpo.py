@@ -8,6 +8,7 @@ import statistics
 import numpy as np
 import pytest
 
+from burnish.config.dynamic_beta import DynamicBetaSettings
 from burnish.losses.beta_dpo import draw_gumbel
 from burnish.losses.controllers import Unit
 from tests.losses.test_controllers import build, unit
@@ -157,7 +158,9 @@ def test_s0_23_pairs_far_out_cannot_exhaust_the_draw() -> None:
 def test_s0_23_nothing_to_do_is_plain_dpo() -> None:
     """S0-23: ρ = 1, α = 0: β_0 to the last bit, all pairs, and the loss is no longer coupled."""
     controller = build(type="beta_dpo", keep=1.0, alpha=0.0)
-    assert not controller.ahead and not controller.moves
+    assert not DynamicBetaSettings(type="beta_dpo", keep=1.0, alpha=0.0).coupled
     found = controller.advance(draw(1)[0], controller.initial_state())
     assert found.beta == 0.1 and found.kept is None
-    assert build(type="beta_dpo", keep=0.9, alpha=0.0).ahead and build(type="beta_dpo", keep=1.0).ahead
+    assert all(
+        DynamicBetaSettings(type="beta_dpo", **part).coupled for part in ({"keep": 0.9, "alpha": 0.0}, {"keep": 1.0})
+    )

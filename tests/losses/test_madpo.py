@@ -113,7 +113,7 @@ def test_loss_and_gradient_are_each_pair_s_own_times_its_weight(loss_type: str) 
     margins = [float(h) for h in table.group_columns["reward_margin"]]
     weights = torch.tensor([closed_form(h, **shape) for h in margins], dtype=torch.float64)
     assert weights.std() > 0.01, "they matter"
-    want = (plain.mix[0].compute(plain._compute_pairs(outputs, table)).loss * weights).sum()
+    want = (plain.mix[0].compute(plain.compute_pairs(outputs, table)).loss * weights).sum()
     assert result.terms[0].sum.item() == pytest.approx(want.item(), rel=1e-12)
     one, two = (torch.autograd.grad(x, [logprobs], retain_graph=True)[0] for x in (result.terms[0].sum, want))
     torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-15)
@@ -137,7 +137,7 @@ def test_with_wpo_the_weights_multiply_and_the_sft_part_has_none() -> None:
         for s in ({"use_weighting": True}, {"reward_model": "./rm"})
     ]
     method = Dpo(DpoSettings())
-    loss = method.mix[0].compute(method._compute_pairs(outputs, table)).loss
+    loss = method.mix[0].compute(method.compute_pairs(outputs, table)).loss
     assert both[0].item() == pytest.approx((loss * alone[0] * alone[1]).sum().item(), rel=1e-12)  # type: ignore[operator]
     assert both[0].item() != pytest.approx(sums(use_weighting=True)[0].item(), rel=1e-6)
     assert both[1].item() == plain[1].item()

@@ -73,7 +73,7 @@ def test_weighted_loss_and_gradient_are_each_pair_s_own_times_its_weight() -> No
     weights = compute_pair_weights(logprobs, squares, table)
     plain = Dpo(DpoSettings())
     (loss,) = plain.mix
-    want = (loss.compute(plain._compute_pairs(outputs, table)).loss * weights).sum()
+    want = (loss.compute(plain.compute_pairs(outputs, table)).loss * weights).sum()
     assert result.terms[0].sum.item() == pytest.approx(want.item(), rel=1e-13)
     one, two = (torch.autograd.grad(x, [logprobs], retain_graph=True)[0] for x in (result.terms[0].sum, want))
     torch.testing.assert_close(one, two, rtol=1e-13, atol=0)

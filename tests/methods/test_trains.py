@@ -77,7 +77,7 @@ def measure(method: Any, pocket: Pocket, ctx: StepContext) -> torch.Tensor:
     with torch.no_grad():
         batch = build_packed_batch(pocket.fixed)
         outputs = call_models(ctx, batch)
-    pairs = method._compute_pairs(outputs, batch.table)
+    pairs = method.compute_pairs(outputs, batch.table)
     for loss_type in method.mix:
         loss = loss_type.compute(pairs).loss.double()
         total += loss_type.weight * (loss / pairs.chosen_tokens.mean() if loss_type.entry.unit == "token" else loss)

@@ -1,4 +1,4 @@
-"""What trains: S2-01, S2-02, S2-03."""
+"""What trains: S2-01, S2-02."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from burnish.config.stages import RewardSettings, SftSettings
 from burnish.errors import ConfigError
 from burnish.models.export import export_model
-from burnish.models.freeze import compute_share, find_blocks, is_tied, name_training
+from burnish.models.freeze import compute_share, find_blocks, is_tied
 from burnish.models.load import build_model, load_model, quiet
 from tests.models.small import save_small
 
@@ -129,8 +129,3 @@ def test_no_decay_is_norms_and_biases(tmp_path: Path) -> None:
     names = built.no_decay
     assert "transformer.h.0.ln_1.weight" in names and "transformer.h.0.attn.c_attn.bias" in names
     assert "transformer.h.0.attn.c_attn.weight" not in names and "transformer.wte.weight" not in names
-
-
-def test_name_of_what_trains() -> None:
-    """S2-03: K names the result."""
-    assert [name_training(None, 4), name_training(None, 0), name_training(16, None)] == ["top4", "full", "lora16"]

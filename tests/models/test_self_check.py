@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from burnish.core import attention
@@ -120,7 +120,7 @@ def test_a_fused_block_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_layout_that_leaks_between_completions_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    from burnish.core.plan import Segment
+    from burnish.core.segments import Segment
 
     real = self_check.build_attention_plan
 
@@ -166,20 +166,13 @@ def test_the_verdict_is_kept_in_memory_and_on_disk(tmp_path, monkeypatch: pytest
     assert runs == ["lm", "lm", "score", "lm"]
 
 
-def test_it_takes_less_than_a_second_of_processor_time() -> None:
-    check_architecture(packing.build_model("llama"))  # imports
-    start = time.process_time()
-    for family in ("qwen3", "gemma2", "gpt_oss"):
-        check_architecture(packing.build_model(family))
-    assert time.process_time() - start < 3.0
-
-
-def test_a_leak_between_batched_groups_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    from burnish.core import group_attention
-
-    real = group_attention._build_mask
-    monkeypatch.setattr(group_attention, "_build_mask", lambda groups, length: real(groups, length).zero_())
-    assert not check_architecture(packing.build_model("qwen3")).packs
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss"])
+def test_it_is_a_small_computation(family: str) -> None:
+    """Less than a step of a real model takes by far: a tenth of a second, and a count that no machine changes."""
+    model = packing.build_model(family)
+    with FlopCounterMode(display=False) as counter:
+        check_architecture(model)
+    assert 0 < counter.get_total_flops() < 5e7
 
 
 @pytest.mark.parametrize("name", ["attend", "rotate"])

@@ -10,12 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.forkserver import ForkServer
+from tests.waiting import BOUND, read_process_state, wait_until
 
 # Where a run is killed: a fault point and its n-th passing, or the n-th call of a function ("before" it or "after" it).
 # "A > B": killed at A, and the continued run at B. All of them are reached by every method.
@@ -134,19 +134,25 @@ def check_kills(
         assert statuses[:-1] == [-9] * len(faults), f"{point} was not reached: {statuses}"
         assert compute_digest(out / "run") == expected, point
         shutil.rmtree(out)
-    began = time.monotonic()
-    run_until_done(server, build_command(inputs, kind, lora, tmp / "again"), tmp / "again", [{}])
-    length = time.monotonic() - began
-    assert compute_digest(tmp / "again" / "run") == expected
-    draw, killed = random.Random(f"{kind}{lora}"), 0
+    if randoms:
+        check_random_kills(server, inputs, kind, lora, tmp, expected, randoms)
+
+
+def check_random_kills(
+    server: ForkServer, inputs: Path, kind: str, lora: bool, tmp: Path, expected: dict[str, str], randoms: int
+) -> None:
+    out = tmp / "again"
+    out.mkdir()
+    length = server.count_calls(build_command(inputs, kind, lora, out), log=out / "log", cwd=out)
+    assert compute_digest(out / "run") == expected
+    draw = random.Random(f"{kind}{lora}")
     for i in range(randoms):
         out = tmp / f"random-{i}"
-        seconds = draw.uniform(0.05, 0.95) * length
-        first = {"kill_after": seconds}
-        killed += run_until_done(server, build_command(inputs, kind, lora, out), out, [first])[0] == -9
-        assert compute_digest(out / "run") == expected, f"killed after {seconds:.2f} s"
+        first = {"die_at": int(draw.uniform(0.02, 0.95) * length)}
+        statuses = run_until_done(server, build_command(inputs, kind, lora, out), out, [first])
+        assert statuses == [-signal.SIGALRM, 0], statuses
+        assert compute_digest(out / "run") == expected, f"died after {first['die_at']:,} of {length:,} calls"
         shutil.rmtree(out)
-    assert killed >= 0.5 * randoms, f"{killed} of {randoms} came in time"
 
 
 @pytest.mark.parametrize(("kind", "lora"), [("sft", True), ("reward", False), ("dpo", False)])
@@ -171,9 +177,9 @@ def test_r01_kills_with_lora(server, inputs, kind, tmp_path):
     check_kills(server, inputs, kind, True, tmp_path, FEW, 7)
 
 
-# Two processes: who is killed (rank 0, rank 1, both by the hook at a point) and when (training rows written).
+# Two processes: who is killed (rank 0, rank 1, both), and when: at a point, or at a step, where it has stopped itself.
 PAIRS = [
-    ("0", "0"),
+    ("0", "1"),
     ("0", "7"),
     ("0", "31"),
     ("1", "3"),
@@ -199,21 +205,26 @@ def find_ranks(parent: int) -> list[int]:
 
 def run_pair(command: list[str], out: Path, who: str = "", when: str = "") -> int:
     """Exit status of a run of two processes as the command line starts them, some of them killed."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb", "BURNISH_FAULT": f"{when}:kill" if ":" in when else ""}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb", "BURNISH_PEER_TIMEOUT": str(BOUND)}
+    first = 1 if who == "1" else 0
+    stop = f"loop.after_step:{when}:stop@{first}" if when else ""
+    env["BURNISH_FAULT"] = f"{when}:kill" if ":" in when else stop
     out.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, "-m", "burnish", *command, "--num-processes", "2"]
     with (out / "log").open("ab") as log:
         launcher = subprocess.Popen(words, env=env, cwd=out, stdout=log, stderr=log)
-    metrics = out / "run" / "01-dpo" / "metrics.jsonl"
     if who and ":" not in when:
-        while not metrics.exists() or metrics.read_bytes().count(b"\n") < int(when):
+        ranks: list[int] = []
+
+        def is_stopped() -> bool:
             assert launcher.poll() is None, (out / "log").read_text()[-3000:]
-            time.sleep(0.005)
-        ranks = find_ranks(launcher.pid)
-        assert len(ranks) == 2
+            ranks[:] = find_ranks(launcher.pid)
+            return len(ranks) == 2 and read_process_state(ranks[first]) == "T"
+
+        wait_until(is_stopped, "a rank stops itself")
         for pid in ranks if who == "both" else [ranks[int(who)]]:
             os.kill(pid, signal.SIGKILL)
-    return launcher.wait(timeout=180)
+    return launcher.wait(timeout=BOUND)
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +257,7 @@ def test_r13_signals_save_and_say_so(server, inputs, number, tmp_path):
     """R-13, S4-06: Ctrl-C gives 130 and SIGTERM 143, after saving; the same command then ends with the same bits."""
     command = [*build_command(inputs, "dpo", False, tmp_path), "--max-steps", "400", "--save-steps", "1000"]
     out = tmp_path / "log"
-    status = server.run(command, log=out, cwd=tmp_path, signal_after=(int(number), 4.0))
+    status = server.run(command, log=out, cwd=tmp_path, signal_at=("step.backward:5", int(number)))
     text = out.read_text()
     assert status == 128 + number, text[-2000:]
     assert "same command" in text
@@ -255,4 +266,4 @@ def test_r13_signals_save_and_say_so(server, inputs, number, tmp_path):
     assert json.loads((stage / "stage.json").read_text())["state"] == "interrupted"
     steps = [int(p.name.removeprefix("checkpoint-")) for p in stage.glob("checkpoint-*")]
     rows = (stage / "metrics.jsonl").read_text().splitlines()
-    assert steps == [json.loads(rows[-1])["step"]]
+    assert steps == [json.loads(rows[-1])["step"]] == [5]

@@ -97,10 +97,10 @@ def test_the_identity_holds_the_other_stages_that_one_reads():
 def test_relevant_axes_are_the_fewest_that_decide():
     grid = load(RECIPE).grid
     assert grid is not None
-    cells = grid.cells
-    assert find_relevant(grid.axes, cells, lambda c: 1) == []
-    assert find_relevant(grid.axes, cells, lambda c: c.values["prefer"]) == ["prefer"]
-    assert find_relevant(grid.axes, cells, lambda c: (c.values["model"], c.values["prefer.seed"])) == [
-        "model",
-        "prefer.seed",
-    ]
+    labels = [axis.label for axis in grid.axes]
+
+    def found(*decisive: str) -> list[str]:
+        return find_relevant(labels, [(c.values, " ".join(c.values[x] for x in decisive)) for c in grid.cells])
+
+    assert found() == [] and found("prefer") == ["prefer"]
+    assert found("model", "prefer.seed") == ["model", "prefer.seed"]

@@ -283,7 +283,7 @@ DEFECTS: dict[str, Defect] = {
     ),
     "leak_between_siblings": Defect(
         "a completion attends to the one before it",
-        "burnish.core.plan:build_attention_plan",
+        "burnish.core.segments:build_attention_plan",
         (("group.start, prompt_stop) for c in rest", "group.start, first.start + first.length) for c in rest"),),
         ("tests/core/test_attention.py::test_r22_float64_equals_a_dense_mask_to_1e_12",),
     ),

@@ -43,12 +43,12 @@ def old(tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------------------------------ R-28
 
 HOLD = """
-import sys, time
+import signal, sys
 from pathlib import Path
 from burnish.artifacts.run_folder import RunFolder
 RunFolder.open(Path(sys.argv[1]), "old", recipe_text="", resolved={"name": "old"})
 print("held", flush=True)
-time.sleep(60)
+signal.pause()
 """
 
 

@@ -20,6 +20,7 @@ from burnish.errors import NumericStop
 from burnish.track.metrics import read_metrics
 from tests.engine.test_loop import make_job
 from tests.pipeline.test_kill import build_command, compute_digest, run_until_done
+from tests.waiting import BOUND
 
 PLACES = {"sft": "logprobs", "reward": "scores", "sigmoid": "logprobs", "coupled": "logprobs"}
 OPTIONS: dict[str, Any] = {"num_train_epochs": 4.0, "lr_scheduler_type": "constant", "save_steps": 1000}
@@ -106,7 +107,7 @@ def test_r05_all_processes_decide_alike(inputs, tmp_path):
     command = build_command(inputs, "dpo", False, tmp_path)
     env = os.environ | {"BURNISH_TESTING": "1", "OMP_NUM_THREADS": "1", "BURNISH_FAULT": "step.nan_loss:3:nan@1"}
     command = [sys.executable, "-m", "burnish", *command, "--num-processes", "2"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=BOUND)
     assert done.returncode == 0, done.stderr[-3000:]
     stage = tmp_path / "run" / "01-dpo"
     rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]

@@ -12,19 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from burnish.clock import mono
 from tests.pipeline.test_kill import build_command, compute_digest
+from tests.waiting import BOUND, wait_until
 
-LIMIT = 4
+# Seconds of silence after which a process is given up: needed where one is stopped or hangs, and far more than a step takes.
+LIMIT = 20
 
 
-def start(command: list[str], folder: Path, *, fault: str = "") -> tuple[int, str, float]:
-    """(exit status, standard error, seconds) of a two-process run; nothing of its session may be left."""
+def start(command: list[str], folder: Path, *, fault: str = "") -> tuple[int, str]:
+    """(exit status, standard error) of a two-process run; nothing of its session may be left."""
+    silent = ":stop" in fault or ":hang" in fault
     env = os.environ | {"BURNISH_TESTING": "1", "OMP_NUM_THREADS": "1", "TERM": "dumb"}
-    env |= {"BURNISH_PEER_TIMEOUT": str(LIMIT if fault else 60), "BURNISH_FAULT": fault}
+    env |= {"BURNISH_PEER_TIMEOUT": str(LIMIT if silent else BOUND), "BURNISH_FAULT": fault}
     if not fault:
         del env["BURNISH_FAULT"]
-    begun = mono()
     parent = subprocess.Popen(
         [sys.executable, "-m", "burnish", *command, "--num-processes", "2"],
         env=env,
@@ -34,9 +35,9 @@ def start(command: list[str], folder: Path, *, fault: str = "") -> tuple[int, st
         text=True,
         start_new_session=True,
     )
-    _, text = parent.communicate(timeout=240)
+    _, text = parent.communicate(timeout=BOUND)
     assert find_session(parent.pid) == [], "a process of the run is left"
-    return parent.returncode, text, mono() - begun
+    return parent.returncode, text
 
 
 def find_session(leader: int) -> list[int]:
@@ -57,14 +58,14 @@ def find_session(leader: int) -> list[int]:
 def calm(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What an undisturbed two-process run ends with."""
     folder = tmp_path_factory.mktemp("calm")
-    status, text, _ = start(build_command(inputs, "dpo", False, folder), folder)
+    status, text = start(build_command(inputs, "dpo", False, folder), folder)
     assert status == 0, text[-3000:]
     return compute_digest(folder / "run")
 
 
 def check(inputs: Path, folder: Path, calm: dict[str, str], fault: str, words: list[str], status: int) -> None:
     command = build_command(inputs, "dpo", False, folder)
-    found, text, seconds = start(command, folder, fault=fault)
+    found, text = start(command, folder, fault=fault)
     last = text[text.rindex("error: ") :]
     assert text.count("error: ") == 1, text[-3000:]
     assert found == status, text[-3000:]
@@ -72,10 +73,9 @@ def check(inputs: Path, folder: Path, calm: dict[str, str], fault: str, words: l
     assert re.search(r"process 1 \(pid \d+\)", last), last
     for word in words:
         assert word in last, last
-    assert seconds < 60, "the start of the processes included"
     pid = int(re.search(r"process 1 \(pid (\d+)\)", last)[1])  # pyright: ignore
     assert not Path(f"/proc/{pid}").exists()
-    status, text, _ = start(command, folder)
+    status, text = start(command, folder)
     assert status == 0, text[-3000:]
     assert compute_digest(folder / "run") == calm, "the resumed run ends with other bits"
     record = json.loads((folder / "run" / "01-dpo" / "stage.json").read_text())
@@ -109,7 +109,7 @@ def test_r24_killed_stopped_or_hanging_processes(inputs, tmp_path, calm, fault, 
 @pytest.mark.slow
 def test_r24_processes_do_not_outlive_their_parent(inputs, tmp_path):
     """R-24: when the parent is killed, the others save and end."""
-    command = [*build_command(inputs, "dpo", False, tmp_path), "--max-steps", "2000", "--save-steps", "5000"]
+    command = [*build_command(inputs, "dpo", False, tmp_path), "--max-steps", "1000000", "--save-steps", "1000000"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
     parent = subprocess.Popen(
         [sys.executable, "-m", "burnish", *command, "--num-processes", "2"],
@@ -120,13 +120,9 @@ def test_r24_processes_do_not_outlive_their_parent(inputs, tmp_path):
         start_new_session=True,
     )
     metrics = tmp_path / "run" / "01-dpo" / "metrics.jsonl"
-    begun = mono()
-    while not metrics.exists() and mono() - begun < 120:
-        assert parent.poll() is None
+    wait_until(lambda: metrics.exists() or parent.poll() is not None, "the first step is written")
+    assert parent.poll() is None
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    begun = mono()
-    while find_session(parent.pid) and mono() - begun < 30:
-        pass
-    assert find_session(parent.pid) == []
+    wait_until(lambda: not find_session(parent.pid), "all processes have ended")
     assert json.loads((tmp_path / "run" / "01-dpo" / "stage.json").read_text())["state"] == "interrupted"

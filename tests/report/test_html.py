@@ -5,7 +5,6 @@ import random
 import re
 import subprocess
 import sys
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from tests.report.runs import (
     rows_of,
     write_rows,
 )
+from tests.waiting import bounded
 
 VOID = {"meta", "br"}
 TAGS = {
@@ -265,12 +265,11 @@ def test_r29_secrets_do_not_reach_the_page(tmp_path, monkeypatch):
     assert "canary0123" not in page and "canary-1234" not in page and "pass-canary" not in page
 
 
-def test_a_long_run_stays_small_and_quick(tmp_path):
+def test_a_long_run_stays_small(tmp_path):
     run = make_quickstart(tmp_path)
     write_rows(run / "01-sft/metrics.jsonl", rows_of("sft", 20_000, random.Random(0), every=200))
-    began = time.monotonic()
-    page = render_report(run)
-    assert time.monotonic() - began < 20
+    with bounded():
+        page = render_report(run)
     assert page.stat().st_size < 600_000
     check(page)
 

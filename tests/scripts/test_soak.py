@@ -25,8 +25,8 @@ def test_soak_in_small(tmp_path: Path) -> None:
         "--events",
         "kill",
         "full",
-        "--lifetime",
-        "5",
+        "--after",
+        "20",
         "--seed",
         "2",
     ]

@@ -53,14 +53,6 @@ def checkpoint_writer(stage_dir: Path, step: int, *, meta: dict, expected: int |
     return FolderWriter(final, kind=KIND, meta={**meta, "step": step}, expected=expected)
 
 
-def pin(checkpoint: Path, pinned: bool = True) -> None:
-    """Keep a checkpoint for good, or stop keeping it."""
-    if pinned:
-        (checkpoint / PINNED).touch()
-    else:
-        (checkpoint / PINNED).unlink(missing_ok=True)
-
-
 @contextmanager
 def hold_checkpoint(path: Path) -> Iterator[None]:
     """While open, `prune` of any process leaves this checkpoint: it is being read.

@@ -13,7 +13,7 @@ import contextlib
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -63,6 +63,7 @@ class RunFolder:
         resolved: Mapping[str, Any],
         command: list[str] | None = None,
         environment: Mapping[str, Any] | None = None,
+        remarks: Sequence[str] = (),
     ) -> RunFolder:
         """Create `root/name`, or open it again if it belongs to the same recipe; locked until `close`.
 
@@ -73,6 +74,7 @@ class RunFolder:
             resolved: All settings as they hold, plain JSON; `resolved["name"]` is the recipe's name.
             command: The command line, for the record.
             environment: Further facts for environment.json (threads, device, ranks).
+            remarks: Texts that stand above resolved.yaml as comments.
 
         Raises:
             UsageError: A bad name, a folder that is no run, another recipe's run, or one in use.
@@ -112,7 +114,8 @@ class RunFolder:
             run.notes += cleaned
             run.update()
             run._store("recipe.yaml", redact(recipe_text))
-            run._store("resolved.yaml", dump_yaml(settings))
+            comments = "".join(f"# {line}\n" for text in remarks for line in redact(text).splitlines())
+            run._store("resolved.yaml", comments + dump_yaml(settings))
             run._store("environment.json", dump_json(describe_environment(dict(environment or {}))))
         except BaseException:
             lock.release()

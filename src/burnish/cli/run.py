@@ -118,7 +118,7 @@ def execute(
     default_kind: str | None = None,
 ) -> int:
     """Load the recipe, run it, and run the command that comes after; returns the exit status."""
-    from burnish.cli.main import report_failure
+    from burnish.cli.failure import report_failure
 
     code = 1
     try:

@@ -12,6 +12,7 @@ from typing import Any
 from burnish.config.base import Settings
 from burnish.config.checks import check_stage
 from burnish.config.cross_checks import check_models, check_stages
+from burnish.config.distributed_file import apply_file, describe_tables
 from burnish.config.drafts import Draft, identify
 from burnish.config.environment import EnvironmentValue
 from burnish.config.keys import (
@@ -56,6 +57,7 @@ class Assembly:
     ) -> None:
         self.origin, self.default_name, self.problems, self.notes = origin, default_name, problems, notes
         self.sources: dict[str, str] = {}
+        self.tables: dict[str, list[str]] = {}  # what became of the lines of `distributed.config` → stages
         self.top: dict[Layer, dict[str, Node]] = {Layer.FILE: canonicalise(root.value, "", problems, notes)}
         self.drafts = self._draft_stages(root.place)
         self.identity_problems: list[Problem] = []
@@ -204,7 +206,9 @@ class Assembly:
 
     # From layers to settings
 
-    def build(self, *, processes: int, check_machine: bool, need_model: bool) -> Recipe | None:
+    def build(
+        self, *, processes: int, check_machine: bool, need_model: bool, check_device: bool = True
+    ) -> Recipe | None:
         """The recipe, or None if it cannot be made; everything that is wrong is in `problems`."""
         self.problems.extend(self.identity_problems)
         self._check_top_keys()
@@ -217,8 +221,9 @@ class Assembly:
             stages.append(stage)
             found = [*check_stage(stage, draft.path, processes=processes), *_find_missing(draft, stage)]
             if check_machine:
-                found += find_machine_problems(stage, draft.path, Path(self.origin).parent)
+                found += find_machine_problems(stage, draft.path, Path(self.origin).parent, device=check_device)
             self._add_located(found, draft, broken)
+        self.notes.extend(self.describe_files())
         complete = [d for d in self.drafts if d.kind is not None]
         if len(complete) == len(stages) and stages:
             self._add_located(check_stages(stages, [d.name for d in self.drafts]), None, set())
@@ -237,6 +242,10 @@ class Assembly:
             except ConfigError as error:
                 self.problems.append(Problem("run_name", error.message, error.remedy, self._locate("run_name")))
         return recipe
+
+    def describe_files(self) -> tuple[str, ...]:
+        """What became of the lines of each `distributed.config`, one text a table."""
+        return tuple(describe_tables(self.tables))
 
     def _note_starts(self, stages: Sequence[Settings]) -> None:
         """A stage after another that starts from the base model all the same may be a slip."""
@@ -300,6 +309,9 @@ class Assembly:
         assert draft.kind is not None
         cls = settings_class(draft.kind)
         nodes = self._merge_layers(draft, several)
+        nodes, table = apply_file(nodes, draft.path, Path(self.origin).parent, self.problems)
+        if table:
+            self.tables.setdefault(table, []).append(draft.name)
         known: dict[str, Node] = {}
         for key, node in nodes.items():
             if key in cls.model_fields:

@@ -111,7 +111,7 @@ def build_grid(
             wrong.setdefault(problem, []).append(name)
         if recipe is not None and not own:
             values = {axis.label: choice.name for axis, choice in zip(axes, choices, strict=True)}
-            cells.append(Cell(name, values, recipe, assembly.sources))
+            cells.append(Cell(name, values, recipe, assembly.sources, assembly.describe_files()))
     problems.extend(_say_where(problem, where, tried) for problem, where in wrong.items())
     equal = None if problems else find_equal(cells)
     if equal is not None:

@@ -11,8 +11,10 @@ from typing import Any
 
 from burnish.config.base import Settings
 from burnish.config.data import DataSettings
+from burnish.config.distributed import find_contradictions as find_distributed_contradictions
 from burnish.config.dynamic_beta import find_contradictions
 from burnish.config.losses import find_entry, find_readers, find_unread, get_loss_names, is_registered
+from burnish.config.needs import find_entries, find_needs, is_among, list_metrics
 from burnish.config.problems import Problem
 from burnish.config.registry import ALIASES, KINDS, LOSS_TYPES, find_method_spec
 from burnish.config.spelling import describe_suggestions, suggest
@@ -182,6 +184,12 @@ def _check_trainable(s: TrainSettings) -> Found:
 
 
 @_check(TrainSettings)
+def _check_distributed(s: TrainSettings) -> Found:
+    for name, message, remedy in find_distributed_contradictions(s.distributed, s.quantize, s.optim):
+        yield f"distributed.{name}", message, remedy
+
+
+@_check(TrainSettings)
 def _check_evaluation(s: TrainSettings) -> Found:
     at_end_only = s.eval_steps == -1
     if s.load_best_model_at_end and at_end_only:
@@ -196,8 +204,22 @@ def _check_evaluation(s: TrainSettings) -> Found:
             f"is {s.early_stopping_patience}, but eval_steps -1 evaluates only at the end",
             "set eval_steps: N, or 0 for each epoch",
         )
+    metric, known = (s.metric_for_best_model or "").removeprefix("eval_"), list_metrics(s)
+    if metric and known is not None and not is_among(metric, known):
+        yield "metric_for_best_model", *_refuse_metric(metric, known, s)
     if s.greater_is_better is not None and s.metric_for_best_model is None:
         yield "greater_is_better", "is given without metric_for_best_model", "name the metric, or remove it"
+
+
+def _refuse_metric(metric: str, known: list[str], s: TrainSettings) -> tuple[str, str]:
+    """What is wrong with a metric that evaluations do not have, and what to do."""
+    names = [f"eval_{name}" for name in known]
+    near = describe_suggestions(suggest(f"eval_{metric}", names))
+    allowed = f"evaluations of this stage have {', '.join(names)}"
+    if is_among(metric, find_method_spec(s.kind).step_metrics):
+        return f"is {s.metric_for_best_model}, which training steps have, but not evaluations", allowed
+    found = f"is {s.metric_for_best_model}, which no evaluation of this stage has"
+    return found, f"{near} ({allowed})" if near else allowed
 
 
 @_check(TrainSettings)
@@ -219,7 +241,7 @@ def _check_rows(s: TrainSettings) -> Found:
 @_check(DpoSettings)
 @_check(CpoSettings)
 def _check_losses(s: DpoSettings | CpoSettings) -> Found:
-    types, known = get_loss_names(s.loss_type), LOSS_TYPES[s.kind]
+    types, known = get_loss_names(s.loss_type), find_method_spec(s.kind).loss_types
     if not types:
         yield "loss_type", "is an empty list", f"name at least one of {', '.join(known)}"
         return
@@ -260,10 +282,11 @@ def _suggest_loss(word: str, kind: str) -> str:
     alias = ALIASES.get(word)
     if alias is not None and alias.kind == kind:
         return f"write kind: {word}, or loss_type: {_show(alias.fixed['loss_type'])}"
-    near = describe_suggestions(suggest(word, LOSS_TYPES[kind]))
+    known = find_method_spec(kind).loss_types
+    near = describe_suggestions(suggest(word, known))
     elsewhere = [k for k, found in LOSS_TYPES.items() if word in found]
     hint = near or (f"kind {', '.join(elsewhere)} has it" if elsewhere else "")
-    allowed = f"the types are {', '.join(LOSS_TYPES[kind])}, or module:function"
+    allowed = f"the types are {', '.join(known)}, or module:function"
     return f"{hint} ({allowed})" if hint else allowed
 
 
@@ -288,7 +311,7 @@ def _check_pair_weights(s: DpoSettings) -> Found:
                 f"is {getattr(s, name):g}, but no reward_model gives the margins that it is about",
                 "set reward_model: an earlier reward stage, a folder or a hub id, or remove it",
             )
-    sorting = [word for word in get_loss_names(s.loss_type) if not find_entry("dpo", word).aligned]
+    sorting = [name for name, entry in find_entries(s).items() if not entry.aligned]
     for name, given in (("use_weighting", "on" if s.use_weighting else ""), ("reward_model", s.reward_model)):
         if given and sorting:
             yield (
@@ -331,8 +354,8 @@ def _check_label_weights(s: KtoSettings) -> Found:
 
 @_check(DpoSettings)
 def _check_live_reference(s: DpoSettings) -> Found:
-    live = [word for word in get_loss_names(s.loss_type) if find_entry(s.kind, word).live]
-    if live and s.reference_mode == "cached":
+    if s.reference_mode == "cached" and "logits" in find_needs(s).reference:
+        live = [name for name, entry in find_entries(s).items() if entry.live]
         yield (
             "reference_mode",
             f"is cached, but loss_type {', '.join(live)} reads the reference's whole distribution, which is not stored",
@@ -363,11 +386,11 @@ def _check_dynamic_beta(s: Any) -> Found:
         return
     for name, message, remedy in find_contradictions(section, s.beta):
         yield f"dynamic_beta.{name}", message, remedy
-    names = get_loss_names(getattr(s, "loss_type", s.kind)) if section.type != "constant" else []
-    if "epsilon" in names:
+    entries = find_entries(s) if section.type != "constant" else {}
+    if "epsilon" in entries:
         yield "dynamic_beta", f"is {section.type}, but loss_type epsilon moves beta by itself", "remove one of the two"
-    apart = [name for name in names if not find_entry(s.kind, name).aligned]
-    if apart and (section.type == "beta_dpo" or section.unit_pairs is not None):
+    apart = [name for name, entry in entries.items() if not entry.aligned]
+    if apart and section.coupled:
         yield (
             "dynamic_beta",
             f"gives pairs a beta of their own, but loss_type {', '.join(apart)} compares sorted answers, not pairs",

@@ -75,6 +75,14 @@ class DynamicBetaSettings(Settings):
         """Pairs in a unit; None: a unit is a step."""
         return self.unit.pairs if isinstance(self.unit, PairsUnit) else None
 
+    @property
+    def coupled(self) -> bool:
+        """Whether β of a pair, or whether it is trained on, depends on other pairs of its step."""
+        values = self.resolve()
+        moves = self.type in ("risk", "beta_dpo") and values["alpha"] > 0
+        filters = self.type == "beta_dpo" and values["keep"] < 1
+        return filters or (moves and (self.type == "beta_dpo" or self.unit_pairs is not None))
+
 
 REQUIRED: Any = object()
 READ_BY: dict[str, dict[str, Any]] = {

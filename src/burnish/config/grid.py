@@ -75,12 +75,14 @@ class Cell:
     Attributes:
         name: Short, fit for a folder, unique in the grid.
         values: Axis label → name of the choice.
+        tables: What became of the lines of each `distributed.config`.
     """
 
     name: str
     values: Mapping[str, str]
     recipe: Recipe
     sources: Mapping[str, str] = field(default_factory=dict)
+    tables: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ class LoadedRecipe:
         notes: Remarks for the person who started it: aliases that were read, settings without effect.
         processes: Processes that the batch arithmetic was checked for.
         grid: The cells of a recipe with a grid; `recipe` is then the first cell's, with the grid's keys.
+        tables: What became of the lines of each `distributed.config`.
     """
 
     recipe: Recipe
@@ -46,12 +47,15 @@ class LoadedRecipe:
     notes: tuple[str, ...] = ()
     processes: int = 1
     grid: Grid | None = None
+    tables: tuple[str, ...] = ()
 
     def for_cell(self, cell: Cell) -> LoadedRecipe:
         """One cell as a recipe of its own."""
         head = f"# Cell {cell.name} of {self.origin}, resolved: a complete recipe.\n"
         text = head + _dump(cell.recipe.resolved(), ())
-        return replace(self, recipe=cell.recipe, text=text, sources=cell.sources, notes=(), grid=None)
+        return replace(
+            self, recipe=cell.recipe, text=text, sources=cell.sources, notes=(), grid=None, tables=cell.tables
+        )
 
     def source_of(self, path: str) -> str:
         """Where a value comes from ("default" if nothing sets it)."""
@@ -74,6 +78,7 @@ def load_recipe(
     checkpoint: Mapping[str, Any] | None = None,
     processes: int | None = None,
     check_machine: bool = True,
+    check_device: bool = True,
     need_model: bool = True,
     default_kind: str | None = None,
 ) -> LoadedRecipe:
@@ -88,6 +93,7 @@ def load_recipe(
         checkpoint: Settings of a checkpoint: a resolved recipe, or the settings of one stage.
         processes: Processes that share the batch; None: WORLD_SIZE, else 1.
         check_machine: Check that local files exist and that needed extras are installed.
+        check_device: Check that the devices which settings need are here; a login node may have none.
         need_model: Refuse training stages that have no model to start from.
         default_kind: Kind of the one stage of a file that has neither `stages` nor `kind`.
 
@@ -119,16 +125,20 @@ def load_recipe(
         return assembly
 
     def build(assembly: Assembly) -> Recipe | None:
-        return assembly.build(processes=processes, check_machine=check_machine, need_model=need_model)
+        return assembly.build(
+            processes=processes, check_machine=check_machine, check_device=check_device, need_model=need_model
+        )
 
     if tree is not None and not problems:
+        tables: tuple[str, ...] = ()
         recipe, grid, sources = build_grid(tree, assemble, build, words, problems, notes, origin)
     else:
         assembly = assemble(problems, notes)
         recipe, grid, sources = build(assembly), None, assembly.sources
+        tables = assembly.describe_files()
     if problems or recipe is None:
         raise RecipeError(problems, origin=origin)
-    return LoadedRecipe(recipe, origin, text, sources, tuple(dict.fromkeys(notes)), processes, grid)
+    return LoadedRecipe(recipe, origin, text, sources, tuple(dict.fromkeys(notes)), processes, grid, tables)
 
 
 def _world_size(environment: Mapping[str, str]) -> int:

@@ -7,7 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from burnish.config.registry import LOSS_TYPES, LossEntry
+from burnish.config.registry import find_method_spec
+from burnish.config.spec import LossEntry
 
 OWN_SETTINGS = ("beta",)  # what a user's function gets unless it declares others
 
@@ -19,12 +20,12 @@ def get_loss_names(loss_type: str | Sequence[str]) -> list[str]:
 
 def find_entry(kind: str, name: str) -> LossEntry:
     """The registered loss type of a kind, or `module:function` as one."""
-    return LOSS_TYPES.get(kind, {}).get(name) or LossEntry(name, OWN_SETTINGS)
+    return find_method_spec(kind).loss_types.get(name) or LossEntry(name, OWN_SETTINGS)
 
 
 def is_registered(kind: str, name: str) -> bool:
     """Whether a loss type is one of the kind's, not a function of the user's."""
-    return name in LOSS_TYPES.get(kind, {})
+    return name in find_method_spec(kind).loss_types
 
 
 def find_source(module: str) -> Path | None:
@@ -71,9 +72,9 @@ def find_unread(settings: Any, kind: str, entries: Mapping[str, LossEntry]) -> d
 
 def find_family(kind: str) -> set[str]:
     """What the loss types of a kind read, all together."""
-    return {name for entry in LOSS_TYPES.get(kind, {}).values() for name in entry.settings}
+    return {name for entry in find_method_spec(kind).loss_types.values() for name in entry.settings}
 
 
 def find_readers(kind: str, setting: str) -> list[str]:
     """The loss types of a kind that read a setting."""
-    return [n for n, entry in LOSS_TYPES.get(kind, {}).items() if setting in entry.settings]
+    return [n for n, entry in find_method_spec(kind).loss_types.items() if setting in entry.settings]

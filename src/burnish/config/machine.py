@@ -18,13 +18,14 @@ DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", "
 _EXTRAS = {"tensorboard": "track", "wandb": "track", "bitsandbytes": "quant"}
 
 
-def check_machine(settings: Settings, path: str, folder: Path) -> list[Problem]:
+def check_machine(settings: Settings, path: str, folder: Path, *, device: bool = True) -> list[Problem]:
     """Problems of a stage on this machine.
 
     Args:
         settings: The stage.
         path: Where it stands in the recipe ("stages.sft").
         folder: Folder of the recipe, to say so if a missing file lies there.
+        device: Check that a device that the stage needs is here.
     """
     problems = []
     for key, source in _local_sources(settings):
@@ -43,7 +44,7 @@ def check_machine(settings: Settings, path: str, folder: Path) -> list[Problem]:
         problems += _check_extra(f"{path}.quantize", quantize, "bitsandbytes")
     if getattr(settings, "optim", None) == "adamw_8bit":
         problems += _check_extra(f"{path}.optim", "adamw_8bit", "bitsandbytes")
-        if not has_cuda_device():
+        if device and not has_cuda_device():
             problems.append(
                 Problem(
                     f"{path}.optim",

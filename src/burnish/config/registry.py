@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from burnish.config.spec import MethodSpec, ModelSpec, StageSpec
+from burnish.config import loss_types
+from burnish.config.spec import LossEntry, MethodSpec, ModelSpec, StageSpec
 from burnish.errors import ConfigError
 
 
@@ -33,41 +34,10 @@ class Alias:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class LossEntry:
-    """A loss type of a kind.
-
-    Attributes:
-        function: "module:name" of `f(pairs, *, settings…) -> PairLoss`.
-        settings: Settings of the stage that it reads; they are passed by name.
-        coupled: It needs the whole optimizer step at once: it sorts, or moves a statistic before it uses it.
-        state: "module:name" of its running state (`initial()`, `advance(pairs, state, …)`), or None. The function gets it as
-            `state`, and, if it is coupled too, `evaluating`: a state that it moves itself then stands still.
-        aligned: Its number g belongs to pair g; False where it sorts, so that weights of single pairs have no meaning.
-        unit: What its sum is divided by: pairs, or scored tokens of the chosen completions.
-        defaults: Settings whose default is another with this loss, from its paper.
-        positive: Settings that must not be 0 with it.
-        functionals: "module:name" of `build(settings) -> tuple[Functional, …]`: what it reads of the distribution over the
-            vocabulary; the function finds the sums over an answer's tokens in `pairs.sums`.
-        live: It reads the reference's distribution, so the reference model runs in each step.
-    """
-
-    function: str
-    settings: tuple[str, ...] = ()
-    coupled: bool = False
-    state: str | None = None
-    aligned: bool = True
-    unit: Literal["pair", "token"] = "pair"
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    positive: tuple[str, ...] = ()
-    functionals: str | None = None
-    live: bool = False
-
-
 STAGES = "burnish.config.stages"
-ANSWERS = ("logps/*", "rewards/*")
-PAIRS = ("margins/*", *ANSWERS)
-MOVING_BETA = ("dpo/*", "beta*", "risk/*", "beta_dpo/*")
+ANSWERS = ("logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected")
+PAIRS = (*ANSWERS, "rewards/margins", "rewards/accuracies", "rewards/ties")
+STEPS_OF_PAIRS = ("margins/zero_share", "dpo/beta", "dpo/margin_mean", "dpo/loss", "risk/*", "beta_dpo/*")
 
 _DECLARED: tuple[StageSpec, ...] = (
     MethodSpec(
@@ -86,7 +56,8 @@ _DECLARED: tuple[StageSpec, ...] = (
         summary="reward model from pairs",
         rows="pair",
         models={"policy": ModelSpec(head="score")},
-        metrics=("accuracy", "ties", "scores/*", "margin"),
+        columns=("margin",),
+        metrics=("accuracy", "ties", "scores/chosen", "scores/rejected", "margin"),
     ),
     MethodSpec(
         name="dpo",
@@ -94,11 +65,12 @@ _DECLARED: tuple[StageSpec, ...] = (
         runner="burnish.methods.dpo:Dpo",
         summary="direct preference optimisation",
         rows="pair",
-        reference="logits",
-        coupling="step",
+        reference="logprobs",
+        loss_types=loss_types.DPO,
         model_settings=("reference", "reward_model"),
         harmless=frozenset({"margin_records"}),
-        metrics=(*PAIRS, *MOVING_BETA, "wpo_weights", "madpo_*", "divergence/*", "epsilon_steps*"),
+        metrics=(*PAIRS, "wpo_weights", "madpo_weights", "madpo_margins"),
+        step_metrics=STEPS_OF_PAIRS,
     ),
     MethodSpec(
         name="cpo",
@@ -106,9 +78,10 @@ _DECLARED: tuple[StageSpec, ...] = (
         runner="burnish.methods.cpo:Cpo",
         summary="contrastive preference optimisation",
         rows="pair",
-        coupling="step",
+        loss_types=loss_types.CPO,
         harmless=frozenset({"margin_records"}),
-        metrics=(*PAIRS, *MOVING_BETA),
+        metrics=PAIRS,
+        step_metrics=STEPS_OF_PAIRS,
     ),
     MethodSpec(
         name="simpo",
@@ -116,9 +89,10 @@ _DECLARED: tuple[StageSpec, ...] = (
         runner="burnish.methods.simpo:Simpo",
         summary="simple preference optimisation",
         rows="pair",
-        coupling="step",
+        loss_types=loss_types.SIMPO,
         harmless=frozenset({"margin_records"}),
-        metrics=(*PAIRS, *MOVING_BETA),
+        metrics=PAIRS,
+        step_metrics=STEPS_OF_PAIRS,
     ),
     MethodSpec(
         name="orpo",
@@ -126,9 +100,10 @@ _DECLARED: tuple[StageSpec, ...] = (
         runner="burnish.methods.orpo:Orpo",
         summary="odds-ratio preference optimisation",
         rows="pair",
-        coupling="step",
+        loss_types=loss_types.ORPO,
         harmless=frozenset({"margin_records"}),
-        metrics=(*PAIRS, *MOVING_BETA, "log_odds*"),
+        metrics=PAIRS,
+        step_metrics=STEPS_OF_PAIRS,
     ),
     MethodSpec(
         name="distill",
@@ -150,18 +125,24 @@ _DECLARED: tuple[StageSpec, ...] = (
         summary="preference optimisation from labels",
         rows="label",
         reference="logprobs",
-        coupling="step",
+        loss_types=loss_types.KTO,
         model_settings=("reference",),
-        metrics=("kl", *ANSWERS),
+        metrics=ANSWERS,
     ),
     StageSpec(
         name="evaluate",
         settings=f"{STAGES}:EvaluateSettings",
-        runner="burnish.evals.evaluate:run_evaluation",
+        runner="burnish.evals.evaluate:evaluate_subjects",
         summary="held-out figures",
     ),
 )
 KINDS: dict[str, StageSpec] = {spec.name: spec for spec in _DECLARED}
+# Kind → its loss types, functions of pairs.
+LOSS_TYPES: dict[str, Mapping[str, LossEntry]] = {
+    spec.name: spec.loss_types
+    for spec in _DECLARED
+    if isinstance(spec, MethodSpec) and spec.rows == "pair" and spec.loss_types
+}
 _OWN: dict[str, MethodSpec] = {}  # "module:NAME" → kinds of a user's own, once a recipe has named them
 
 
@@ -172,6 +153,11 @@ def find_spec(kind: str) -> StageSpec:
         ConfigError: There is no such kind.
     """
     return KINDS[kind] if kind in KINDS else load_own_spec(kind)
+
+
+def find_known(kind: str) -> StageSpec | None:
+    """What a kind is, if that is known without importing anything: a record of somebody's run may name any module."""
+    return KINDS.get(kind) or _OWN.get(kind)
 
 
 def find_method_spec(kind: str) -> MethodSpec:
@@ -257,6 +243,7 @@ ALIASES: dict[str, Alias] = {
 # Settings that are mappings of settings of their own.
 SECTIONS: dict[str, str] = {
     "lora": "burnish.config.train:LoraSettings",
+    "distributed": "burnish.config.distributed:DistributedSettings",
     "dynamic_beta": "burnish.config.dynamic_beta:DynamicBetaSettings",
     "margin_records": "burnish.config.dynamic_beta:MarginRecordSettings",
 }
@@ -267,95 +254,6 @@ CONTROLLERS: dict[str, str] = {
     "cosine": "burnish.losses.controllers:Cosine",
     "risk": "burnish.losses.risk:Risk",
     "beta_dpo": "burnish.losses.beta_dpo:BetaDpo",
-}
-
-DIVERGENCE = ("f_divergence_type", "f_alpha_divergence_coef")
-
-LOSS_TYPES: dict[str, dict[str, LossEntry]] = {
-    "dpo": {
-        "sigmoid": LossEntry(
-            "burnish.losses.dpo:compute_sigmoid_loss",
-            ("beta", "label_smoothing", *DIVERGENCE),
-        ),
-        "robust": LossEntry(
-            "burnish.losses.dpo:compute_robust_loss",
-            ("beta", "label_smoothing", *DIVERGENCE),
-            defaults={"beta": 0.01, "label_smoothing": 0.1},
-            positive=("label_smoothing",),
-        ),
-        "hinge": LossEntry("burnish.losses.dpo:compute_hinge_loss", ("beta", *DIVERGENCE)),
-        "ipo": LossEntry("burnish.losses.dpo:compute_ipo_loss", ("beta", *DIVERGENCE)),
-        "sigmoid_norm": LossEntry(
-            "burnish.losses.dpo:compute_sigmoid_norm_loss",
-            ("beta", "label_smoothing", *DIVERGENCE),
-            defaults={"beta": 5.0},
-        ),
-        "exo_pair": LossEntry(
-            "burnish.losses.dpo:compute_exo_pair_loss",
-            ("beta", "label_smoothing", *DIVERGENCE),
-            defaults={"label_smoothing": 1e-3},
-            positive=("label_smoothing",),
-        ),
-        "discopop": LossEntry(
-            "burnish.losses.dpo:compute_discopop_loss",
-            ("beta", "discopop_tau", *DIVERGENCE),
-            defaults={"beta": 0.05},
-        ),
-        "nca_pair": LossEntry("burnish.losses.anchored:compute_nca_pair_loss", ("beta",), defaults={"beta": 0.01}),
-        "bco_pair": LossEntry(
-            "burnish.losses.anchored:compute_bco_pair_loss",
-            ("beta",),
-            coupled=True,
-            state="burnish.losses.anchored:RewardShift",
-            defaults={"beta": 0.01},
-        ),
-        "sppo_hard": LossEntry("burnish.losses.anchored:compute_sppo_hard_loss", ("beta",), defaults={"beta": 1e-3}),
-        "apo_zero": LossEntry("burnish.losses.anchored:compute_apo_zero_loss", ("beta",)),
-        "apo_down": LossEntry("burnish.losses.anchored:compute_apo_down_loss", ("beta",)),
-        "aot": LossEntry(
-            "burnish.losses.aot:compute_aot_loss", ("beta", "label_smoothing"), coupled=True, aligned=False
-        ),
-        "aot_unpaired": LossEntry(
-            "burnish.losses.aot:compute_aot_unpaired_loss", ("beta", "label_smoothing"), coupled=True, aligned=False
-        ),
-        "sft": LossEntry("burnish.losses.sft:compute_chosen_nll", unit="token"),
-        "tdpo1": LossEntry(
-            "burnish.losses.tdpo:compute_tdpo1_loss", ("beta",), functionals="burnish.losses.tdpo:build_tdpo", live=True
-        ),
-        "tdpo2": LossEntry(
-            "burnish.losses.tdpo:compute_tdpo2_loss",
-            ("beta", "tdpo_alpha"),
-            functionals="burnish.losses.tdpo:build_tdpo",
-            live=True,
-        ),
-        "radpo1": LossEntry(
-            "burnish.losses.tdpo:compute_radpo1_loss",
-            ("beta", "radpo_confidence"),
-            functionals="burnish.losses.tdpo:build_radpo",
-            live=True,
-        ),
-        "radpo2": LossEntry(
-            "burnish.losses.tdpo:compute_radpo2_loss",
-            ("beta", "radpo_confidence", "tdpo_alpha"),
-            functionals="burnish.losses.tdpo:build_radpo",
-            live=True,
-        ),
-        "epsilon": LossEntry(
-            "burnish.losses.epsilon:compute_epsilon_loss",
-            ("beta", "epsilon"),
-            state="burnish.losses.epsilon:RunningBeta",
-            defaults={"beta": 0.01},
-            functionals="burnish.losses.epsilon:build_epsilon",
-            live=True,
-        ),
-    },
-    "cpo": {
-        "sigmoid": LossEntry("burnish.losses.cpo:compute_cpo_sigmoid_loss", ("beta", "label_smoothing")),
-        "hinge": LossEntry("burnish.losses.cpo:compute_cpo_hinge_loss", ("beta",)),
-        "ipo": LossEntry("burnish.losses.cpo:compute_cpo_ipo_loss", ("beta",)),
-    },
-    "simpo": {"simpo": LossEntry("burnish.losses.cpo:compute_simpo_loss", ("beta", "simpo_gamma", "label_smoothing"))},
-    "orpo": {"orpo": LossEntry("burnish.losses.orpo:compute_odds_ratio_loss", ("beta",))},
 }
 
 

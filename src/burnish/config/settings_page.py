@@ -50,7 +50,12 @@ Where text is asked for, an unquoted `001` stays `001`. Where a list is asked fo
 setting of the last training stage (`{learning_rate}`) and any setting of a stage (`{dpo.beta}`).
 """
 _SOURCE_TEXT = "`data: FILE` means `data: {source: FILE}`; a list of sources is a mixture."
-_SECTION_TITLES = {"lora": "Adapters", "dynamic_beta": "Dynamic beta", "margin_records": "Margin records"}
+_SECTION_TITLES = {
+    "lora": "Adapters",
+    "distributed": "Several processes",
+    "dynamic_beta": "Dynamic beta",
+    "margin_records": "Margin records",
+}
 _ALIAS_TEXT = "Names from TRL and transformers are accepted; burnish prints the canonical one."
 
 

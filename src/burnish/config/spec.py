@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Head = Literal["lm", "score"]
 RowShape = Literal["completion", "pair", "label", "prompt"]
@@ -27,6 +27,39 @@ class ModelSpec:
     head: Head = "lm"
     start: str | None = None
     learning_rate: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LossEntry:
+    """A loss type of a kind.
+
+    Attributes:
+        function: "module:name" of `f(pairs, *, settings…) -> PairLoss`.
+        settings: Settings of the stage that it reads; they are passed by name.
+        coupled: It needs the whole optimizer step at once: it sorts, or moves a statistic before it uses it.
+        state: "module:name" of its running state (`initial()`, `advance(pairs, state, …)`), or None. The function gets it as
+            `state`, and, if it is coupled too, `evaluating`: a state that it moves itself then stands still.
+        aligned: Its number g belongs to pair g; False where it sorts, so that weights of single pairs have no meaning.
+        unit: What its sum is divided by: pairs, or scored tokens of the chosen completions.
+        defaults: Settings whose default is another with this loss, from its paper.
+        positive: Settings that must not be 0 with it.
+        functionals: "module:name" of `build(settings) -> tuple[Functional, …]`: what it reads of the distribution over the
+            vocabulary; the function finds the sums over an answer's tokens in `pairs.sums`.
+        live: It reads the reference's distribution, so the reference model runs in each step.
+        metrics: Figures that it logs beside rewards and margins, the names in `PairLoss.figures`.
+    """
+
+    function: str
+    settings: tuple[str, ...] = ()
+    coupled: bool = False
+    state: str | None = None
+    aligned: bool = True
+    unit: Literal["pair", "token"] = "pair"
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    positive: tuple[str, ...] = ()
+    functionals: str | None = None
+    live: bool = False
+    metrics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,29 +91,38 @@ class MethodSpec(StageSpec):
     Attributes:
         rows: What it needs of a row of data.
         models: Name → model that it trains; the first is the stage's result, further ones lie beside it.
-        reference: The most that it may read of a reference or teacher: nothing, log-probs, or whole distributions.
-        coupling: "sum": its loss is a sum over groups; "step": with some settings it needs the whole optimizer step.
+        columns: Columns that every example has; 0 where its row gives none.
+        reference: What each such stage reads of a reference or teacher: nothing, log-probs, or whole distributions (logits).
+            A loss type may read more (`LossEntry.live`).
+        coupling: "step": each such stage needs the whole optimizer step at once; "sum": its loss is a sum over groups, unless
+            a loss type or a moving β says otherwise.
+        loss_types: Name → what `loss_type` may be, beside functions of the user's.
         trains_tokens: Its rows may be conversations whose tokens `train_on` chooses; else whole answers are scored.
         source: "module:function" that builds the stage's source of examples from (settings, groups, batch_size=…);
             None: the data, permuted in each epoch.
         model_settings: Settings that may name a model or an earlier stage, beside `model` and `init_from`.
         required: Those of them that must be given.
         harmless: Settings that may change on resume, beside those of every kind.
-        metrics: Patterns of the figures that its method writes, beside "loss" and its parts.
+        metrics: Figures of its loss, beside "loss" and those of its loss types; of held-out data with "eval_" before. Each may
+            also be written for a part, as "name/part": a loss type of a mix, a source of the data.
+        step_metrics: Further figures of training steps, which evaluations do not have.
         best_metric: (name, greater is better) by default for the best checkpoint.
         example: The data set that the example recipe names.
     """
 
     rows: RowShape
+    columns: tuple[str, ...] = ()
     models: Mapping[str, ModelSpec] = field(default_factory=lambda: {"policy": ModelSpec()})
     reference: Literal["none", "logprobs", "logits"] = "none"
     coupling: Literal["sum", "step"] = "sum"
+    loss_types: Mapping[str, LossEntry] = field(default_factory=dict)
     trains_tokens: bool = False
     source: str | None = None
     model_settings: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     harmless: frozenset[str] = frozenset()
     metrics: tuple[str, ...] = ()
+    step_metrics: tuple[str, ...] = ()
     best_metric: tuple[str, bool] = ("eval_loss", False)
     example: str = "pocket/preferences"
 

@@ -222,6 +222,6 @@ class EvaluateSettings(Settings):
     confidence: float = setting(0.95, "Coverage of the intervals.", gt=0, lt=1)
     seed: int = setting(42, "Seed of the choice of items and of the bootstrap.", ge=0)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "Compute type.")
-    attention: Literal["auto", "sdpa", "flex", "padded"] = setting("auto", "Attention backend.")
+    attention: Literal["auto", "varlen", "flex", "sdpa", "padded"] = setting("auto", "Attention backend.")
     max_length: int | None = setting(None, "Tokens of prompt + completion at most.", ge=2)
     chat_template: str | None = setting(None, "Chat template: a file or a text.")

@@ -6,9 +6,10 @@ from typing import Literal
 
 from burnish.config.base import Settings, setting
 from burnish.config.data import DataSettings
+from burnish.config.distributed import DistributedSettings
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Attention = Literal["auto", "sdpa", "flex", "padded"]
+Attention = Literal["auto", "varlen", "flex", "sdpa", "padded"]
 Optimizer = Literal["adamw", "adafactor", "adamw_8bit", "sgd"]
 Quantize = Literal["none", "nf4", "fp4", "int8"]
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
@@ -51,12 +52,15 @@ class TrainSettings(DataSettings):
     )
     untie_embeddings: bool = setting(False, "Untie input embedding and head, so that `top_k` freezes the embedding.")
     gradient_checkpointing: bool = setting(False, "Recompute activations in backward: less memory, more time.")
-    attention: Attention = setting("auto", "Attention backend: auto, sdpa (packed), flex (CUDA, packed), padded.")
+    attention: Attention = setting(
+        "auto", "Attention backend: auto, varlen or flex (CUDA, packed), sdpa (packed), padded."
+    )
     precision: Precision = setting(
         "auto", "Compute type; trainable weights keep fp32 masters. auto = what the device does fast."
     )
     deterministic: bool = setting(True, "Bit-equal reruns where the device allows; off may be faster on CUDA.")
     devices: list[int] | None = setting(None, "CUDA devices to use, e.g. [0, 1].")
+    distributed: DistributedSettings = setting(DistributedSettings(), "How several processes share the stage.")
 
     learning_rate: float = setting(1e-5, "Peak learning rate.", gt=0)
     head_learning_rate: float | None = setting(None, "Own learning rate for a new head (reward score).", gt=0)

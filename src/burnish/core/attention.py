@@ -1,33 +1,42 @@
 """Attention over packed groups, registered with transformers' attention registry.
 
 A row of groups needs no mask: a prompt and its first completion are one causal segment, and every further completion
-attends to its prompt (all of it) and, causally, to itself. Ways, all with the same numbers:
+attends to its prompt (all of it) and, causally, to itself. Keys and values of all segments are gathered once a layer
+(`core.segments`). Ways, all with the same numbers:
 
-- CPU: batched matrix products over blocks of queries (`core.bmm_attention`).
-- Other devices: the public `scaled_dot_product_attention`, one call a segment.
-- Softcaps, sinks and dropout: a softmax written out in fp32, segment by segment.
-- CUDA, if asked for: flex attention (`core.flex`).
+- CPU: the C kernel (`core.kernels`) where it serves; else the public `scaled_dot_product_attention`, one call a segment.
+- CUDA: variable-length attention (`core.varlen`), one launch whatever the number of segments; flex attention (`core.flex`)
+  for softcaps and sinks; `scaled_dot_product_attention` for what varlen does not take (fp32, odd head sizes, old devices).
+- Dropout everywhere, softcaps and sinks on the CPU: a softmax written out in fp32, segment by segment.
 
 Shapes: T tokens of the row, H query heads, N key/value heads, D head size.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from burnish.core.bmm_attention import PackedBmm
 from burnish.core.flex import run_flex
-from burnish.core.plan import AttentionPlan, Segment
+from burnish.core.kernel_attention import KernelAttention
+from burnish.core.segments import AttentionPlan
+from burnish.core.varlen import explain_refusal, run_varlen
 from burnish.errors import BurnishError
 
+log = logging.getLogger("burnish")
+
 SDPA_NAME = "burnish_packed"
+VARLEN_NAME = "burnish_varlen"
 FLEX_NAME = "burnish_flex"
+NAMES = {"sdpa": SDPA_NAME, "varlen": VARLEN_NAME, "flex": FLEX_NAME}
 PLAN_KWARG = "burnish_plan"
 _PLAN_ATTRIBUTE = "_burnish_plan"
 
@@ -78,6 +87,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
+    way: Literal["sdpa", "varlen", "flex"] = "sdpa",
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -91,6 +101,7 @@ def packed_attention(
     Args:
         query: (1, H, T, D). key: (1, N, T, D). value: (1, N, T, Dv).
         attention_mask: Must be None: the layout says all.
+        way: The backend of this model; a call that it does not take goes another way, said once in the log.
         sliding_window: A key is visible if its position is less than this many before the query's.
         softcap: Scores become c·tanh(score / c).
         s_aux: (H,) one more logit per head that joins the softmax and is then dropped.
@@ -105,36 +116,36 @@ def packed_attention(
     query, key, value = _same_dtype(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     window = None if sliding_window is None or sliding_window >= plan.longest else sliding_window
-    if softcap is not None or s_aux is not None or dropout > 0:
+    bent = softcap is not None or s_aux is not None
+    if dropout > 0 or (bent and query.device.type == "cpu"):
         return _Explicit(plan, scale, window, softcap, s_aux, dropout)(query, key, value), None
-    if query.device.type == "cpu":
-        return PackedBmm.apply(query, key, value, plan, scale, window), None  # type: ignore[return-value]
+    if bent or way == "flex":
+        if way != "flex":
+            _say_once("layers with softcaps or sinks run flex attention, which compiles first (minutes, once)")
+        return run_flex(plan, scale, window, softcap, s_aux, query, key, value), None
+    if way == "varlen":
+        refusal = explain_refusal(query, value)
+        if not refusal:
+            return run_varlen(plan, scale, window, query, key, value), None
+        _say_once(f"attention runs by scaled_dot_product_attention, not varlen: {refusal}")
+    if window is None and KernelAttention.takes(query, key, value, plan):
+        return KernelAttention.apply(query, key, value, plan, scale), None  # type: ignore[return-value]
     return _run_sdpa(plan, scale, window, query, key, value), None
 
 
-def flex_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    burnish_plan: AttentionPlan | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """`packed_attention` through one block-masked kernel (CUDA); dropout takes the written-out way."""
-    plan = _admit(query, key, attention_mask, burnish_plan, kwargs)
-    query, key, value = _same_dtype(query, key, value)
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    window = None if sliding_window is None or sliding_window >= plan.longest else sliding_window
-    if dropout > 0:
-        return _Explicit(plan, scale, window, softcap, s_aux, dropout)(query, key, value), None
-    return run_flex(plan, scale, window, softcap, s_aux, query, key, value), None
+class _Backend:
+    """`packed_attention` by one way, as the registry calls it; an object, so that models with it can be pickled."""
+
+    def __init__(self, way: Literal["sdpa", "varlen", "flex"]) -> None:
+        self.way: Literal["sdpa", "varlen", "flex"] = way
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return packed_attention(*args, way=self.way, **kwargs)
+
+
+@lru_cache
+def _say_once(text: str) -> None:
+    log.info(text)
 
 
 def _admit(
@@ -167,35 +178,49 @@ def _same_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
-# ---- every device: public attention ------------------------------------------------------------------------------
+# ---- segment by segment --------------------------------------------------------------------------------------------
 
 
 def _run_sdpa(plan: AttentionPlan, scale: float, window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One `scaled_dot_product_attention` a segment; returns (1, T, H, Dv)."""
     rep = q.shape[1] // k.shape[1]
-    parts = []
-    for s in plan.segments:
-        own = s.stop - s.start
-        keys, values = _segment_keys(s, k, v)
-        plain = s.prompt_stop == s.prompt and (window is None or window >= own)
-        mask = None if plain else plan.visible(s, window, q.device)
-        if mask is not None and rep > 1:  # with a mask, CUDA's fused kernels take no grouped heads
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        # The backward pass of PyTorch's kernel for the CPU takes five times as long in bf16 as in fp32.
+        return _run_sdpa(plan, scale, window, q.float(), k.float(), v.float()).to(q.dtype)
+
+    def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        n, m = queries.shape[2], keys.shape[2]
+        plain = n == m and (window is None or window >= m)
+        mask = None if plain else plan.visible(n, m, window, q.device)
+        if (
+            mask is not None and rep > 1 and q.device.type == "cuda"
+        ):  # its fused kernels take no grouped heads with a mask
             keys, values = keys.repeat_interleave(rep, 1), values.repeat_interleave(rep, 1)
-        given: dict[str, Any] = {"attn_mask": mask, "is_causal": plain, "scale": scale, "enable_gqa": plain and rep > 1}
-        parts.append(F.scaled_dot_product_attention(q.narrow(2, s.start, own), keys, values, **given))
+        grouped = queries.shape[1] != keys.shape[1]
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=grouped
+        )
+
+    return _for_each_piece(attend, plan, window, q, k, v)
+
+
+def _for_each_piece(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    plan: AttentionPlan,
+    window: int | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+) -> Tensor:
+    """(1, H, n, D) queries and (1, N, m, D) keys and values of each piece → (1, H, n, Dv) each → (1, T, H, Dv) in all.
+
+    One gather and three splits: backward touches each gradient once, however many pieces there are.
+    """
+    pieces = plan.pieces(window, q.device)
+    queries = q.split(pieces.queries, 2)
+    keys, values = (pieces.gather(x, 2).split(pieces.keys, 2) for x in (k, v))
+    parts = [attend(*operands) for operands in zip(queries, keys, values, strict=True)]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
-
-
-def _segment_keys(s: Segment, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values a segment sees: its prompt, then itself."""
-    own = s.stop - s.start
-    if s.prompt_stop == s.prompt:
-        return k.narrow(2, s.start, own), v.narrow(2, s.start, own)
-    before = s.prompt_stop - s.prompt
-    return (
-        torch.cat((k.narrow(2, s.prompt, before), k.narrow(2, s.start, own)), dim=2),
-        torch.cat((v.narrow(2, s.prompt, before), v.narrow(2, s.start, own)), dim=2),
-    )
 
 
 @dataclass(frozen=True)
@@ -210,15 +235,12 @@ class _Explicit:
     dropout: float
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        n, rep = k.shape[1], q.shape[1] // k.shape[1]
-        grouped = q[0].unflatten(0, (n, rep))
-        parts = []
-        for s in self.plan.segments:
-            keys, values = _segment_keys(s, k, v)
-            mask = self.plan.visible(s, self.window, q.device)
-            part = self._one(grouped.narrow(2, s.start, s.stop - s.start), keys[0], values[0], mask)
-            parts.append(part.flatten(0, 1))
-        return torch.cat(parts, dim=1).transpose(0, 1)[None].contiguous()
+        def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            grouped = queries[0].unflatten(0, (keys.shape[1], -1))
+            mask = self.plan.visible(queries.shape[2], keys.shape[2], self.window, q.device)
+            return self._one(grouped, keys[0], values[0], mask).flatten(0, 1)[None]
+
+        return _for_each_piece(attend, self.plan, self.window, q, k, v)
 
     def _one(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """q: (N, H/N, n, D); k, v: (N, m, D); mask: (n, m) → (N, H/N, n, Dv)."""
@@ -243,8 +265,9 @@ def register_packed_attention() -> None:
     No mask function is registered: for an unregistered name transformers hands None to the layers at once, while a
     registered one first searches position ids for packed sequences (a device synchronisation).
     """
-    AttentionInterface.register(SDPA_NAME, packed_attention)
-    AttentionInterface.register(FLEX_NAME, flex_attention)
+    AttentionInterface.register(SDPA_NAME, _Backend("sdpa"))
+    AttentionInterface.register(VARLEN_NAME, _Backend("varlen"))
+    AttentionInterface.register(FLEX_NAME, _Backend("flex"))
 
 
 register_packed_attention()

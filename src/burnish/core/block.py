@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from burnish.core.block_attention import BlockSpec, Kept, Turning, attend_heads, attend_heads_backward
-from burnish.core.plan import AttentionPlan
+from burnish.core.block_attention import BlockSpec, Turning, attend_heads, attend_heads_backward
 from burnish.core.rowwise import add_residual, normalise, normalise_backward, scale_rows, swiglu, swiglu_backward
+from burnish.core.segments import AttentionPlan
 
 _KEEP = 1 << 19  # numbers of a norm or of stacked weights that may be kept for backward instead of being computed again
 
 
 class AttentionHalf(torch.autograd.Function):
-    """x + attention(norm(x)), at all rows or at those of `keep`.
+    """x + attention(norm(x)), at all rows or at those of `keep`; where `block_attention.has_kernels`.
 
     Arguments: x (T, h), norm (h,), the weights and biases (None for none) of the query, key and value projections, the norms
     of queries and keys (D,) or None, output weight (h, H·D) and bias, cos and sin (T, D), keep (K,) int64 or None, plan, spec.
@@ -61,8 +61,8 @@ class AttentionHalf(torch.autograd.Function):
         taken = F.linear(_rows(heads.flatten(1), keep), wo.to(spec.low), None if bo is None else bo.to(spec.low))
         weights = norm, wq, wk, wv, bq, bk, bv, q_norm, k_norm, wo, bo
         short = _if_short(n, spec), _if_short(stacked, spec)
-        ctx.save_for_backward(x, rstd, *short, qkv, heads, *weights, cos, sin, keep, *kept.tensors)
-        ctx.plan, ctx.spec, ctx.way = plan, spec, kept.way
+        ctx.save_for_backward(x, rstd, *short, qkv, heads, *weights, cos, sin, keep, *kept)
+        ctx.plan, ctx.spec = plan, spec
         return add_residual(taken, x, keep)
 
     @staticmethod
@@ -77,8 +77,7 @@ class AttentionHalf(torch.autograd.Function):
         d_wo = _weight_gradient(low, _rows(heads.flatten(1), keep), wo) if need[10] else None
         d_bo = grad.sum(0).to(bo.dtype) if need[11] and bo is not None else None
         d_heads = _spread(low @ wo.to(spec.low), keep, heads.shape[0]).view(heads.shape)
-        kept, turning = Kept(ctx.way, tuple(rest)), Turning(q_norm, k_norm, cos, sin)
-        d_qkv, d_qn, d_kn = attend_heads_backward(qkv, kept, d_heads, turning, ctx.plan, spec)
+        d_qkv, d_qn, d_kn = attend_heads_backward(qkv, rest, d_heads, Turning(q_norm, k_norm, cos, sin), ctx.plan, spec)
         d_weights: list[Tensor | None] = [None] * 3
         if any(need[2:5]):
             n = scale_rows(x, rstd, norm, spec.low) if n is None else n

@@ -1,6 +1,7 @@
 """Packed attention through PyTorch's flex attention, for CUDA: one kernel for the whole row with a block mask.
 
-Not used on the CPU, where flex attention has no backward pass.
+For softcaps and sinks, and for all layers under `attention: flex`. Not used on the CPU, where flex attention has no backward
+pass.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from burnish.core.batch import Layout, move
-from burnish.core.plan import AttentionPlan
+from burnish.core.batch import CompletionSpan, GroupSpan, Layout, move
+from burnish.core.segments import AttentionPlan
+
+_BLOCK = 128  # queries and keys of a block
+_COMPILATIONS = 64  # variants of flex attention that may be compiled: window, softcap, sinks, heads, gradient or none
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -75,11 +80,11 @@ def find_blocks(layout: Layout, size: int) -> tuple[np.ndarray, np.ndarray]:
         full[everyone, shared] |= before[everyone, shared]
         full[joint, joint] |= before[joint, joint]
         for part in [prompt, *((c.start, c.start + c.length) for c in group.completions)]:
-            q, whole = touched(*part), inside(*part)
-            visible[q, q] |= causal[q, q]
-            full[whole, whole] |= before[whole, whole]
+            some, all_of = touched(*part), inside(*part)
+            visible[some, some] |= causal[some, some]
+            full[all_of, all_of] |= before[all_of, all_of]
             if part != prompt:
-                visible[q, touched(*prompt)] = True
+                visible[some, touched(*prompt)] = True
     return visible, full
 
 
@@ -106,9 +111,12 @@ def _list_blocks(blocks: np.ndarray) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[..., Any]:
+    """Flex attention, compiled as a whole: where Dynamo gives up, it raises instead of building a (T, T) mask."""
+    import torch._dynamo.config as dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _COMPILATIONS)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def run_flex(
@@ -121,12 +129,17 @@ def run_flex(
     key: Tensor,
     value: Tensor,
 ) -> Tensor:
-    """(1, H, T, D), (1, N, T, D) → (1, T, H, Dv). Sinks are applied through the log-sum-exp: o · e^lse / (e^lse + e^sink)."""
-    attend = _compiled()
-    cached = ("flex", window, query.device)
-    if cached not in plan.block_masks:
-        plan.block_masks[cached] = build_block_mask(plan.layout, window, query.device)
+    """(1, H, T, D), (1, N, T, D) → (1, T, H, Dv). Sinks are applied through the log-sum-exp: o · e^lse / (e^lse + e^sink).
 
+    Rows are padded to few lengths, by tokens that see themselves and that nobody reads, so that few are compiled.
+    """
+    attend = _compiled()
+    total = _round_length(plan.total)
+    mask = plan.cached(
+        ("flex", window, query.device),
+        lambda: build_block_mask(pad_layout(plan.layout, total), window, query.device, _BLOCK),
+    )
+    query, key, value = (F.pad(x, (0, 0, 0, total - plan.total)) for x in (query, key, value))
     limit = softcap or 1.0
 
     def cap(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -134,12 +147,28 @@ def run_flex(
 
     given: dict[str, Any] = {
         "score_mod": None if softcap is None else cap,
-        "block_mask": plan.block_masks[cached],
+        "block_mask": mask,
         "scale": scale,
         "enable_gqa": query.shape[1] != key.shape[1],
     }
     if sinks is None:
-        return attend(query, key, value, **given).transpose(1, 2).contiguous()
-    out, lse = attend(query, key, value, return_lse=True, **given)
-    keep = torch.sigmoid(lse - sinks.to(lse.dtype)[None, :, None])
-    return (out * keep[..., None].to(out.dtype)).transpose(1, 2).contiguous()
+        out = attend(query, key, value, **given)
+    else:
+        out, lse = attend(query, key, value, return_lse=True, **given)
+        keep = torch.sigmoid(lse - sinks.to(lse.dtype)[None, :, None])
+        out = out * keep[..., None].to(out.dtype)
+    return out[:, :, : plan.total].transpose(1, 2).contiguous()
+
+
+def pad_layout(layout: Layout, total: int) -> Layout:
+    """The layout with one more group, of tokens that nobody reads, up to `total`."""
+    spare = total - layout.total
+    if not spare:
+        return layout
+    return Layout(total, (*layout.groups, GroupSpan(layout.total, 0, (CompletionSpan(layout.total, spare),))))
+
+
+def _round_length(total: int) -> int:
+    """At least three blocks (Dynamo compiles one and two apart), then steps of an eighth of the power of two below."""
+    step = max(_BLOCK, 1 << max(0, total.bit_length() - 4))
+    return max(3 * _BLOCK, -(-total // step) * step)

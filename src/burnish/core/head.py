@@ -2,8 +2,8 @@
 
 Log-probabilities and entropy walk the vocabulary in tiles (all rows × some columns), keeping a running log-sum-exp, so
 that the gradient of each weight row is one matrix product. Functionals need whole rows and walk blocks of positions
-(`core.rows`). Neither ever holds a (positions, vocabulary) tensor, unless the products of all positions are few (64 MiB): then
-the tiles keep them for backward.
+(`core.rows`). Neither ever holds a (positions, vocabulary) tensor, unless the products are few (64 MiB on a CPU): then the
+tiles keep them for backward.
 
 Shapes: S positions, h hidden size, V vocabulary.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from burnish.errors import UsageError
 _TILE = 1 << 21  # elements of a logits tile; 8 MB in fp32 stays in the last-level cache
 _ROWS = 4096  # positions of a tile at most
 _KEEP = 1 << 26  # bytes of products kept from forward to backward at most; more of them are computed again
+_KEEP_SHARE = 64  # on a device: one part in so many of its memory, if that is more
 
 
 def compute_token_logprobs(
@@ -225,7 +227,7 @@ class _Tiles:
         """A tile of logits, at least fp32, in the shared buffer."""
         z = self._shaped(self._z, part, stripe)
         raw = self.products(part, stripe, weight)
-        if raw.data_ptr() != z.data_ptr():
+        if self._kept is not None or self._raw is not self._z:
             z.copy_(raw)
         if self.bias is not None:
             z += self.bias[stripe].to(z.dtype)
@@ -284,7 +286,18 @@ class _Tiles:
 def _reserve(hidden: Tensor, weight: Tensor, t: _Tiling) -> Tensor | None:
     """Room for the products of a forward pass whose backward will read them; None where they are too many."""
     size = hidden.shape[0] * weight.shape[0]
-    return hidden.new_empty(size, dtype=t.dtype) if t.keep and size * t.dtype.itemsize <= _KEEP else None
+    fits = t.keep and size * t.dtype.itemsize <= _find_keep_limit(hidden.device)
+    return hidden.new_empty(size, dtype=t.dtype) if fits else None
+
+
+def _find_keep_limit(device: torch.device) -> int:
+    """Bytes of products that may be kept on a device. Kept or computed again, they are the same bits."""
+    return _KEEP if device.type != "cuda" else max(_KEEP, _find_memory(device) // _KEEP_SHARE)
+
+
+@cache
+def _find_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[1]
 
 
 class _TiledHead(torch.autograd.Function):

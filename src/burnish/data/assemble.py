@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from burnish.config.registry import find_method_spec
 from burnish.config.train import TrainSettings
 from burnish.data.columns import ColumnMapping, find_mapping
 from burnish.data.example import Example, Reading
@@ -106,7 +107,7 @@ def load_all(settings: TrainSettings, sources: Sources, reading: Reading, log: P
     if "held_out" in report.splits:
         split_report = report.splits["held_out"]
         loaded.held_out = _sample(loaded.held_out, settings.max_eval_samples, settings.seed, split_report)
-    _fill_columns(loaded, settings.kind)
+    _fill_columns(loaded, find_method_spec(settings.kind).columns)
     return loaded
 
 
@@ -191,13 +192,11 @@ def _check_leaks(loaded: Loaded, log: ProblemLog, *, explicit: bool, skip: bool)
     loaded.held_out = kept
 
 
-def _fill_columns(loaded: Loaded, kind: str) -> None:
-    """Give every example the same columns."""
+def _fill_columns(loaded: Loaded, further: Sequence[str]) -> None:
+    """Give every example the same columns: those that any has, and further ones."""
     examples = [*loaded.train, *loaded.held_out]
     names = {name for example in examples for name in example.columns} - {"label"}  # rows without one are pairs
-    if kind == "reward":
-        names.add("margin")
-    for name in sorted(names):
+    for name in sorted(names.union(further)):
         lacking = [example for example in examples if name not in example.columns]
         for example in lacking:
             example.columns[name] = 0.0

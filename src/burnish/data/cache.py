@@ -150,19 +150,6 @@ def list_entries(folder: Path) -> list[Entry]:
     return sorted(found, key=lambda entry: (entry.used, entry.key))
 
 
-def clear_cache(folder: Path) -> int:
-    """Remove every entry and what interrupted writes left; returns the bytes freed."""
-    freed = 0
-    for path in [*(e.path for e in list_entries(folder)), *(folder.glob(".*.tmp") if folder.is_dir() else [])]:
-        try:
-            size = path.stat().st_size
-            path.unlink()
-            freed += size
-        except OSError:
-            continue
-    return freed
-
-
 def _trim(folder: Path, limit: int, keep: str) -> None:
     for left in folder.glob(".*.tmp"):  # by a process that was killed: no write takes a day
         with contextlib.suppress(OSError):

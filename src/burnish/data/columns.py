@@ -42,14 +42,12 @@ class ColumnMapping:
         pick: How chosen and rejected follow from two answers and a label.
         chat: Texts are a user's and an assistant's message, not bare texts.
         lead: The words that an answer opens with in the file; they move to the end of the prompt, on their own line.
-        summary: What the set is.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     pick: Pick | None = None
     chat: bool = False
     lead: str = ""
-    summary: str = ""
 
 
 def find_mapping(setting: Mapping[str, str] | str | None) -> ColumnMapping | None:
@@ -142,66 +140,44 @@ def _move_lead(row: dict[str, Any], lead: str) -> dict[str, Any]:
     return moved
 
 
+_PAIR = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
 BUNDLED: dict[str, ColumnMapping] = {
-    "hh-rlhf": ColumnMapping({"chosen": "chosen", "rejected": "rejected"}, summary="Anthropic/hh-rlhf"),
-    "openai_summarize_comparisons": ColumnMapping(
-        {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
-        lead="TL;DR:",
-        summary="CarperAI/openai_summarize_comparisons",
-    ),
-    "openai_summarize_tldr": ColumnMapping(
-        {"prompt": "prompt", "completion": "label"}, lead="TL;DR:", summary="CarperAI/openai_summarize_tldr"
-    ),
-    "ultrafeedback_binarized": ColumnMapping(
-        {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
-        summary="HuggingFaceH4/ultrafeedback_binarized",
-    ),
+    # Anthropic/hh-rlhf
+    "hh-rlhf": ColumnMapping({"chosen": "chosen", "rejected": "rejected"}),
+    # CarperAI/openai_summarize_comparisons
+    "openai_summarize_comparisons": ColumnMapping(_PAIR, lead="TL;DR:"),
+    # CarperAI/openai_summarize_tldr
+    "openai_summarize_tldr": ColumnMapping({"prompt": "prompt", "completion": "label"}, lead="TL;DR:"),
+    # HuggingFaceH4/ultrafeedback_binarized
+    "ultrafeedback_binarized": ColumnMapping(_PAIR),
+    # Intel/orca_dpo_pairs
     "orca_dpo_pairs": ColumnMapping(
-        {"system": "system", "prompt": "question", "chosen": "chosen", "rejected": "rejected"},
-        chat=True,
-        summary="Intel/orca_dpo_pairs",
+        {"system": "system", "prompt": "question", "chosen": "chosen", "rejected": "rejected"}, chat=True
     ),
+    # jondurbin/truthy-dpo-v0.1
     "truthy-dpo": ColumnMapping(
-        {"system": "system", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
-        chat=True,
-        summary="jondurbin/truthy-dpo-v0.1",
+        {"system": "system", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}, chat=True
     ),
-    "shp": ColumnMapping(
-        {"prompt": "history"},
-        Pick("human_ref_A", "human_ref_B", ("labels",), "one"),
-        chat=True,
-        summary="stanfordnlp/SHP; labels 1 = A is preferred",
-    ),
+    # stanfordnlp/SHP; labels 1 = A is preferred
+    "shp": ColumnMapping({"prompt": "history"}, Pick("human_ref_A", "human_ref_B", ("labels",), "one"), chat=True),
+    # nvidia/HelpSteer2, preference; strength below 0 = response_1 is better, 0 = a tie, left out
     "helpsteer2": ColumnMapping(
-        {"prompt": "prompt"},
-        Pick("response_1", "response_2", ("preference_strength",), "negative"),
-        chat=True,
-        summary="nvidia/HelpSteer2, preference; strength below 0 = response_1 is better, 0 = a tie, left out",
+        {"prompt": "prompt"}, Pick("response_1", "response_2", ("preference_strength",), "negative"), chat=True
     ),
+    # nvidia/HelpSteer3, preference
     "helpsteer3": ColumnMapping(
-        {"prompt": "context"},
-        Pick("response1", "response2", ("overall_preference",), "negative"),
-        summary="nvidia/HelpSteer3, preference",
+        {"prompt": "context"}, Pick("response1", "response2", ("overall_preference",), "negative")
     ),
+    # openai/webgpt_comparisons
     "webgpt_comparisons": ColumnMapping(
-        {"prompt": "question.full_text"},
-        Pick("answer_0", "answer_1", ("score_0", "score_1"), "larger"),
-        chat=True,
-        summary="openai/webgpt_comparisons",
+        {"prompt": "question.full_text"}, Pick("answer_0", "answer_1", ("score_0", "score_1"), "larger"), chat=True
     ),
+    # PKU-Alignment/PKU-SafeRLHF
     "pku-saferlhf": ColumnMapping(
-        {"prompt": "prompt"},
-        Pick("response_0", "response_1", ("better_response_id",), "zero"),
-        chat=True,
-        summary="PKU-Alignment/PKU-SafeRLHF",
+        {"prompt": "prompt"}, Pick("response_0", "response_1", ("better_response_id",), "zero"), chat=True
     ),
-    "chatbot_arena_conversations": ColumnMapping(
-        {},
-        Pick("conversation_a", "conversation_b", ("winner",), "model_a"),
-        summary="lmsys/chatbot_arena_conversations; ties are left out",
-    ),
-    "databricks-dolly-15k": ColumnMapping(
-        {"instruction": "instruction", "input": "context", "output": "response"},
-        summary="databricks/databricks-dolly-15k",
-    ),
+    # lmsys/chatbot_arena_conversations; ties are left out
+    "chatbot_arena_conversations": ColumnMapping({}, Pick("conversation_a", "conversation_b", ("winner",), "model_a")),
+    # databricks/databricks-dolly-15k
+    "databricks-dolly-15k": ColumnMapping({"instruction": "instruction", "input": "context", "output": "response"}),
 }

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from burnish.config.spec import RowShape
 from burnish.data.messages import Message
-from burnish.data.problems import row_name
+from burnish.data.problems import Problem, RowError, row_name
 
 Form = Literal["text", "plain", "chat", "hh", "ids"]
 
@@ -71,6 +71,22 @@ class Reading:
     format: str = "auto"
     strip_think: bool = False
     strip_control: bool = False
+
+
+def name_answers(count: int) -> tuple[str, ...]:
+    """What the completions of a row are called, by how many there are."""
+    return ("chosen", "rejected") if count == 2 else ("completion",) * count
+
+
+def refuse_identical(example: Example) -> Problem:
+    """The problem of a pair whose two answers are equal."""
+    error = RowError(
+        "chosen and rejected are equal",
+        kind="identical pair",
+        field="rejected",
+        remedy="remove such rows, or set drop_identical: true (then left out and counted)",
+    )
+    return error.at(example.file, example.line)
 
 
 def content_text(example: Example) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from burnish.config.spec import RowShape
 from burnish.data import shapes
-from burnish.data.example import Example, Form, Reading
+from burnish.data.example import Example, Form, Reading, name_answers
 from burnish.data.problems import SKIP_REMEDY, RowError
 from burnish.data.readers import Row
 from burnish.data.strict_json import describe
@@ -25,7 +25,6 @@ class Shape:
     columns: tuple[str, ...]
     gives: frozenset[str]
     read: Callable[[Row, Reading], Example]
-    summary: str
 
 
 def normalise(row: Row, reading: Reading) -> Example:
@@ -143,8 +142,7 @@ def _number(value: Any, name: str) -> float:
 
 def _check_answers(example: Example) -> None:
     """Refuse empty answers and, for pairs, equal ones."""
-    names = ["chosen", "rejected"] if len(example.completions) == 2 else ["completion"]
-    for name, completion in zip(names, example.completions):
+    for name, completion in zip(name_answers(len(example.completions)), example.completions):
         if not _scored_text(example.form, completion).strip():
             raise RowError(
                 "the answer is empty", kind="empty answer", field=name, remedy=f"fill or remove the row; {SKIP_REMEDY}"
@@ -171,38 +169,22 @@ SHAPES: dict[str, Shape] = {
             ("input_ids_chosen", "input_ids_rejected"),
             frozenset({"completion", "pair"}),
             read_tokenised,
-            "token ids of both answers with their prompt",
         ),
-        Shape("tokenised", ("input_ids",), frozenset({"completion"}), read_tokenised, "token ids, optional labels"),
-        Shape("judged", ("prompt_messages", "chosen", "rejected"), _ANY, shapes.read_judged, "judged rollouts"),
-        Shape("rollout", ("prompt_messages",), frozenset({"prompt"}), shapes.read_judged, "prompts of rollouts"),
-        Shape("hh", ("chosen", "rejected"), _ANY, shapes.read_hh, "raw HH-RLHF dialogues"),
-        Shape(
-            "preference",
-            ("chosen", "rejected"),
-            _ANY,
-            shapes.read_pair,
-            "a better and a worse answer, texts or messages",
-        ),
-        Shape("messages", ("messages",), _ONE, shapes.read_messages, "a conversation of role and content"),
-        Shape("sharegpt", ("conversations",), _ONE, shapes.read_sharegpt, "a conversation of from and value"),
-        Shape("alpaca", ("instruction", "output"), _ONE, shapes.read_alpaca, "instruction, input, output"),
-        Shape(
-            "prompt_completion",
-            ("prompt", "completion"),
-            frozenset({"completion"}),
-            shapes.read_completion,
-            "prompt and completion, texts or messages",
-        ),
-        Shape(
-            "labelled",
-            ("prompt", "completion", "label"),
-            frozenset({"label"}),
-            shapes.read_labelled,
-            "prompt and completion with a label: true = good, false = bad",
-        ),
-        Shape("question_answer", ("question", "answer"), _ONE, shapes.read_question, "question and answer (####)"),
-        Shape("prompt", ("prompt",), frozenset({"prompt"}), shapes.read_prompt, "a prompt, text or messages"),
-        Shape("text", ("text",), frozenset({"completion"}), shapes.read_text, "plain text, all of it trained on"),
+        Shape("tokenised", ("input_ids",), frozenset({"completion"}), read_tokenised),
+        Shape("judged", ("prompt_messages", "chosen", "rejected"), _ANY, shapes.read_judged),
+        Shape("rollout", ("prompt_messages",), frozenset({"prompt"}), shapes.read_judged),
+        Shape("hh", ("chosen", "rejected"), _ANY, shapes.read_hh),
+        Shape("preference", ("chosen", "rejected"), _ANY, shapes.read_pair),
+        Shape("messages", ("messages",), _ONE, shapes.read_messages),
+        # a conversation of from and value
+        Shape("sharegpt", ("conversations",), _ONE, shapes.read_sharegpt),
+        Shape("alpaca", ("instruction", "output"), _ONE, shapes.read_alpaca),
+        Shape("prompt_completion", ("prompt", "completion"), frozenset({"completion"}), shapes.read_completion),
+        # prompt and completion with a label: true = good, false = bad
+        Shape("labelled", ("prompt", "completion", "label"), frozenset({"label"}), shapes.read_labelled),
+        Shape("question_answer", ("question", "answer"), _ONE, shapes.read_question),
+        Shape("prompt", ("prompt",), frozenset({"prompt"}), shapes.read_prompt),
+        # plain text, all of it trained on
+        Shape("text", ("text",), frozenset({"completion"}), shapes.read_text),
     )
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 from burnish.data.readers import Row
 from burnish.data.slices import Split
-from burnish.errors import BurnishError, DataError
+from burnish.errors import BurnishError, DataError, ServiceError
 
 
 @lru_cache(maxsize=8)
@@ -40,13 +40,20 @@ def _load(repo: str, subset: str | None) -> Any:
     except BurnishError:
         raise
     except (ConnectionError, OSError) as error:
-        from burnish.data.sources import unreachable
-
-        raise unreachable(repo, error) from error
+        raise _describe_silence(repo, error) from error
     except ValueError as error:
         raise DataError(
             f"the hub data set cannot be read: {str(error)[:300]}", where=repo, remedy="set data.subset"
         ) from error
+
+
+def _describe_silence(text: str, error: BaseException) -> ServiceError:
+    """The hub did not answer."""
+    return ServiceError(
+        f"this is no local path, and the hub cannot be asked: {str(error)[:200]}",
+        where=text,
+        remedy="check the spelling of the path; for a hub data set go online once, or download it and give the folder",
+    )
 
 
 def hub_splits(repo: str, subset: str | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from burnish.config.data import Truncation
@@ -66,6 +67,11 @@ class Fit:
     cut: bool = False
     lost_eos: int = 0
     notes: list[str] = field(default_factory=list)
+
+
+def count_shared(a: Sequence[object], b: Sequence[object]) -> int:
+    """How many items two sequences begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def excess_of(draft: Draft, limits: Limits) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from burnish.data.problems import SKIP_REMEDY, Problem, ProblemLog, RowError
+from burnish.data.problems import SKIP_REMEDY, FileError, ProblemLog, RowError
 
 LINE_LIMIT = 32 * 2**20
 _CHUNK = 1 << 20
@@ -48,30 +48,22 @@ def open_bytes(path: Path) -> IO[bytes]:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
-def sniff(path: Path, shown: str, log: ProblemLog) -> bytes | None:
-    """The first bytes of a text file (0 = empty), or None when it is something else, with the problem logged."""
-    try:
-        with open_bytes(path) as stream:
-            head = stream.read(4096)
-    except DAMAGED as error:
-        log.add(damaged(shown, error))
-        return None
-    except OSError as error:
-        log.add(
-            Problem(
-                shown, None, "", f"cannot be read: {error.strerror or error}", "check its permissions", "file", True
-            )
-        )
-        return None
+def read_head(path: Path, shown: str, log: ProblemLog) -> bytes:
+    """The first bytes of a text file; none: it is empty.
+
+    Raises:
+        FileError: It is not a text file in UTF-8.
+        OSError, EOFError, zlib.error: It cannot be read.
+    """
+    with open_bytes(path) as stream:
+        head = stream.read(4096)
     for magic, name, remedy in _MAGIC:
         if head.startswith(magic):
-            log.add(Problem(shown, None, "", f"the name says text, but byte 0 begins {name}", remedy, "format", True))
-            return None
+            raise FileError(f"the name says text, but byte 0 begins {name}", remedy, kind="format")
     encoding = _wide_encoding(head)
     if encoding:
         remedy = f"convert it: iconv -f {encoding} -t UTF-8"
-        log.add(Problem(shown, None, "", f"not UTF-8: byte 0 looks like {encoding}", remedy, "encoding", True))
-        return None
+        raise FileError(f"not UTF-8: byte 0 looks like {encoding}", remedy, kind="encoding")
     if head.startswith(BOM):
         log.note(shown, "begins with a UTF-8 byte-order mark (stripped)")
     return head
@@ -88,13 +80,6 @@ def _wide_encoding(head: bytes) -> str | None:
         if sample[0::2].count(0) > 0.4 * len(sample) and sample[1] != 0:
             return "UTF-16BE"
     return None
-
-
-def damaged(shown: str, error: BaseException) -> Problem:
-    """A compressed file that ends early or fails its checksum."""
-    return Problem(
-        shown, None, "", f"the compressed data are damaged: {error}", "download or compress it again", "damaged", True
-    )
 
 
 def iter_lines(stream: IO[bytes], limit: int = LINE_LIMIT) -> Iterator[Line]:

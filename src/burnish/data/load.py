@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from burnish.data.columns import ColumnMapping, apply_mapping
-from burnish.data.example import Example, Reading, content_text, identical
+from burnish.data.example import Example, Reading, content_text, identical, refuse_identical
 from burnish.data.formats import normalise
-from burnish.data.problems import SKIP_REMEDY, Problem, ProblemLog, RowDropped, RowError, row_name
+from burnish.data.problems import SKIP_REMEDY, ProblemLog, RowDropped, RowError, row_name
 from burnish.data.readers import Row
 from burnish.data.report import SplitReport
 from burnish.data.slices import Split
@@ -59,7 +59,7 @@ def iter_examples(
             log.add(error.at(row.file, row.line))
             continue
         if identical(example) and not drop_identical:
-            log.add(_identical(example))
+            log.add(refuse_identical(example))
             continue
         report.rows_read += 1
         if identical(example):
@@ -67,16 +67,6 @@ def iter_examples(
             continue
         example.source = source.name
         yield example
-
-
-def _identical(example: Example) -> Problem:
-    error = RowError(
-        "chosen and rejected are equal",
-        kind="identical pair",
-        field="rejected",
-        remedy="remove such rows, or set drop_identical: true (then left out and counted)",
-    )
-    return error.at(example.file, example.line)
 
 
 def _check_id(row: Row, ids: dict[str, str]) -> None:

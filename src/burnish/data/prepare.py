@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import jinja2
@@ -15,10 +16,10 @@ import tokenizers
 from burnish.config.data import DataSettings
 from burnish.config.registry import find_method_spec
 from burnish.config.train import TrainSettings
-from burnish.core.group import Group
+from burnish.core.group import Completion, Group
 from burnish.data.assemble import Sources, are_rows_drawn, find_sources, load_all
 from burnish.data.cache import build_key, data_folder, load_entry, save_entry
-from burnish.data.example import Reading
+from burnish.data.example import Reading, name_answers
 from burnish.data.lengths import Limits
 from burnish.data.problems import ProblemLog
 from burnish.data.report import DataReport
@@ -121,8 +122,8 @@ def _cache_key(settings: TrainSettings, sources: Sources, encoding: Encoding) ->
     own = {name: value for name, value in settings.model_dump(mode="json").items() if name in DataSettings.model_fields}
     return build_key(
         {
-            "want": find_method_spec(settings.kind).rows,
-            "margins": settings.kind == "reward",
+            "rows": find_method_spec(settings.kind).rows,
+            "columns": find_method_spec(settings.kind).columns,
             "seed": settings.seed if are_rows_drawn(settings, sources) else None,
             "settings": own,
             "strip_control": settings.strip_control,
@@ -224,17 +225,15 @@ def fingerprint(*splits: Sequence[Group]) -> str:
 def show_example(group: Group, tokenizer: TextTokenizer) -> str:
     """A group as text; «…» marks the scored tokens, each completion on a line of its own."""
     lines = [f"[{group.id}] prompt ({len(group.prompt)} tokens): {tokenizer.decode(group.prompt.tolist())}"]
-    names = ("chosen", "rejected") if len(group.completions) == 2 else ("completion",) * len(group.completions)
-    for name, completion in zip(names, group.completions):
-        pieces, start = [], 0
-        ids, mask = completion.ids.tolist(), completion.mask.tolist()
-        for i in range(1, len(ids) + 1):
-            if i == len(ids) or mask[i] != mask[start]:
-                text = tokenizer.decode(ids[start:i])
-                pieces.append(f"«{text}»" if mask[start] else text)
-                start = i
-        lines.append(f"{name} ({len(ids)} tokens, {completion.scored} scored): {''.join(pieces)}")
+    for name, completion in zip(name_answers(len(group.completions)), group.completions):
+        pieces = [(tokenizer.decode(ids), scored) for ids, scored in find_runs(completion)]
+        text = "".join(f"«{piece}»" if scored else piece for piece, scored in pieces)
+        lines.append(f"{name} ({len(completion.ids)} tokens, {completion.scored} scored): {text}")
     return "\n".join(lines)
 
 
-__all__ = ["PreparedData", "build_encoding", "find_data_key", "prepare_data"]
+def find_runs(completion: Completion) -> Iterator[tuple[list[int], bool]]:
+    """Stretches of tokens that are all scored or all not."""
+    borders = [0, *(np.flatnonzero(np.diff(completion.mask.astype(np.int8))) + 1).tolist(), len(completion.ids)]
+    for start, stop in pairwise(borders):
+        yield completion.ids[start:stop].tolist(), bool(completion.mask[start])

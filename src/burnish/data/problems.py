@@ -87,6 +87,18 @@ class RowDropped(RowError):
         )
 
 
+class FileError(ValueError):
+    """A file cannot be read, or not beyond some line: a problem that is never skipped."""
+
+    def __init__(self, message: str, remedy: str, *, kind: str = "file", line: int | None = None) -> None:
+        super().__init__(message)
+        self.message, self.remedy, self.kind, self.line = message, remedy, kind, line
+
+    def at(self, file: str) -> Problem:
+        """The problem of this file."""
+        return Problem(file, self.line, "", self.message, self.remedy, self.kind, fatal=True)
+
+
 class DataProblems(DataError):
     """Problems found in one pass over the data; `problems` holds the first ones, `total` counts all."""
 

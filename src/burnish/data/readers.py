@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from burnish.data.lines import DAMAGED, LINE_LIMIT, Line, damaged, decode_line, iter_lines, open_bytes, sniff
-from burnish.data.problems import SKIP_REMEDY, Problem, ProblemLog, RowError
-from burnish.data.strict_json import as_object, parse_json, parse_row
+from burnish.data.lines import DAMAGED, LINE_LIMIT, Line, decode_line, iter_lines, open_bytes, read_head
+from burnish.data.problems import SKIP_REMEDY, FileError, ProblemLog, RowError
+from burnish.data.strict_json import as_object, parse_json, parse_row, skip_space
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 ACCEPTED = ".jsonl, .json, .csv, .tsv, .parquet (each also with .gz)"
 JSON_LIMIT = 2**30
+_ONE_ROW = "give a file with at least one row"
+_ONE_ARRAY = "a .json file holds [{…}, {…}]; one object a line is .jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,30 +55,16 @@ def file_kind(path: Path) -> str | None:
 
 def iter_records(path: Path, shown: str, log: ProblemLog) -> Iterator[Record]:
     """The records of a file; problems that concern the whole file are logged as fatal."""
-    kind = file_kind(path)
-    reader = {
-        ".jsonl": _json_lines,
-        ".ndjson": _json_lines,
-        ".json": _json_array,
-        ".csv": _csv,
-        ".tsv": _csv,
-        ".parquet": _parquet,
-    }.get(kind or "")
-    if reader is None:
-        log.add(
-            _file_problem(
-                shown, f"the ending {''.join(path.suffixes) or '(none)'} is not known", f"accepted are {ACCEPTED}"
-            )
-        )
-        return
     try:
-        yield from reader(path, shown, log)
+        yield from _find_reader(path)(path, shown, log)
+    except FileError as error:
+        log.add(error.at(shown))
     except DAMAGED as error:
-        log.add(damaged(shown, error))
+        remedy = "download or compress it again"
+        log.add(FileError(f"the compressed data are damaged: {error}", remedy, kind="damaged").at(shown))
     except OSError as error:
-        log.add(
-            _file_problem(shown, f"cannot be read: {error.strerror or error}", "check the file and its permissions")
-        )
+        message = f"cannot be read: {error.strerror or error}"
+        log.add(FileError(message, "check the file and its permissions").at(shown))
 
 
 def read_rows(
@@ -124,144 +112,105 @@ def _count(path: Path, shown: str) -> int:
     return sum(1 for _ in iter_records(path, shown, quiet))
 
 
-def _file_problem(shown: str, message: str, remedy: str, line: int | None = None) -> Problem:
-    return Problem(shown, line, "", message, remedy, "file", fatal=True)
+def _find_reader(path: Path) -> Callable[[Path, str, ProblemLog], Iterator[Record]]:
+    kind = file_kind(path)
+    if kind is None:
+        raise FileError(f"the ending {''.join(path.suffixes) or '(none)'} is not known", f"accepted are {ACCEPTED}")
+    return {".json": _json_array, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}.get(kind, _json_lines)
 
 
-def _empty(shown: str, head: bytes) -> Problem:
+def _empty(head: bytes) -> FileError:
     found = "is empty" if not head else "holds only blank lines"
-    return _file_problem(shown, f"the file {found}", "give a file with at least one row")
+    return FileError(f"the file {found}", _ONE_ROW)
 
 
 def _json_lines(path: Path, shown: str, log: ProblemLog) -> Iterator[Record]:
-    head = sniff(path, shown, log)
-    if head is None:
-        return
+    head = read_head(path, shown, log)
     seen = 0
     with open_bytes(path) as stream:
         for line in iter_lines(stream):
-            if line.data is not None and not line.data.strip():
+            bare = line.data.strip() if line.data is not None else None
+            if bare == b"":
                 continue
-            if (not seen and line.data is not None and line.data.strip() in (b"[", b"[{")) or _is_array(line, seen):
-                log.add(
-                    _file_problem(
-                        shown,
-                        "holds one JSON array, but .jsonl means one object a line",
-                        "rename it to end in .json",
-                        1,
-                    )
-                )
-                return
+            if not seen and bare is not None and (bare == b"[" or bare.startswith(b"[{")):
+                message = "holds one JSON array, but .jsonl means one object a line"
+                raise FileError(message, "rename it to end in .json", line=1)
             seen += 1
             yield Record(line.number, lambda line=line: parse_row(decode_line(line)))
     if not seen:
-        log.add(_empty(shown, head))
-
-
-def _is_array(line: Line, seen: int) -> bool:
-    return not seen and line.data is not None and line.data.lstrip().startswith(b"[{")
+        raise _empty(head)
 
 
 def _json_array(path: Path, shown: str, log: ProblemLog) -> Iterator[Record]:
-    head = sniff(path, shown, log)
-    if head is None:
-        return
+    head = read_head(path, shown, log)
     with open_bytes(path) as stream:
         data = stream.read(JSON_LIMIT + 1)
     if len(data) > JSON_LIMIT:
-        log.add(_file_problem(shown, "is larger than 1 GB", "convert it to JSON Lines, which is read line by line"))
-        return
+        raise FileError("is larger than 1 GB", "convert it to JSON Lines, which is read line by line")
     try:
         text = decode_line(Line(1, 0, data)).removeprefix("\ufeff")
     except RowError as error:
-        log.add(_file_problem(shown, error.message, error.remedy))
-        return
+        raise FileError(error.message, error.remedy) from error
     bare = text.lstrip()
     if not bare:
-        log.add(_empty(shown, head))
-        return
+        raise _empty(head)
     if bare[0] == "{":
         yield from _single_object(text, shown, log)
-        return
-    if bare[0] != "[":
-        message = f"expected an array of objects, found {bare[:20]!r}"
-        log.add(_file_problem(shown, message, "a .json file holds [{…}, {…}]; one object a line is .jsonl", 1))
-        return
-    yield from _elements(text, len(text) - len(bare) + 1, shown, log)
+    elif bare[0] == "[":
+        yield from _elements(text, len(text) - len(bare) + 1)
+    else:
+        raise FileError(f"expected an array of objects, found {bare[:20]!r}", _ONE_ARRAY, line=1)
 
 
 def _single_object(text: str, shown: str, log: ProblemLog) -> Iterator[Record]:
     """A .json file that begins with an object: JSON Lines by mistake, or an array under one key."""
     lines = [line for line in text.splitlines() if line.strip()]
     if len(lines) > 1 and all(line.lstrip().startswith("{") for line in lines[:2]) and lines[0].rstrip().endswith("}"):
-        log.add(
-            _file_problem(
-                shown, "holds JSON Lines, but .json means one array of objects", "rename it to end in .jsonl", 1
-            )
-        )
-        return
+        message = "holds JSON Lines, but .json means one array of objects"
+        raise FileError(message, "rename it to end in .jsonl", line=1)
     try:
         value = parse_row(text)
     except RowError as error:
-        log.add(_file_problem(shown, error.message, "fix the file", 1))
-        return
+        raise FileError(error.message, "fix the file", line=1) from error
     lists = [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
     if len(lists) != 1:
         message = f"expected an array of objects, found one object with {', '.join(list(value)[:8])}"
-        log.add(_file_problem(shown, message, "a .json file holds [{…}, {…}]; one object a line is .jsonl", 1))
-        return
+        raise FileError(message, _ONE_ARRAY, line=1)
     log.note(shown, f"rows are taken from the array under {lists[0]!r}; line means its element")
     for i, item in enumerate(value[lists[0]], 1):
         yield Record(i, lambda item=item: as_object(item))
 
 
-def _elements(text: str, position: int, shown: str, log: ProblemLog) -> Iterator[Record]:
+def _elements(text: str, position: int) -> Iterator[Record]:
     """The elements of an array, with the line on which each begins."""
     line, counted, seen = 1, 0, 0
     while True:
-        position = _after_space(text, position)
+        position = skip_space(text, position)
         if text[position : position + 1] == "]":
             if text[position + 1 :].strip():
-                log.add(
-                    _file_problem(
-                        shown, "further text after the array", "one array a file; one object a line is .jsonl"
-                    )
-                )
-            elif not seen:
-                log.add(_file_problem(shown, "the array is empty", "give a file with at least one row"))
+                raise FileError("further text after the array", "one array a file; one object a line is .jsonl")
+            if not seen:
+                raise FileError("the array is empty", _ONE_ROW)
             return
         line += text.count("\n", counted, position)
         counted = position
         try:
             value, position = parse_json(text, position)
         except RowError as error:
-            log.add(
-                _file_problem(
-                    shown, error.message, "fix the file; an array cannot be read on behind such an error", line
-                )
-            )
-            return
+            remedy = "fix the file; an array cannot be read on behind such an error"
+            raise FileError(error.message, remedy, line=line) from error
         seen += 1
         yield Record(line, lambda value=value: as_object(value))
-        position = _after_space(text, position)
+        position = skip_space(text, position)
         if text[position : position + 1] == ",":
             position += 1
         elif text[position : position + 1] != "]":
             line += text.count("\n", counted, position)
-            log.add(_file_problem(shown, f"expected , or ] after element {seen}", "fix the file", line))
-            return
-
-
-def _after_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
+            raise FileError(f"expected , or ] after element {seen}", "fix the file", line=line)
 
 
 def _csv(path: Path, shown: str, log: ProblemLog) -> Iterator[Record]:
-    head = sniff(path, shown, log)
-    if head is None:
-        return
+    head = read_head(path, shown, log)
     csv.field_size_limit(max(csv.field_size_limit(), LINE_LIMIT))
     delimiter = "\t" if file_kind(path) == ".tsv" else ","
     with open_bytes(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as stream:
@@ -269,44 +218,29 @@ def _csv(path: Path, shown: str, log: ProblemLog) -> Iterator[Record]:
         try:
             header = next(reader, None)
             if not header or not any(header):
-                log.add(_empty(shown, head))
-                return
-            if not _check_header(header, delimiter, shown, log):
-                return
-            yield from _csv_rows(reader, header, shown, log)
+                raise _empty(head)
+            _check_header(header, delimiter)
+            yield from _csv_rows(reader, header)
         except UnicodeDecodeError as error:
             message = f"not UTF-8: byte 0x{error.object[error.start]:02x} after line {reader.line_num}"
-            log.add(
-                _file_problem(shown, message, "convert the file: iconv -f WINDOWS-1252 -t UTF-8", reader.line_num + 1)
-            )
+            remedy = "convert the file: iconv -f WINDOWS-1252 -t UTF-8"
+            raise FileError(message, remedy, line=reader.line_num + 1) from error
         except csv.Error as error:
-            log.add(
-                _file_problem(
-                    shown, f"not valid CSV: {error}", "fix the quotes, or save it as JSON Lines", reader.line_num
-                )
-            )
+            remedy = "fix the quotes, or save it as JSON Lines"
+            raise FileError(f"not valid CSV: {error}", remedy, line=reader.line_num) from error
 
 
-def _check_header(header: list[str], delimiter: str, shown: str, log: ProblemLog) -> bool:
-    twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]
-    if twice:
-        log.add(_file_problem(shown, f"the column {twice[0]!r} stands twice in the header", "rename one of the two", 1))
-        return False
-    if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
-        mark = next(mark for mark in ";\t|" if mark in header[0])
-        log.add(
-            _file_problem(
-                shown,
-                f"the columns are divided by {mark!r}, not {delimiter!r}",
-                "save it with commas (or tabs, as .tsv)",
-                1,
-            )
-        )
-        return False
-    return True
+def _check_header(header: list[str], delimiter: str) -> None:
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise FileError(f"the column {twice!r} stands twice in the header", "rename one of the two", line=1)
+    mark = next((mark for mark in ";\t|" if mark in header[0]), None) if len(header) == 1 else None
+    if mark is not None:
+        message = f"the columns are divided by {mark!r}, not {delimiter!r}"
+        raise FileError(message, "save it with commas (or tabs, as .tsv)", line=1)
 
 
-def _csv_rows(reader: Any, header: list[str], shown: str, log: ProblemLog) -> Iterator[Record]:
+def _csv_rows(reader: Any, header: list[str]) -> Iterator[Record]:
     seen, line = 0, reader.line_num + 1
     for fields in reader:
         start, line = line, reader.line_num + 1
@@ -315,7 +249,7 @@ def _csv_rows(reader: Any, header: list[str], shown: str, log: ProblemLog) -> It
         seen += 1
         yield Record(start, lambda fields=fields: _csv_row(fields, header))
     if not seen:
-        log.add(_file_problem(shown, "the file holds a header and no rows", "give a file with at least one row"))
+        raise FileError("the file holds a header and no rows", _ONE_ROW)
 
 
 def _csv_row(fields: list[str], header: list[str]) -> dict[str, Any]:
@@ -350,13 +284,7 @@ def _parquet(path: Path, shown: str, log: ProblemLog) -> Iterator[Record]:
                 number += 1
                 yield Record(number, lambda values=values: values)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
-        log.add(
-            _file_problem(
-                shown,
-                f"not a readable Parquet file: {str(error)[:200]}",
-                "check the file's real format; write it again",
-            )
-        )
-        return
+        message = f"not a readable Parquet file: {str(error)[:200]}"
+        raise FileError(message, "check the file's real format; write it again") from error
     if not number:
-        log.add(_file_problem(shown, "the table has no rows", "give a file with at least one row"))
+        raise FileError("the table has no rows", _ONE_ROW)

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any, TextIO
 
 import numpy as np
@@ -17,10 +17,10 @@ from burnish.config.train import TrainSettings
 from burnish.core.group import Group
 from burnish.data.assemble import find_sources, mapping_of
 from burnish.data.check import load_tokenizer
-from burnish.data.example import Example
+from burnish.data.example import Example, name_answers
 from burnish.data.load import iter_examples
 from burnish.data.noise import flip_labels
-from burnish.data.prepare import build_encoding, reading_of
+from burnish.data.prepare import build_encoding, find_runs, reading_of
 from burnish.data.problems import ProblemLog
 from burnish.data.report import SplitReport
 from burnish.data.tokenise import encode_examples
@@ -106,9 +106,9 @@ def _rendered(group: Group, tokenizer: TextTokenizer, colour: bool) -> Text:
     text.append(f"prompt, {len(group.prompt)} tokens\n", style="cyan")
     text.append(tokenizer.decode(group.prompt.tolist()), style="dim" if colour else "")
     text.append("⏎ the prompt ends here\n" if colour else "⏎\n", style="cyan")
-    for name, completion in zip(completion_names(group), group.completions):
+    for name, completion in zip(name_answers(len(group.completions)), group.completions):
         text.append(f"{name}, {len(completion.ids)} tokens, {completion.scored} scored\n", style="cyan")
-        for run, scored in _runs(completion.ids, completion.mask):
+        for run, scored in find_runs(completion):
             piece = tokenizer.decode(run)
             if colour:
                 text.append(piece, style="green" if scored else "dim")
@@ -118,27 +118,13 @@ def _rendered(group: Group, tokenizer: TextTokenizer, colour: bool) -> Text:
     return text
 
 
-def completion_names(group: Group) -> list[str]:
-    """What the completions of a group are called."""
-    if len(group.completions) == 2:
-        return ["chosen", "rejected"]
-    return ["completion"] * len(group.completions)
-
-
-def _runs(ids: np.ndarray, mask: np.ndarray) -> Iterator[tuple[list[int], bool]]:
-    """Stretches of tokens that are all scored or all not."""
-    borders = [0, *(np.flatnonzero(np.diff(mask.astype(np.int8))) + 1).tolist(), len(ids)]
-    for start, stop in pairwise(borders):
-        yield ids[start:stop].tolist(), bool(mask[start])
-
-
 def _as_json(group: Group, tokenizer: TextTokenizer) -> dict[str, Any]:
     def tokens(ids: np.ndarray, mask: np.ndarray) -> list[dict[str, Any]]:
         return [{"id": int(i), "text": tokenizer.decode([int(i)]), "scored": bool(m)} for i, m in zip(ids, mask)]
 
     completions = [
         {"name": name, "text": tokenizer.decode(c.ids.tolist()), "tokens": tokens(c.ids, c.mask)}
-        for name, c in zip(completion_names(group), group.completions)
+        for name, c in zip(name_answers(len(group.completions)), group.completions)
     ]
     return {
         "id": group.id,

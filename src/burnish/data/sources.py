@@ -7,14 +7,13 @@ import hashlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from burnish.config.data import DataSource
 from burnish.data.bundled import list_data, resolve_data
 from burnish.data.problems import ProblemLog
 from burnish.data.readers import ACCEPTED, Row, count_rows, file_kind, read_rows
 from burnish.data.slices import Split, parse_split
-from burnish.errors import DataError, ServiceError
+from burnish.errors import DataError
 
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "manifest.json")
 _HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval", "heldout", "held_out")
@@ -230,17 +229,3 @@ def _missing(text: str) -> DataError:
         where=text,
         remedy=f"{hint}give an existing path, one of the bundled sets ({bundled}), or a hub id (owner/name)",
     )
-
-
-def unreachable(text: str, error: BaseException) -> ServiceError:
-    """The hub did not answer."""
-    return ServiceError(
-        f"this is no local path, and the hub cannot be asked: {str(error)[:200]}",
-        where=text,
-        remedy="check the spelling of the path; for a hub data set go online once, or download it and give the folder",
-    )
-
-
-def plain(settings: DataSource) -> dict[str, Any]:
-    """The settings as plain data, for keys."""
-    return settings.model_dump(mode="json")

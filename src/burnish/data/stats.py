@@ -12,12 +12,12 @@ import numpy as np
 from burnish.config.train import TrainSettings
 from burnish.core.group import Group
 from burnish.data.assemble import Loaded, find_sources, load_all
-from burnish.data.example import Example
+from burnish.data.example import Example, name_answers
 from burnish.data.lengths import Limits
 from burnish.data.prepare import build_encoding, reading_of
 from burnish.data.problems import ProblemLog
 from burnish.data.report import DataReport
-from burnish.data.show import completion_names, tokenizer_or_bundled
+from burnish.data.show import tokenizer_or_bundled
 from burnish.data.tokenise import encode_examples
 
 QUANTILES = {"min": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95, "99 %": 0.99, "max": 1.0}
@@ -69,7 +69,7 @@ def compute_stats(
     counts = report.splits[name]
     lengths: dict[str, list[int]] = {"prompt": [len(group.prompt) for group in groups]}
     for group in groups:
-        for part, completion in zip(completion_names(group), group.completions):
+        for part, completion in zip(name_answers(len(group.completions)), group.completions):
             lengths.setdefault(part, []).append(len(completion.ids))
     lengths["total"] = [group.longest for group in groups]
     over = [group.id for group in groups if limits.total is not None and group.longest > limits.total]

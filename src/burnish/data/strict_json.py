@@ -58,7 +58,7 @@ def parse_json(text: str, start: int = 0) -> tuple[Any, int]:
     Raises:
         RowError: With the column in the message.
     """
-    start = _skip_space(text, start)
+    start = skip_space(text, start)
     try:
         return _DECODER.raw_decode(text, start)
     except _Refused as error:
@@ -69,7 +69,9 @@ def parse_json(text: str, start: int = 0) -> tuple[Any, int]:
             f"not valid JSON: {error.msg.rstrip('. ')} at column {error.colno} (near {near!r})", kind="json"
         ) from error
     except RecursionError:
-        raise _deep() from None
+        raise RowError(
+            "brackets nest too deeply", kind="nesting", remedy=f"flatten the value or store it as a text; {SKIP_REMEDY}"
+        ) from None
 
 
 def parse_row(text: str) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def parse_row(text: str) -> dict[str, Any]:
         RowError: It is not one valid object.
     """
     value, end = parse_json(text)
-    rest = _skip_space(text, end)
+    rest = skip_space(text, end)
     if rest != len(text):
         raise RowError(
             f"not valid JSON: further text after the value at column {rest + 1} ({text[rest : rest + 20]!r})",
@@ -117,15 +119,8 @@ def describe(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _skip_space(text: str, start: int) -> int:
+def skip_space(text: str, start: int) -> int:
+    """The first position from `start` on that is no white space."""
     while start < len(text) and text[start] in " \t\r\n":
         start += 1
     return start
-
-
-def _deep() -> RowError:
-    return RowError(
-        "brackets nest too deeply",
-        kind="nesting",
-        remedy=f"flatten the value or store it as a text; {SKIP_REMEDY}",
-    )

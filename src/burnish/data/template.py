@@ -14,12 +14,12 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 from jinja2.exceptions import SecurityError
 
+from burnish.data.lengths import count_shared
+from burnish.data.messages import Message
 from burnish.data.problems import RowError
 from burnish.data.sandbox import Sandbox
 from burnish.data.tokenizer import TextTokenizer
 from burnish.errors import DataError
-
-Message = dict[str, Any]
 
 PLAIN_TEMPLATE = """\
 {%- for message in messages -%}
@@ -261,8 +261,7 @@ class ChatTemplate:
                     field=f"messages[{i}]",
                     remedy="set chat_template to a template that renders earlier messages the same",
                 )
-            shared = _shared(header, tail)
-            answer = tail[shared:]
+            answer = tail[count_shared(header, tail) :]
         return Rendered(prompt, (Segment(self._cut_tail(answer)[0], True),), n)
 
     def _cut_tail(self, answer: str) -> tuple[str, str]:
@@ -323,12 +322,3 @@ def _append(segments: list[Segment], text: str, *, scored: bool) -> None:
         segments[-1] = Segment(segments[-1].text + text, scored)
     else:
         segments.append(Segment(text, scored))
-
-
-def _shared(a: str, b: str) -> int:
-    n = 0
-    for x, y in zip(a, b):
-        if x != y:
-            break
-        n += 1
-    return n

@@ -9,7 +9,7 @@ import numpy as np
 
 from burnish.config.data import TrainOn
 from burnish.core.group import Completion, Group
-from burnish.data.example import Example
+from burnish.data.example import Example, name_answers, refuse_identical
 from burnish.data.lengths import Draft, Limits, Tokens, fit_lengths
 from burnish.data.problems import SKIP_REMEDY, ProblemLog, RowError
 from burnish.data.report import SplitReport
@@ -214,9 +214,9 @@ def _from_ids(example: Example, encoding: Encoding, log: ProblemLog) -> Draft | 
         )
         log.add(error.at(example.file, example.line))
         return None
-    completions = [Tokens(list(c.ids), list(c.mask)) for c in example.completions]
+    completions = list(example.completions)
     bos = encoding.tokenizer.bos_id
-    return Draft(list(example.prompt), completions, len(completions) == 1, bos is not None and example.prompt[0] == bos)
+    return Draft(example.prompt, completions, len(completions) == 1, bos is not None and example.prompt[0] == bos)
 
 
 class _Texts:
@@ -309,7 +309,7 @@ def _finish(
 ) -> Group | None:
     """The group of a draft after all rules, or None."""
     place = example.place if turn is None else f"{example.place}#{turn + 1}"
-    for name, tokens in zip(_names(draft), draft.completions):
+    for name, tokens in zip(name_answers(len(draft.completions)), draft.completions):
         if not draft.prompt or not tokens.ids or not any(tokens.mask):
             error = RowError(
                 "no token would be trained on" if draft.prompt else "the prompt has no token",
@@ -320,7 +320,11 @@ def _finish(
             log.add(error.at(example.file, example.line))
             return None
     if _equal(draft):
-        return _identical(example, encoding, log, report)
+        if encoding.drop_identical:
+            report.identical.add(example.place)
+        else:
+            log.add(refuse_identical(example))
+        return None
     ends = [tokens.ids[-1] in encoding.end_ids for tokens in draft.completions]
     fit = fit_lengths(draft, encoding.limits, encoding.end_ids)
     if fit.draft is None:
@@ -335,7 +339,7 @@ def _finish(
     elif not all(ends):
         report.without_eos.add(place)
     return Group(
-        id=_group_id(example, turn),
+        id=place,
         prompt=np.asarray(fit.draft.prompt, dtype=np.int32),
         completions=tuple(
             Completion(np.asarray(t.ids, dtype=np.int32), np.asarray(t.mask, dtype=np.bool_))
@@ -346,26 +350,5 @@ def _finish(
     )
 
 
-def _names(draft: Draft) -> tuple[str, ...]:
-    return ("chosen", "rejected") if len(draft.completions) == 2 else ("completion",)
-
-
 def _equal(draft: Draft) -> bool:
     return len(draft.completions) == 2 and draft.completions[0].ids == draft.completions[1].ids
-
-
-def _identical(example: Example, encoding: Encoding, log: ProblemLog, report: SplitReport) -> None:
-    if encoding.drop_identical:
-        report.identical.add(example.place)
-        return
-    error = RowError(
-        "chosen and rejected are equal",
-        kind="identical pair",
-        field="rejected",
-        remedy="remove such rows, or set drop_identical: true (then left out and counted)",
-    )
-    log.add(error.at(example.file, example.line))
-
-
-def _group_id(example: Example, turn: int | None) -> str:
-    return example.place if turn is None else f"{example.place}#{turn + 1}"

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from burnish.data.example import Example, Reading
+from burnish.data.lengths import Tokens, count_shared
 from burnish.data.problems import RowError
 from burnish.data.readers import Row
 from burnish.data.strict_json import describe
 
 IGNORED = -100
-
-
-@dataclass(frozen=True, slots=True)
-class Ids:
-    """A completion as ids with the mask of scored tokens."""
-
-    ids: list[int]
-    mask: list[bool]
 
 
 def read_tokenised(row: Row, reading: Reading) -> Example:
@@ -34,12 +26,12 @@ def read_tokenised(row: Row, reading: Reading) -> Example:
         sequences = [_ids(row.data, name, name.replace("input_ids", "attention_mask")) for name in names]
         shared = _shared_prefix(*sequences) if len(sequences) == 2 else 1
         prompt = sequences[0][:shared]
-        answers = [Ids(s[shared:], [True] * (len(s) - shared)) for s in sequences]
+        answers = [Tokens(s[shared:], [True] * (len(s) - shared)) for s in sequences]
     else:
         ids = _ids(row.data, "input_ids", "attention_mask")
         mask = _mask(row.data, ids)
         shared = next((i for i, scored in enumerate(mask) if scored and i > 0), 1)
-        prompt, answers = ids[:shared], [Ids(ids[shared:], mask[shared:])]
+        prompt, answers = ids[:shared], [Tokens(ids[shared:], mask[shared:])]
     key = " ".join(map(str, prompt)) if len(prompt) > 1 else " ".join(map(str, [*prompt, *answers[0].ids]))
     return Example(row.file, row.line, "ids", prompt, list(answers), key, key)
 
@@ -84,9 +76,4 @@ def _mask(data: dict[str, Any], ids: list[int]) -> list[bool]:
 
 def _shared_prefix(a: list[int], b: list[int]) -> int:
     """Tokens that both begin with; at least 1, and each keeps at least one token of its own."""
-    shared = 0
-    for x, y in zip(a, b):
-        if x != y:
-            break
-        shared += 1
-    return max(1, min(shared, len(a) - 1, len(b) - 1))
+    return max(1, min(count_shared(a, b), len(a) - 1, len(b) - 1))

@@ -40,7 +40,6 @@ class TextTokenizer:
         bos_id: Begin-of-sequence id, or None.
         eos_id: End-of-sequence id, or None.
         eos_ids: All ids that end generation (tokenizer, model and generation config).
-        pad_id: The pad token, else the unknown token, else eos, else 0.
         vocab_size: Ids are below this number (added tokens included).
         chat_template: The tokenizer's own template, or None.
         chat_templates: Further named templates (tool_use …).
@@ -55,7 +54,6 @@ class TextTokenizer:
     bos_id: int | None
     eos_id: int | None
     eos_ids: frozenset[int]
-    pad_id: int
     vocab_size: int
     chat_template: str | None
     chat_templates: dict[str, str]
@@ -268,7 +266,6 @@ def _build(folder: Path) -> TextTokenizer:
         special["eos_token"] = backend.id_to_token(eos) or ""
     probe = backend.encode("a", add_special_tokens=True).ids
     bos = ids.get("bos_token")
-    candidates = [ids.get("pad_token"), ids.get("unk_token"), eos, 0]
     templates = _templates(folder, config)
     added = dict(backend.get_added_tokens_decoder())
     size = max([backend.get_vocab_size(with_added_tokens=True), *(i + 1 for i in added)])
@@ -282,7 +279,6 @@ def _build(folder: Path) -> TextTokenizer:
         bos_id=bos,
         eos_id=eos,
         eos_ids=frozenset([*model_eos, *([eos] if eos is not None else [])]),
-        pad_id=next(i for i in candidates if i is not None),
         vocab_size=size,
         chat_template=templates.get("default"),
         chat_templates={name: text for name, text in templates.items() if name != "default"},

@@ -28,7 +28,7 @@ from burnish.engine.space import check_disk, estimate_checkpoint, measure_folder
 from burnish.engine.state import TrainState
 from burnish.engine.step import Gradient, compute_gradient
 from burnish.engine.update import Update, run_update
-from burnish.errors import InterruptedRun, NumericStop, ResourceError, is_out_of_memory
+from burnish.errors import ConfigError, InterruptedRun, NumericStop, ResourceError, is_out_of_memory
 from burnish.faults import fault_point
 from burnish.track.progress import Progress
 from burnish.track.signals import SignalFlag
@@ -257,8 +257,9 @@ class Trainer:
         name = s.metric_for_best_model or default_name
         name = name if name.startswith("eval_") else f"eval_{name}"
         if name not in figures:
-            raise ResourceError(
-                f"metric_for_best_model {name!r} is not among the evaluation's figures: {', '.join(sorted(figures))}",
+            raise ConfigError(
+                f"{name!r} is not among the evaluation's figures: {', '.join(sorted(figures))}",
+                where="metric_for_best_model",
                 remedy="choose one of these",
             )
         greater = s.greater_is_better

@@ -53,18 +53,6 @@ def parse_final_number(text: str) -> FinalNumber:
     return _read(found[0] if found else None)
 
 
-def is_equal(answer: str, gold: str) -> bool:
-    """Whether two texts have the same final number; 18.00 = 18 = 36/2.
-
-    Raises:
-        ValueError: The gold text has no final number: a broken item, never a wrong answer.
-    """
-    want = parse_final_number(gold)
-    if want.value is None:
-        raise ValueError(f"no number in the reference: {want.reason}")
-    return parse_final_number(answer).value == want.value
-
-
 def _normalise(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).replace("\N{MINUS SIGN}", "-")
     return "".join(c for c in text if unicodedata.category(c) != "Cf")

@@ -119,9 +119,6 @@ def evaluate_subjects(
     return run.figures.to_json()
 
 
-run_evaluation = evaluate_subjects
-
-
 def _find_judge(
     run: _Run, policies: Sequence[Subject], rewards: Sequence[Subject], judge: Subject | None
 ) -> Subject | None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from burnish.artifacts.files import write_file, write_json_file
 from burnish.artifacts.redact import redact_tree
-from burnish.evals.intervals import Comparison, Interval
+from burnish.evals.intervals import Comparison, Interval, finite_or_none
 
 
 @dataclass
@@ -43,8 +43,8 @@ class Figures:
                 "task": task,
                 "metric": metric,
                 "value": interval.value,
-                "low": _finite(interval.low),
-                "high": _finite(interval.high),
+                "low": finite_or_none(interval.low),
+                "high": finite_or_none(interval.high),
                 "n": interval.n,
                 "higher_is_better": higher_is_better,
             }
@@ -59,8 +59,8 @@ class Figures:
                 "a": a,
                 "b": b,
                 "difference": found.difference,
-                "low": _finite(found.low),
-                "high": _finite(found.high),
+                "low": finite_or_none(found.low),
+                "high": finite_or_none(found.high),
                 "p_value": found.p_value,
                 "test": found.test,
                 "n": found.n,
@@ -104,7 +104,3 @@ def align(a: Sequence[str], b: Sequence[str]) -> tuple[list[int], list[int]]:
 def to_plain(row: Mapping[str, Any]) -> dict[str, Any]:
     """numpy scalars as Python numbers."""
     return {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

@@ -42,6 +42,11 @@ class Comparison:
     n: int
 
 
+def finite_or_none(value: float) -> float | None:
+    """A limit as JSON holds it: None where there is none (a single value has infinite limits)."""
+    return float(value) if np.isfinite(value) else None
+
+
 def compute_wilson(successes: float, n: int, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of a proportion (Wilson 1927).
 
@@ -61,20 +66,6 @@ def compute_wilson(successes: float, n: int, confidence: float = 0.95) -> Interv
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))
     return Interval(p, 0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half, n)
-
-
-def compute_clopper_pearson(successes: int, n: int, confidence: float = 0.95) -> Interval:
-    """The exact interval of a proportion (Clopper & Pearson 1934): covers at least as often as promised.
-
-    Raises:
-        ValueError: n is 0, or successes lie outside [0, n].
-    """
-    if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes of {n}")
-    tail = (1 - confidence) / 2
-    low = 0.0 if successes == 0 else float(stats.beta.ppf(tail, successes, n - successes + 1))
-    high = 1.0 if successes == n else float(stats.beta.ppf(1 - tail, successes + 1, n - successes))
-    return Interval(successes / n, low, high, n)
 
 
 def compute_mean(values: Numbers, confidence: float = 0.95) -> Interval:
@@ -110,26 +101,6 @@ def compute_ratio(sums: Numbers, counts: Numbers, confidence: float = 0.95) -> I
     error = float(np.sqrt(np.sum(residuals**2) * n / (n - 1))) / total
     half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
     return Interval(ratio, ratio - half, ratio + half, n)
-
-
-def compute_bootstrap(
-    values: Numbers, statistic: str = "mean", *, confidence: float = 0.95, resamples: int = 5000, seed: int = 0
-) -> Interval:
-    """Percentile bootstrap of the mean or the median; the same seed gives the same limits.
-
-    Raises:
-        ValueError: No values, or another statistic.
-    """
-    if len(values) == 0 or statistic not in ("mean", "median"):
-        raise ValueError(f"bootstrap of the {statistic} of {len(values)} values")
-    measure = np.mean if statistic == "mean" else np.median
-    rng = np.random.default_rng([seed, len(values)])
-    values = np.asarray(values, np.float64)
-    drawn = np.concatenate(
-        [measure(values[rng.integers(0, len(values), (k, len(values)))], axis=1) for k in _chunks(resamples)]
-    )
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(measure(values)), float(low), float(high), len(values))
 
 
 def compute_mcnemar(a: NDArray[np.bool_], b: NDArray[np.bool_], confidence: float = 0.95) -> Comparison:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from burnish.evals.intervals import Numbers, compute_mean, compute_wilson
+from burnish.evals.intervals import Numbers, compute_mean, compute_wilson, finite_or_none
 
 
 def compute_reward_report(
@@ -55,7 +55,7 @@ def compute_reward_report(
         "log_loss": float(np.mean(np.logaddexp(0.0, -difference))),
         "chosen": _describe(chosen),
         "rejected": _describe(rejected),
-        "difference": _describe(difference) | {"low": _finite(mean.low), "high": _finite(mean.high)},
+        "difference": _describe(difference) | {"low": finite_or_none(mean.low), "high": finite_or_none(mean.high)},
         "pearson": _correlate(chosen, rejected, "pearson"),
         "spearman": _correlate(chosen, rejected, "spearman"),
     }
@@ -83,12 +83,8 @@ def _correlate(a: Numbers, b: Numbers, kind: str) -> dict[str, float | None]:
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return {"r": None, "p_value": None}
     found: Any = stats.pearsonr(a, b) if kind == "pearson" else stats.spearmanr(a, b)
-    return {"r": _finite(float(found.statistic)), "p_value": _finite(float(found.pvalue))}
+    return {"r": finite_or_none(float(found.statistic)), "p_value": finite_or_none(float(found.pvalue))}
 
 
 def _accuracy_of(difference: Numbers) -> dict[str, float | int]:
     return {"accuracy": float(np.mean((np.sign(difference) + 1) / 2)), "pairs": len(difference)}
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None

@@ -100,18 +100,11 @@ def report_policy_preferences(
             row = {"source": m.sources[i], "chosen": m.values[i, 0], "rejected": m.values[i, 1]}
             row |= {"margin": margin[i]} if margin is not None else {}
             _item(figures, "preferences", subject, name, **row)
-    for subject, other in _pairs_of(subjects):
-        left, right = align(found[subject.name].ids, found[other.name].ids)
-        if left:
-            compared = compare_marks(
-                ranks[subject.name][left], ranks[other.name][right], confidence=settings.confidence, seed=settings.seed
-            )
-            figures.compare("preferences", "ranking_accuracy", other.name, subject.name, compared)
-        if root is not None and subject.name in against and other.name in against:
-            compared = compare_marks(
-                against[subject.name], against[other.name], confidence=settings.confidence, seed=settings.seed
-            )
-            figures.compare("preferences", f"vs_{root.name}/accuracy", other.name, subject.name, compared)
+    ids = {name: m.ids for name, m in found.items()}
+    for pair in _pairs_of(subjects):
+        _compare_marks(figures, settings, "preferences", "ranking_accuracy", pair, ids, ranks)
+        if root is not None:
+            _compare_marks(figures, settings, "preferences", f"vs_{root.name}/accuracy", pair, ids, against)
 
 
 def report_reward_preferences(
@@ -136,13 +129,9 @@ def report_reward_preferences(
         for i, name in enumerate(m.ids):
             row = {"source": m.sources[i], "chosen": m.values[i, 0], "rejected": m.values[i, 1]}
             _item(figures, "preferences", subject, name, **row)
-    for subject, other in _pairs_of(subjects):
-        left, right = align(found[subject.name].ids, found[other.name].ids)
-        if left:
-            compared = compare_marks(
-                marks[subject.name][left], marks[other.name][right], confidence=settings.confidence, seed=settings.seed
-            )
-            figures.compare("preferences", "accuracy", other.name, subject.name, compared)
+    ids = {name: m.ids for name, m in found.items()}
+    for pair in _pairs_of(subjects):
+        _compare_marks(figures, settings, "preferences", "accuracy", pair, ids, marks)
 
 
 def report_checkable(
@@ -171,16 +160,9 @@ def report_checkable(
             row = {"source": prompt.source, "mark": bool(right[i]), "tokens": len(run.answers[i].ids)}
             row |= {"end": run.answers[i].end, "reason": read[i].reason, "answer": run.texts[i]}
             _item(figures, task, subject, prompt.id, **row)
-    for subject, other in _pairs_of(subjects):
-        left, right_rows = align(kept[subject.name].ids, kept[other.name].ids)
-        if left:
-            compared = compare_marks(
-                marks[subject.name][left],
-                marks[other.name][right_rows],
-                confidence=settings.confidence,
-                seed=settings.seed,
-            )
-            figures.compare(task, "accuracy", other.name, subject.name, compared)
+    ids = {name: run.ids for name, run in kept.items()}
+    for pair in _pairs_of(subjects):
+        _compare_marks(figures, settings, task, "accuracy", pair, ids, marks)
     add_samples(figures, settings, task, subjects, kept, marks)
 
 
@@ -272,6 +254,27 @@ def _add_share(
 ) -> None:
     interval = compute_wilson(float(marks.sum()), len(marks), settings.confidence)
     figures.add(subject.name, task, metric, interval)
+
+
+def _compare_marks(
+    figures: Figures,
+    settings: EvaluateSettings,
+    task: str,
+    metric: str,
+    pair: tuple[Subject, Subject],
+    ids: Mapping[str, Sequence[str]],
+    marks: Mapping[str, Numbers],
+) -> None:
+    """Compare a subject's marks with another's on the items that both have; nothing where one has no marks."""
+    mine, theirs = (s.name for s in pair)
+    if mine not in marks or theirs not in marks:
+        return
+    left, right = align(ids[mine], ids[theirs])
+    if left:
+        compared = compare_marks(
+            marks[mine][left], marks[theirs][right], confidence=settings.confidence, seed=settings.seed
+        )
+        figures.compare(task, metric, theirs, mine, compared)
 
 
 def _item(figures: Figures, task: str, subject: Subject, item: str, **values: object) -> None:

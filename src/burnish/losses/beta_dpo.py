@@ -53,8 +53,6 @@ class BetaDpo:
         self.beta, self.level, self.alpha, self.momentum, self.keep = beta, level, alpha, momentum, keep
         self.scale = beta if margin == "implicit_reward" else 1.0
         self.moments, self.seed = moments, seed
-        self.moves = alpha > 0
-        self.ahead = alpha > 0 or keep < 1
         self.per_pair = level == "instance" and alpha > 0
 
     def initial_state(self) -> State:

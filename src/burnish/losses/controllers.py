@@ -57,13 +57,9 @@ class Controller(Protocol):
     """A rule for β. Pure: equal margins and state give equal results, on every rank.
 
     Attributes:
-        moves: β changes at all (a controller with alpha 0 does not; it still measures).
-        ahead: β of a pair, or whether it is trained on, depends on margins of its own unit: the loss is coupled.
         per_pair: `find_current` reads the margins.
     """
 
-    moves: bool
-    ahead: bool
     per_pair: bool
 
     def initial_state(self) -> State:
@@ -90,7 +86,7 @@ class Controller(Protocol):
 class Constant:
     """β = β_0."""
 
-    moves = ahead = per_pair = False
+    per_pair = False
 
     def __init__(self, beta: float, *, seed: int = 0) -> None:
         self.beta = beta
@@ -119,7 +115,6 @@ class Linear(Constant):
     def __init__(self, beta: float, *, beta_end: float, steps: int, seed: int = 0) -> None:
         super().__init__(beta)
         self.beta_end, self.steps = beta_end, steps
-        self.moves = beta_end != beta
 
     def initial_state(self) -> State:
         return {"beta": self.beta, "units": 0}

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from burnish.config.losses import find_entry, find_unread, get_loss_names
-from burnish.config.registry import LOSS_TYPES, LossEntry, load_object, load_user_object
+from burnish.config.registry import find_method_spec, load_object, load_user_object
+from burnish.config.spec import LossEntry
 from burnish.core.logits import Functional
 from burnish.errors import ConfigError
 from burnish.losses.pairs import PairLoss, Pairs
@@ -84,7 +85,7 @@ def load_loss_type(kind: str, name: str) -> Callable[..., PairLoss]:
     """
     path = find_entry(kind, name).function
     if ":" not in path:
-        known = ", ".join(sorted(LOSS_TYPES.get(kind, {})))
+        known = ", ".join(sorted(find_method_spec(kind).loss_types))
         raise ConfigError(
             f"there is no loss type {name!r}", where="loss_type", remedy=f"use one of {known}, or module:function"
         )

@@ -36,7 +36,7 @@ class Risk:
         ema_rate: λ. window: margins. step_size: η.
     """
 
-    per_pair = ahead = False
+    per_pair = False
 
     def __init__(
         self,
@@ -57,7 +57,6 @@ class Risk:
         self.beta, self.estimator, self.delta, self.warmup = beta, estimator, delta, warmup
         self.gamma, self.alpha, self.beta_min, self.beta_max = gamma, alpha, beta_min, beta_max
         self.ema_rate, self.window, self.step_size = ema_rate, window, step_size
-        self.moves = alpha > 0
 
     def initial_state(self) -> State:
         """beta, units seen, tau (null until it is known), pool of margins, their running mean and variance."""

@@ -15,7 +15,6 @@ class Cpo(Dpo):
     """
 
     name = "cpo"
-    compares_to_reference = False
 
     def build_mix(self) -> tuple[LossType, ...]:
         """The loss types of this stage, and the NLL if it has a weight."""

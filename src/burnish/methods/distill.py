@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from burnish.config.needs import find_needs
 from burnish.config.stages import DistillSettings
 from burnish.core.batch import Outputs, Table
 from burnish.core.group import Group
-from burnish.engine.method import Reads
 from burnish.losses.distill import build_divergence
 from burnish.losses.sft import compute_nll
 from burnish.losses.terms import LossResult, Metric, Term
@@ -23,10 +23,10 @@ class Distill(BaseMethod):
     """
 
     name = "distill"
-    reference: Reads = frozenset({"logits"})
 
     def __init__(self, settings: DistillSettings) -> None:
         self.settings = settings
+        self.reference = find_needs(settings).reference
         s = settings
         self.functionals = (build_divergence(s.loss_type, jsd_beta=s.jsd_beta, temperature=s.temperature),)
 

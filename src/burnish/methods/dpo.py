@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
+from burnish.config.needs import find_needs
 from burnish.config.stages import CpoSettings, DpoSettings, OrpoSettings, SimpoSettings
 from burnish.core.batch import Outputs, Table
 from burnish.core.group import Group
-from burnish.engine.method import Reads
 from burnish.engine.observe import Observed, StepRecord
 from burnish.losses.mix import LossType, build_mix, collect_functionals
 from burnish.losses.pairs import PairLoss, Pairs, compute_pairs, compute_wins
@@ -34,7 +34,6 @@ class Dpo(BaseMethod):
     """
 
     name = "dpo"
-    compares_to_reference = True
 
     def __init__(self, settings: PairSettings) -> None:
         self.settings = settings
@@ -43,27 +42,19 @@ class Dpo(BaseMethod):
         self.weights = PairWeights(settings)
         self._read = collect_functionals(self.mix, settings)
         self.functionals = (*self._read, *self.weights.functionals)
-        self.reference = self._find_reference()
+        needs = find_needs(settings)
+        self.reference, self.coupled = needs.reference, needs.coupled
         self._single = len(self.mix) == 1
         self.control = BetaControl(settings.dynamic_beta, settings.beta, settings.seed)
         self.control.check_losses(self.mix)
         self.running = tuple(t for t in self.mix if t.entry.state)
-        self.coupled = self.control.coupled or any(t.entry.coupled for t in self.mix)
         self.state = PairState(self) if self.control.stateful or self.running else None
         self.observer = PairObserver(self)
-
-    def _find_reference(self) -> Reads:
-        reads: set[Literal["logprobs", "logits"]] = set()
-        if self.compares_to_reference:
-            reads.add("logprobs")
-        if any(f.needs_against for f in self._read):
-            reads.add("logits")
-        return frozenset(reads)
 
     def build_mix(self) -> tuple[LossType, ...]:
         """The loss types of this stage."""
         loss_type = getattr(self.settings, "loss_type", self.name)
-        return build_mix(self.name, loss_type, getattr(self.settings, "loss_weights", None), self.settings)
+        return build_mix(self.settings.kind, loss_type, getattr(self.settings, "loss_weights", None), self.settings)
 
     def counts(self, groups: Sequence[Group]) -> dict[str, float]:
         """Pairs, for each loss type of the mix; scored tokens of the chosen completions where that is its unit."""
@@ -107,7 +98,7 @@ class Dpo(BaseMethod):
         """The pairs' log-probs, log-ratios and what else the loss types read, (G,) each."""
         if outputs.logprobs is None:
             raise ValueError(f"{self.name} needs Outputs.logprobs")
-        reference = _get_reference(outputs.logprobs, table) if self.compares_to_reference else None
+        reference = _get_reference(outputs.logprobs, table) if "logprobs" in self.reference else None
         read = {f.name: outputs.functionals[f.name] for f in self._read}
         return compute_pairs(outputs.logprobs, reference, table, ld_alpha=self.ld_alpha, functionals=read)
 

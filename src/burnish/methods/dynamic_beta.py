@@ -53,7 +53,7 @@ class BetaControl:
         self.type, self.beta, self.size = settings.type, beta, settings.unit_pairs
         self.controller = build_controller(settings, beta, seed)
         self.stateful = settings.type != "constant"
-        self.coupled = self.controller.ahead or (self.controller.moves and self.size is not None)
+        self.coupled = settings.coupled
 
     def check_losses(self, mix: Sequence[LossType]) -> None:
         """Refuse a moving β beside losses that it does not fit.

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from burnish.config.needs import find_needs
 from burnish.config.stages import KtoSettings
 from burnish.core.batch import Outputs, Table
 from burnish.core.group import Group
-from burnish.engine.method import Reads
 from burnish.losses.kto import compute_apo_zero_unpaired_loss, compute_kl_baseline, compute_kto_loss
 from burnish.losses.terms import LossResult, Metric, Term
 from burnish.methods.base import BaseMethod
@@ -32,12 +32,12 @@ class Kto(BaseMethod):
     """
 
     name = "kto"
-    reference: Reads = frozenset({"logprobs"})
 
     def __init__(self, settings: KtoSettings) -> None:
         self.settings = settings
         self.has_baseline = settings.loss_type == "kto"
-        self.coupled = self.has_baseline
+        needs = find_needs(settings)
+        self.reference, self.coupled = needs.reference, needs.coupled
         self.partners = NextPrompts() if self.has_baseline else None
 
     def examine(self, groups: Sequence[Group]) -> list[str]:

@@ -15,11 +15,6 @@ from torch import nn
 _NAME = re.compile(r"drop(out|path|_?rate|_?prob|_?p)?s?$|pdrop$|dropout|layer_?drop", re.IGNORECASE)
 
 
-def find_dropout(model: nn.Module) -> list[str]:
-    """Every non-zero dropout as "where = p", module paths first, then configuration fields."""
-    return [f"{where} = {value:g}" for where, value, _, _ in _each(model)]
-
-
 def disable_dropout(model: nn.Module) -> list[str]:
     """Set every dropout to 0, also functional ones and those of adapters.
 

@@ -161,10 +161,3 @@ def cast_trainable(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
-
-
-def name_training(lora_rank: int | None, top_k: int | None) -> str:
-    """A short name for what trains, for folders and tables: "full", "top4" or "lora16"."""
-    if lora_rank is not None:
-        return f"lora{lora_rank}"
-    return f"top{top_k}" if top_k else "full"

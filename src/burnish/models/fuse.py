@@ -2,7 +2,7 @@
 
 The modules stay what they are: only `forward` of the block's instance is replaced, and it calls the class's own forward for
 anything but a packed row (padded batches, generation, other devices). A half of the block whose projections carry adapters,
-hooks or quantised weights runs through its modules.
+hooks or quantised weights runs through its modules; so does attention that the C kernels do not take.
 
 The last block returns only the rows that a head reads (`plan.keep`): its feed-forward half is then computed at scored
 positions alone.
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from burnish.core.attention import PLAN_KWARG
 from burnish.core.block import AttentionHalf, MlpHalf
-from burnish.core.block_attention import BlockSpec
-from burnish.core.plan import AttentionPlan
+from burnish.core.block_attention import BlockSpec, Turning, has_kernels
+from burnish.core.segments import AttentionPlan
 
 # Read in transformers 5.23; the self-check compares the result on a small copy, so that a change there is noticed.
 _CLASSES = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
@@ -115,7 +115,7 @@ def _run(layer: Any, hidden: Tensor, *, plan: AttentionPlan, positions: Tensor |
     norm, mlp = layer.post_attention_layernorm, layer.mlp
     plain = is_stock(mlp) and is_stock(norm) and _are_plain(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     if plain and mlp.gate_proj.bias is None:
-        spec = _spec(layer, norm, plan, x, mlp.gate_proj.weight)
+        spec = _spec(layer, norm, x, mlp.gate_proj.weight)
         x = MlpHalf.apply(x, norm.weight, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, spec)
     else:
         x = x + mlp(norm(x[None]))[0]
@@ -128,16 +128,17 @@ def _attend(
     layer: Any, x: Tensor, keep: Tensor | None, plan: AttentionPlan, positions: Tensor | None, rotation: Any
 ) -> Tensor:
     a, norm = layer.self_attn, layer.input_layernorm
-    dropout = layer.training and a.attention_dropout > 0
     cos, sin = rotation
     plain = is_stock(a) and is_stock(norm) and _are_plain(a.q_proj, a.k_proj, a.v_proj, a.o_proj)
-    if dropout or cos.shape[-1] != a.head_dim or not plain:
-        given = {PLAN_KWARG: plan, "position_ids": positions, "position_embeddings": rotation}
-        x = x + a(hidden_states=norm(x[None]), attention_mask=None, **given)[0][0]
-        return x if keep is None else x.index_select(0, keep)
-    plan.calls += 1
+    dropout = layer.training and a.attention_dropout > 0
+    if dropout or not plain or cos.shape[-1] != a.head_dim or _has_window(layer, plan):
+        return _attend_by_modules(layer, x, keep, plan, positions, rotation)
+    spec = _spec(layer, norm, x, a.q_proj.weight)
     head_norms = (a.q_norm.weight, a.k_norm.weight) if hasattr(a, "q_norm") else (None, None)
-    spec = _spec(layer, norm, plan, x, a.q_proj.weight)
+    turning = Turning(*head_norms, cos[0].to(spec.wide), sin[0].to(spec.wide))
+    if not has_kernels(turning, plan, spec):
+        return _attend_by_modules(layer, x, keep, plan, positions, rotation)
+    plan.calls += 1
     out: Any = AttentionHalf.apply(
         x,
         norm.weight,
@@ -150,8 +151,8 @@ def _attend(
         *head_norms,
         a.o_proj.weight,
         a.o_proj.bias,
-        cos[0].to(spec.wide),
-        sin[0].to(spec.wide),
+        turning.cos,
+        turning.sin,
         keep,
         plan,
         spec,
@@ -159,22 +160,33 @@ def _attend(
     return out
 
 
-def _spec(layer: Any, norm: Any, plan: AttentionPlan, x: Tensor, weight: Tensor) -> BlockSpec:
+def _attend_by_modules(
+    layer: Any, x: Tensor, keep: Tensor | None, plan: AttentionPlan, positions: Tensor | None, rotation: Any
+) -> Tensor:
+    given = {PLAN_KWARG: plan, "position_ids": positions, "position_embeddings": rotation}
+    normed = layer.input_layernorm(x[None])
+    x = x + layer.self_attn(hidden_states=normed, attention_mask=None, **given)[0][0]
+    return x if keep is None else x.index_select(0, keep)
+
+
+def _has_window(layer: Any, plan: AttentionPlan) -> bool:
+    """Whether a sliding window of this layer hides a key of the row."""
+    owner = layer.self_attn.config if type(layer).__name__ == "MistralDecoderLayer" else layer.self_attn
+    window = getattr(owner, "sliding_window", None)
+    return window is not None and window < plan.longest
+
+
+def _spec(layer: Any, norm: Any, x: Tensor, weight: Tensor) -> BlockSpec:
     a = layer.self_attn
     if torch.is_autocast_enabled("cpu"):
         low = torch.get_autocast_dtype("cpu")
     else:
         low = torch.promote_types(x.dtype, weight.dtype)
-    if type(layer).__name__ == "MistralDecoderLayer":
-        window = getattr(a.config, "sliding_window", None)
-    else:
-        window = getattr(a, "sliding_window", None)
     return BlockSpec(
         heads=a.config.num_attention_heads,
         kv_heads=a.config.num_key_value_heads,
         head_size=a.head_dim,
         scale=float(a.scaling),
-        window=window if window is not None and window < plan.longest else None,
         eps=norm.variance_epsilon,
         head_eps=a.q_norm.variance_epsilon if hasattr(a, "q_norm") else norm.variance_epsilon,
         low=low,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from burnish.core.batch import Layout, PackedBatch, move
+from burnish.core.batch import PackedBatch, move
 
 
 @dataclass
@@ -37,12 +37,6 @@ class PaddedRows:
     source_row: Tensor
     source_column: Tensor
     last_column: Tensor
-
-
-def count_padded_tokens(layout: Layout) -> int:
-    """Tokens that the rectangular batch computes for this layout, padding included."""
-    lengths = [group.prompt + c.length for group in layout.groups for c in group.completions]
-    return len(lengths) * max(lengths, default=0)
 
 
 def build_padded_rows(batch: PackedBatch, side: str = "right") -> PaddedRows:

@@ -14,13 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from burnish.core.attention import (
-    FLEX_NAME,
-    PLAN_KWARG,
-    SDPA_NAME,
-    PackingRefused,
-    attach_plan,
-)
+from burnish.core.attention import NAMES, PLAN_KWARG, PackingRefused, attach_plan
 from burnish.core.batch import (
     CompletionSpan,
     GroupSpan,
@@ -32,7 +26,8 @@ from burnish.core.batch import (
 from burnish.core.group import Completion, Group
 from burnish.core.head import compute_token_logprobs
 from burnish.core.logits import Functional, HeadInput
-from burnish.core.plan import AttentionPlan, build_attention_plan
+from burnish.core.segments import AttentionPlan, build_attention_plan
+from burnish.core.varlen import explain_missing
 from burnish.errors import UsageError
 from burnish.models.fuse import fuse_blocks, split_blocks
 from burnish.models.lm_head import build_head_input, get_backbone
@@ -56,14 +51,15 @@ class Policy(nn.Module):
         model: The model; PEFT adapters stay in place and active.
         head: "lm": log-probabilities of a causal model; "score": a sequence-classification model's scalar, per
             completion ("scores") or per scored token ("values").
-        attention: "auto" (packed if the self-check agrees, else padded), "sdpa", "flex" (CUDA) or "padded". A packed
-            backend that the self-check rejects becomes padded; `why_padded` says why.
+        attention: "auto" (packed if the self-check agrees, else padded: varlen on CUDA in bf16 or fp16, else sdpa), "varlen"
+            or "flex" (CUDA), "sdpa", "padded". A packed backend that the self-check rejects becomes padded; `why_padded`
+            says why.
         compute_dtype: bf16 or fp16: forward under autocast of this type. None or fp32: in the parameters' own.
         cache_dir: Where verdicts of the self-check are kept between runs.
 
     Attributes:
         model: The model as given.
-        backend: "sdpa", "flex" or "padded".
+        backend: "sdpa", "varlen", "flex" or "padded".
         why_padded: One sentence on why the batch is padded, or "".
     """
 
@@ -79,9 +75,9 @@ class Policy(nn.Module):
         super().__init__()
         if head not in _HEADS:
             raise UsageError(f"unknown head {head!r}", where="Policy", remedy="use 'lm' or 'score'")
-        if attention not in ("auto", "sdpa", "flex", "padded"):
+        if attention not in ("auto", *NAMES, "padded"):
             raise UsageError(
-                f"unknown attention {attention!r}", where="Policy", remedy="use auto, sdpa, flex or padded"
+                f"unknown attention {attention!r}", where="Policy", remedy="use auto, sdpa, varlen, flex or padded"
             )
         if any(getattr(c, "is_prompt_learning", False) for c in getattr(model, "peft_config", {}).values()):
             raise UsageError(
@@ -94,7 +90,7 @@ class Policy(nn.Module):
         self.compute_dtype = compute_dtype
         self.why_padded = ""
         found = str(self.inner.config._attn_implementation or "eager")
-        self._ordinary = "sdpa" if found in (SDPA_NAME, FLEX_NAME) else found  # another Policy may hold the model
+        self._ordinary = "sdpa" if found in NAMES.values() else found  # another Policy may hold the model
         self._own_head = False
         self._hidden_size = int(self.inner.get_input_embeddings().weight.shape[-1])
         self.backend = self._choose_backend(attention, cache_dir)
@@ -137,16 +133,28 @@ class Policy(nn.Module):
         if attention == "padded":
             self._use_ordinary()
             return "padded"
-        on_cuda = self.device.type == "cuda"
-        if attention == "flex" and not on_cuda:
+        if attention == "flex" and self.device.type != "cuda":
             raise UsageError("attention: flex needs a CUDA device", where="Policy", remedy="use attention: auto")
+        missing = self._explain_no_varlen()
+        if attention == "varlen" and missing:
+            raise UsageError(f"attention: varlen: {missing}", where="Policy", remedy="use attention: auto")
         if not verdict.packs:
             return self._become_padded(verdict.reason, asked=attention != "auto")
-        self.inner.set_attn_implementation(FLEX_NAME if attention == "flex" else SDPA_NAME)
+        if attention == "auto" and missing and self.device.type == "cuda":
+            log.info("attention runs by scaled_dot_product_attention, one call a segment: %s", missing)
+        backend = attention if attention != "auto" else "sdpa" if missing else "varlen"
+        self.inner.set_attn_implementation(NAMES[backend])
         split_blocks(self.backbone)
-        if verdict.fuses and attention != "flex":
+        if verdict.fuses and self.device.type == "cpu":
             fuse_blocks(self.backbone)
-        return "flex" if attention == "flex" else "sdpa"
+        return backend
+
+    def _explain_no_varlen(self) -> str:
+        """Why this model cannot run varlen attention, one clause; "" if it can."""
+        dtype = self.compute_dtype or next(self.parameters()).dtype
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"varlen attention takes bf16 and fp16, not {str(dtype).removeprefix('torch.')}"
+        return explain_missing(self.device)
 
     def _become_padded(self, reason: str, *, asked: bool = False) -> str:
         self.why_padded = f"{type(self.inner).__name__} runs padded, not packed: {reason}"
@@ -156,7 +164,7 @@ class Policy(nn.Module):
         return "padded"
 
     def _use_ordinary(self) -> None:
-        if self.inner.config._attn_implementation in (SDPA_NAME, FLEX_NAME):
+        if self.inner.config._attn_implementation in NAMES.values():
             self.inner.set_attn_implementation(self._ordinary)
 
     # ---- the call -------------------------------------------------------------------------------------------------

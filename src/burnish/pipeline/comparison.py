@@ -18,8 +18,9 @@ from burnish.artifacts.grid_folder import CELLS, SUMMARY, load_grid, read_cell_s
 from burnish.artifacts.run_folder import load_stage
 from burnish.config.grid import BASE, MODEL
 from burnish.errors import BurnishError
-from burnish.evals.intervals import compute_mean
+from burnish.evals.intervals import compute_mean, finite_or_none
 from burnish.evals.items import Items, compare_items, read_items
+from burnish.pipeline.sharing import find_relevant
 from burnish.report.numbers import is_proportion
 from burnish.track.metrics import read_metrics
 
@@ -135,7 +136,8 @@ def collect_rows(folder: Path, grid: Mapping[str, Any]) -> list[Row]:
         for place in (folder / stage for stage in cell["stages"].values()):
             for subject, table in _read_table(place).items():
                 if subject not in relevant:
-                    relevant[subject] = _find_relevant(grid, subject)
+                    places = [(c["values"], c["stages"].get(subject, c["base"])) for c in grid["cells"]]
+                    relevant[subject] = find_relevant([axis["label"] for axis in grid["axes"]], places)
                 labels = relevant[subject]
                 values = {x: cell["values"][x] for x in labels if x not in seeds}
                 row = rows.setdefault((subject, *values.items()), Row(subject, values))
@@ -160,21 +162,6 @@ def _order(grid: Mapping[str, Any], rows: list[Row]) -> list[Row]:
         return (model, rank.get(row.subject, len(rank)), *own)
 
     return sorted(rows, key=key)
-
-
-def _find_relevant(grid: Mapping[str, Any], subject: str) -> list[str]:
-    """Labels of the axes that decide what a subject is; as `sharing.find_relevant`, over the recorded places."""
-    identity = {c["name"]: c["stages"].get(subject, c["base"]) for c in grid["cells"]}
-    kept = [axis["label"] for axis in grid["axes"]]
-    for label in reversed(kept.copy()):
-        rest = [other for other in kept if other != label]
-        seen: dict[tuple[str, ...], str] = {}
-        if all(
-            seen.setdefault(tuple(c["values"][x] for x in rest), identity[c["name"]]) == identity[c["name"]]
-            for c in grid["cells"]
-        ):
-            kept = rest
-    return kept
 
 
 def _read_table(place: Path) -> dict[str, dict[Metric, dict[str, Any]]]:
@@ -256,8 +243,8 @@ def _compare(row: Row, base: Row, metric: Metric) -> dict[str, Any] | None:
         return None
     change: dict[str, Any] = {
         "difference": found.difference,
-        "low": _finite(found.low),
-        "high": _finite(found.high),
+        "low": finite_or_none(found.low),
+        "high": finite_or_none(found.high),
         "p_value": found.p_value,
         "test": found.test,
         "n": found.n,
@@ -299,10 +286,6 @@ def _read_rows(place: Path) -> Iterable[dict[str, Any]]:
 
 def _value(row: Row, key: str, metric: Metric) -> float:
     return float(row.members[key].table[metric]["value"])
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 # What may be said

@@ -107,11 +107,8 @@ def build_data(settings: EvaluateSettings, state: RunState) -> EvaluationData:
         return found.held_out if found.held_out or settings.data is None else found.train
 
     def prompts(name: str, tokenizer: TextTokenizer) -> list[Prompt]:
-        rows = load_prompts(name, tokenizer, seed=settings.seed, chat_template=settings.chat_template)
-        return [
-            Prompt(r.id, r.prompt_ids, text=r.text, reference=r.answer or "", source=r.tags.get("source", ""))
-            for r in rows
-        ]
+        rows = load_prompts(name, tokenizer, chat_template=settings.chat_template)
+        return [Prompt(r.id, r.prompt_ids, r.text, r.answer, r.source) for r in rows]
 
     return EvaluationData(
         texts=lambda tokenizer: held_out(text_stage, tokenizer),

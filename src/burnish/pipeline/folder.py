@@ -58,6 +58,7 @@ def _open_run(loaded: LoadedRecipe, folder: Path, runtime: Any, resolved: Mappin
         resolved=resolved,
         command=sys.argv,
         environment=facts,
+        remarks=loaded.tables,
     )
     for note in run.notes:
         log.info("%s", note)

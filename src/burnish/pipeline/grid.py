@@ -18,7 +18,6 @@ from burnish.artifacts.grid_folder import (
     CELLS,
     REFERENCE,
     SHARED,
-    is_grid,
     link_stage,
     load_summary,
     read_cell_state,
@@ -259,13 +258,3 @@ def describe_grid_run(folder: Path) -> dict[str, Any]:
     attached = RunFolder.attach(folder)
     kept = {k: attached.record.get(k) for k in ("name", "run_id", "state", "exit_code", "seconds", "error")}
     return kept | {"folder": str(folder), **load_summary(folder)}
-
-
-def refresh(folder: Path) -> None:
-    """Make a grid's summary again from its cells' files.
-
-    Raises:
-        UsageError: The folder is no grid.
-    """
-    if is_grid(folder):
-        write_summary(folder)

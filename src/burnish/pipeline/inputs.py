@@ -183,7 +183,7 @@ def fingerprint_evaluation(
             assert stage is not None
             found[f"data of {stage.kind}"] = summaries.find(stage, tokenizer, context=context).fingerprint
     for task in (t for t in settings.tasks if t not in PLAIN_TASKS):
-        rows = load_prompts(task, tokenizer, seed=settings.seed, chat_template=settings.chat_template)
+        rows = load_prompts(task, tokenizer, chat_template=settings.chat_template)
         found[task] = _hash([[r.id, r.prompt_ids, r.answer, r.reference] for r in rows])
     return found
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from burnish.artifacts.folder import DamagedFolder, FolderWriter, load_manifest, verify_folder
 from burnish.artifacts.run_folder import load_run, load_stage, plain_name, stage_folders
 from burnish.config.keys import settings_class
-from burnish.config.registry import KINDS, find_spec
+from burnish.config.registry import find_known
 from burnish.config.stages import SftSettings
 from burnish.config.train import TrainSettings
 from burnish.core.group import Group
@@ -201,10 +201,11 @@ def find_rows(source: Source, tokenizer_folder: Path | None, data: str | None) -
         found = prepare_data(SftSettings(data=data), tokenizer, context=context)
         return Rows(found.held_out or found.train, data, own=True)
     why = "it is of no run"
-    kind = source.record.get("kind")
-    if kind in KINDS and find_spec(str(kind)).trains:
+    kind = str(source.record.get("kind"))
+    spec = find_known(kind)
+    if spec is not None and spec.trains:
         try:
-            settings = settings_class(str(kind)).model_validate(source.record.get("settings"))
+            settings = settings_class(kind).model_validate(source.record.get("settings"))
             assert isinstance(settings, TrainSettings)
             found = prepare_data(settings, tokenizer, context=context)
             if found.held_out:

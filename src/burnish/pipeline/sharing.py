@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,8 @@ def place_stages(axes: Sequence[Axis], cells: Sequence[Cell]) -> dict[str, list[
     most = max(len(found) for found in identities.values())
     for at in range(most):
         having = [cell for cell in cells if at < len(identities[cell.name])]
-        relevant = find_relevant(axes, having, lambda cell, at=at: identities[cell.name][at])
+        found = [(cell.values, identities[cell.name][at]) for cell in having]
+        relevant = find_relevant([axis.label for axis in axes], found)
         for cell in having:
             identity = identities[cell.name][at]
             stage = cell.recipe.stage_names()[at]
@@ -97,12 +98,17 @@ def _name_model(model: str | None) -> str | None:
     return str(found) if found is not None else model
 
 
-def find_relevant(axes: Sequence[Axis], cells: Sequence[Cell], value: Callable[[Cell], Hashable]) -> list[str]:
-    """Labels of a smallest set of axes that decides `value`; axes are dropped from the last to the first."""
-    kept = [axis.label for axis in axes]
-    for label in reversed([axis.label for axis in axes]):
+def find_relevant(labels: Sequence[str], cells: Sequence[tuple[Mapping[str, str], str]]) -> list[str]:
+    """Labels of a smallest set of axes that decides what a stage is; axes are dropped from the last to the first.
+
+    Args:
+        labels: Of all axes.
+        cells: Of each cell the choice on each axis, and what identifies the stage there.
+    """
+    kept = list(labels)
+    for label in reversed(labels):
         rest = [other for other in kept if other != label]
-        seen: dict[tuple[str, ...], Hashable] = {}
-        if all(seen.setdefault(tuple(c.values[x] for x in rest), value(c)) == value(c) for c in cells):
+        seen: dict[tuple[str, ...], str] = {}
+        if all(seen.setdefault(tuple(values[x] for x in rest), identity) == identity for values, identity in cells):
             kept = rest
     return kept

@@ -11,6 +11,7 @@ import yaml
 
 from burnish.artifacts.redact import redact, redact_tree
 from burnish.artifacts.run_folder import STAGE, load_run, load_stage, plain_name, stage_folders
+from burnish.config.registry import find_known
 from burnish.errors import BurnishError
 from burnish.track.margins import MARGINS
 from burnish.track.metrics import METRICS, TIMING, read_metrics
@@ -66,7 +67,8 @@ class StageFiles:
     @property
     def evaluates(self) -> bool:
         """Whether the figures are a table of results."""
-        return self.kind == "evaluate" or "table" in self.figures
+        spec = find_known(self.kind)
+        return "table" in self.figures or (spec is not None and not spec.trains)
 
 
 @dataclass

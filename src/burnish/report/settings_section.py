@@ -6,7 +6,8 @@ import json
 from html import escape
 from typing import Any
 
-from burnish.config.registry import ALIASES, KINDS, load_object
+from burnish.config.keys import settings_class
+from burnish.config.registry import find_known
 from burnish.disk import format_bytes
 from burnish.report.read import RunFiles, StageFiles, as_dict, as_number
 
@@ -53,12 +54,10 @@ def changed_settings(stage: StageFiles) -> list[tuple[str, Any, Any]]:
 
 def _load_defaults(kind: str) -> dict[str, Any]:
     """Defaults of a kind's settings as plain JSON; empty for a kind that is not known here."""
-    kind = ALIASES[kind].kind if kind in ALIASES else kind
-    if kind not in KINDS:
+    if find_known(kind) is None:
         return {}
-    fields = load_object(KINDS[kind].settings).model_fields
     out: dict[str, Any] = {}
-    for name, field in fields.items():
+    for name, field in settings_class(kind).model_fields.items():
         value = field.get_default(call_default_factory=True)
         if hasattr(value, "model_dump"):
             value = value.model_dump(mode="json")

@@ -10,7 +10,7 @@ from typing import Any
 from burnish.report.charts import draw_stage
 from burnish.report.headline import badge, describe_data
 from burnish.report.margin_charts import DRAWN, draw_margins, write_margin_remarks
-from burnish.report.numbers import show_count, show_number, show_seconds, show_value
+from burnish.report.numbers import show_count, show_number, show_seconds
 from burnish.report.read import RunFiles, StageFiles, as_dict, as_list, as_number
 
 _LEFT_OUT = (
@@ -200,10 +200,3 @@ def _named(found: dict[str, Any]) -> str:
     more = ", …" if count > len(names) else ""
     tip = f' title="{escape(", ".join(names) + more, quote=True)}"' if names else ""
     return f"<span{tip}>{show_count(count)}</span>"
-
-
-def show_last(stage: StageFiles, name: str) -> str:
-    """The last value of a metric of a stage."""
-    values = [as_number(r.get(name)) for r in stage.metrics]
-    sound = [v for v in values if v is not None]
-    return show_value(name, sound[-1]) if sound else "–"

@@ -13,7 +13,7 @@ import torch
 from burnish.core.batch import CompletionSpan, GroupSpan, Layout
 from burnish.core.kernels import build, calls
 from burnish.core.kernels.build import Kernels, load_kernels
-from burnish.core.plan import build_attention_plan
+from burnish.core.segments import build_attention_plan
 
 pytestmark = pytest.mark.skipif(load_kernels().library is None, reason=f"no kernels here: {load_kernels().note}")
 

@@ -11,7 +11,7 @@ from burnish.core.batch import Layout
 from burnish.core.kernels import calls
 from burnish.core.kernels.build import load_kernels
 from burnish.core.kernels.calls import Heads
-from burnish.core.plan import build_attention_plan
+from burnish.core.segments import build_attention_plan
 from tests.core.dense import attend_whole, draw_layout
 
 pytestmark = pytest.mark.skipif(load_kernels().library is None, reason=f"no kernels here: {load_kernels().note}")

@@ -169,7 +169,7 @@ class GroupTable:
 
     Attributes:
         offsets: (groups + 1,) int64: of each group its first segment.
-        segments: (·, 4) int64: start, stop, prompt, prompt_stop, as in `core.plan`.
+        segments: (·, 4) int64: start, stop, prompt, prompt_stop, as in `core.segments`.
     """
 
     offsets: Tensor
