@@ -12,7 +12,7 @@ import pytest
 from burnish import faults
 from burnish.artifacts.files import write_file
 from burnish.artifacts.folder import MANIFEST, clean_leftovers
-from burnish.engine import checkpoint as checkpoint_module
+from burnish.engine.parallel import single as single_module
 from burnish.errors import ResourceError
 from burnish.track.metrics import read_metrics
 from tests.artifacts.damage import DAMAGES, damage
@@ -42,13 +42,13 @@ def check_damage(calm, tmp_path: Path, name: str, how: str, monkeypatch, caplog)
     stage = copy_until(source, tmp_path / "stage", 6)
     damage(stage / "checkpoint-6", name, how, FILES)
     loaded: list[str] = []
-    real = checkpoint_module.load_tensors
+    real = single_module.read_tensors
 
-    def load(path: Path):
-        loaded.append(path.parent.name)
-        return real(path)
+    def load(folder: Path, only: str):
+        loaded.append(folder.name)
+        return real(folder, only)
 
-    monkeypatch.setattr(checkpoint_module, "load_tensors", load)
+    monkeypatch.setattr(single_module, "read_tensors", load)
     caplog.clear()
     assert finish(build_job(stage, resume=True)) == expected
     assert set(loaded) == {"checkpoint-3"}, "a tensor of the damaged checkpoint was read"

@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from burnish.artifacts.checkpoints import (
     CheckpointRef,
@@ -20,27 +17,16 @@ from burnish.artifacts.checkpoints import (
     prune,
     verify_checkpoint,
 )
+from burnish.engine.parallel.interface import Parallel
 from burnish.engine.state import TrainState
 from burnish.errors import ResourceError
 from burnish.track.metrics import MetricsLog
 
 
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors ready for safetensors: on the CPU, contiguous, sharing no storage with one another."""
-    out: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        value = tensor.detach().cpu().contiguous()
-        pointer = value.untyped_storage().data_ptr()
-        out[name] = value.clone() if pointer in seen else value
-        seen.add(pointer)
-    return out
-
-
 def save_checkpoint(
-    stage_dir: Path, state: TrainState, meta: Mapping[str, Any], logs: Sequence[MetricsLog] = ()
+    stage_dir: Path, state: TrainState, meta: Mapping[str, Any], logs: Sequence[MetricsLog], parallel: Parallel
 ) -> Path:
-    """Write `checkpoint-<step>` into the stage's folder; called on one rank.
+    """Write `checkpoint-<step>` into the stage's folder; every rank must come here. Rank 0 seals what all have written.
 
     Args:
         meta: Goes into the manifest beside the step (stage key, base fingerprint, threads, ranks).
@@ -50,13 +36,16 @@ def save_checkpoint(
         ResourceError: The disk is full or the folder cannot be written.
     """
     model, moments, values = state.to_tree()
-    size = sum(t.numel() * t.element_size() for tree in (model, moments) for t in tree.values())
-    with checkpoint_writer(stage_dir, state.counters.step, meta=dict(meta), expected=size) as writer:
-        save_file(_contiguous(model), writer.path("model.safetensors"))
-        save_file(_contiguous(moments), writer.path("optimizer.safetensors"))
-        writer.write_json("state.json", values)
-        for file in logs:
-            writer.write_bytes(tail_name(file), file.tail())
+    tensors = {"model": model, "optimizer": moments}
+    if not parallel.runtime.is_main:
+        parallel.save_tensors(tensors, None)
+    else:
+        size = sum(t.numel() * t.element_size() for tree in (model, moments) for t in tree.values())
+        with checkpoint_writer(stage_dir, state.counters.step, meta=dict(meta), expected=size) as writer:
+            parallel.save_tensors(tensors, writer.folder)
+            writer.write_json("state.json", values)
+            for file in logs:
+                writer.write_bytes(tail_name(file), file.tail())
     return stage_dir / f"checkpoint-{state.counters.step}"
 
 
@@ -73,14 +62,10 @@ def restore_log(checkpoint: Path, log: MetricsLog, mark: int, say: Callable[[str
         say(note)
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file."""
-    with safe_open(str(path), framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+def load_checkpoint(path: Path, state: TrainState, parallel: Parallel) -> None:
+    """Restore the state from a sealed checkpoint whose hashes were checked; every rank must come here.
 
-
-def load_checkpoint(path: Path, state: TrainState) -> None:
-    """Restore the state from a sealed checkpoint whose hashes were checked.
+    It may be of another strategy or another number of ranks: parameters and moments are the same to the bit.
 
     Raises:
         ResourceError: The checkpoint does not fit the stage.
@@ -88,8 +73,9 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     try:
         with hold_checkpoint(path):
             values = json.loads((path / "state.json").read_text())
-            model, moments = (load_tensors(path / f"{name}.safetensors") for name in ("model", "optimizer"))
-        state.load_tree(model, moments, values)
+            tensors = parallel.load_tensors(path, state.trainable)
+        model = {n: t for n, t in tensors.items() if n.startswith(("parameter/", "buffer/"))}
+        state.load_tree(model, {n: t for n, t in tensors.items() if n not in model}, values)
     except (KeyError, TypeError, ValueError) as error:
         raise ResourceError(
             f"the checkpoint does not fit this stage: {error}",
@@ -98,11 +84,11 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         ) from error
 
 
-def load_parameters(path: Path, trainable: Mapping[str, torch.nn.Parameter]) -> None:
-    """Only the parameters of a checkpoint: the result of a stage that keeps its best."""
+def load_parameters(path: Path, trainable: Mapping[str, torch.nn.Parameter], parallel: Parallel) -> None:
+    """Only the parameters of a checkpoint: the result of a stage that keeps its best; every rank must come here."""
     with hold_checkpoint(path):
         verify_checkpoint(path)
-        tensors = load_tensors(path / "model.safetensors")
+        tensors = parallel.load_tensors(path, trainable, only="parameter/")
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(tensors[f"parameter/{name}"])

@@ -217,7 +217,8 @@ def _join_group(cuda: bool) -> dist.ProcessGroup | None:
     limit = timedelta(seconds=read_timeout())
     with peers():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=limit)
-        return dist.new_group(backend="gloo", timeout=limit) if cuda else None
+        group: Any = dist.new_group(backend="gloo", timeout=limit) if cuda else None
+        return group
 
 
 def _choose_device(devices: Sequence[int] | None) -> torch.device:

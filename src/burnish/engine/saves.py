@@ -60,9 +60,9 @@ class Saves:
         enter_phase("save")
         runtime, c, keep = self.job.runtime, self.state.counters, self.job.settings.load_best_model_at_end
         runtime.barrier()
+        meta = {**self.job.stamp, **self._find_bits(), **self.record.mark(c)}
+        save_checkpoint(stage_dir, self.state, meta, self.record.logs, self.parallel)
         if runtime.is_main:
-            meta = {**self.job.stamp, **self._find_bits(), **self.record.mark(c)}
-            save_checkpoint(stage_dir, self.state, meta, self.record.logs)
             best = c.best_step if keep else None
             limit = self.job.settings.save_total_limit
             prune_checkpoints(stage_dir, limit, best=best, newest=c.step, run_id=self.job.run_id)
@@ -79,14 +79,14 @@ class Saves:
         stage_dir, named = self.job.stage_dir, self.job.resume_from
         if named is not None:
             with hold_checkpoint(named):
-                load_checkpoint(verify_checkpoint(named).path, self.state)
+                load_checkpoint(verify_checkpoint(named).path, self.state, self.parallel)
         elif stage_dir is not None:
             found = find_resumable(stage_dir, log.warning, run_id=self.job.run_id)
             if found is None:
                 self.record.clear()
                 return None
             self._warn_of_other_bits(found.manifest.meta)
-            load_checkpoint(found.path, self.state)
+            load_checkpoint(found.path, self.state, self.parallel)
             self.record.restore(found.path, self.state.counters, found.manifest.meta)
             known = self.job.runtime.gather((self.record.figures, self.record.evaluation))[0]
             self.record.figures, self.record.evaluation = known  # every rank must decide alike what is due
@@ -99,7 +99,7 @@ class Saves:
         """Put the parameters of the best checkpoint into the models, where the settings ask for it."""
         best = self.state.counters.best_step if self.job.settings.load_best_model_at_end else None
         if best is not None and self.job.stage_dir:
-            load_parameters(self.job.stage_dir / f"checkpoint-{best}", self.job.trainable)
+            load_parameters(self.job.stage_dir / f"checkpoint-{best}", self.job.trainable, self.parallel)
 
     def prepare_window(self) -> None:
         """Before a step: let the source make its window, and commit it; or take the one that was committed before a kill."""

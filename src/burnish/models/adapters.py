@@ -7,7 +7,7 @@ import difflib
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -343,7 +343,13 @@ def merge_copy(model: nn.Module) -> PreTrainedModel:
 
 
 def save_adapter(
-    model: nn.Module, folder: Path, *, base_model: str, revision: str | None = None, earlier: Path | None = None
+    model: nn.Module,
+    folder: Path,
+    *,
+    base_model: str,
+    revision: str | None = None,
+    earlier: Path | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> bool:
     """Write adapter_config.json and adapter_model.safetensors of the one adapter; the same bytes for the same weights.
 
@@ -351,6 +357,7 @@ def save_adapter(
         base_model: What a script loads under the adapter.
         earlier: An adapter folder that was added to the base before this adapter was made: the two are written as one
             adapter of the base, of the sum of their ranks, W + s₁B₁A₁ + s₂B₂A₂ = W + [s₁B₁ s₂B₂][A₁; A₂].
+        state: What the model trains, whole, where it is sharded.
 
     Returns:
         False, and nothing is written, if the earlier adapter cannot be joined (DoRA, biases, other saved modules).
@@ -360,7 +367,7 @@ def save_adapter(
     _check_single(model)
     config: Any = model.peft_config[ADAPTER]  # pyright: ignore[reportArgumentType, reportIndexIssue]
     fields = config.to_dict() | {"base_model_name_or_path": base_model, "revision": revision, "inference_mode": True}
-    tensors = _adapter_tensors(model)
+    tensors = _adapter_tensors(model, state)
     if earlier is not None:
         before: Any = peft.PeftConfig.from_pretrained(str(earlier))
         joined = _join(load_file(earlier / "adapter_model.safetensors"), before, tensors, config)
@@ -381,10 +388,11 @@ def _stored_name(name: str) -> str:
     return f"{name}.weight" if name.endswith(".lora_magnitude_vector") else name
 
 
-def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+def _adapter_tensors(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     import peft
 
-    found = peft.get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    given: Any = None if state is None else dict(state)
+    found = peft.get_peft_model_state_dict(model, state_dict=given, adapter_name=ADAPTER, save_embedding_layers=False)
     return {_stored_name(n): t.detach().to("cpu").contiguous() for n, t in found.items()}
 
 
@@ -400,6 +408,21 @@ def _is_plain(config: Any) -> bool:
     """One rank and scale for all layers, their names given, nothing but A and B."""
     odd = config.use_dora or config.rank_pattern or config.alpha_pattern or config.bias != "none"
     return not odd and not isinstance(config.target_modules, str)
+
+
+def check_exportable(lora: LoraSettings, earlier: Path) -> None:
+    """An adapter in shards over one that was added to the base: the two must be writable as one (`save_adapter`).
+
+    Raises:
+        ConfigError: They are not.
+    """
+    before = _read_lora(earlier)[1]
+    if lora.use_dora or lora.bias != "none" or not _is_plain(before):
+        raise ConfigError(
+            "this adapter and the earlier one cannot be written as one, and sharded weights cannot be merged",
+            where="distributed.strategy",
+            remedy="fold the earlier adapter in first (burnish merge), or use strategy: replicated",
+        )
 
 
 def _join(

@@ -6,13 +6,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from burnish.errors import ConfigError
 from burnish.models.adapters import is_peft, merge_copy, save_adapter
@@ -27,11 +27,12 @@ log = logging.getLogger("burnish")
 TRAINING_INFO = ("base_model_path", "training_config", "model_type", "dataset_name", "train_samples", "eval_samples")
 WORTH_SAYING = 0.1  # of the change, lost in rounding
 ExportDtype = Literal["source", "masters"]
+Read = Callable[[nn.Module, Sequence[str]], Iterator[tuple[str, Tensor]]]  # (model, names) → (name, whole tensor), …
 
 
 def export_model(
     built: BuiltModel,
-    folder: Path,
+    folder: Path | None,
     *,
     tokenizer_source: str | Path | None,
     head: Head,
@@ -40,8 +41,11 @@ def export_model(
     chat_template: str | None = None,
     stop_ids: Sequence[int] = (),
     max_shard_size: str = "5GB",
+    read: Read | None = None,
 ) -> None:
     """Write what inference needs into `folder`, which exists and is empty; the caller seals and renames it.
+
+    Of a sharded model every rank must come here with `read`; those without a folder only send their rows.
 
     Args:
         built: The model in training.
@@ -49,22 +53,33 @@ def export_model(
         head: "lm" or "score".
         extra: Goes into training_info.pt; of the keys in TRAINING_INFO those that are missing become None.
         dtype: Type of full weights: "source" = as the base is stored (bf16 stays bf16), "masters" = as trained.
+        read: Gives tensors of the model whole, one after the other; default: the model's own.
         chat_template: The template that this stage used; None keeps the tokenizer's own.
         stop_ids: End-of-turn ids that `generate` must stop at, added to the generation settings.
     """
-    loaded = built.loaded
+    loaded, reading, chosen = built.loaded, read or _read_own, _choose_dtype(built, dtype)
     earlier = loaded.folder if loaded.merged else None
+    if folder is None:
+        if is_peft(built.model):
+            dict(reading(built.model, list(built.trainable)))
+            return
+        compute_rounding_loss(built, chosen, read=reading)
+        collect_tensors(built.model, reading, chosen)
+        return
     if not is_peft(built.model):
-        chosen = _choose_dtype(built, dtype)
-        if chosen in (torch.bfloat16, torch.float16) and (lost := compute_rounding_loss(built, chosen)) > WORTH_SAYING:
+        lost = compute_rounding_loss(built, chosen, read=reading)
+        if lost > WORTH_SAYING:
             log.warning(
                 "storing the weights as %s rounds away %.0f %% of what this stage changed; save_dtype: fp32 keeps it",
                 str(chosen).removeprefix("torch."),
                 100 * lost,
             )
-        _save_full(built.model, built, folder, chosen, max_shard_size)
-    elif not save_adapter(built.model, folder, base_model=loaded.name, revision=loaded.revision, earlier=earlier):
-        _save_full(merge_copy(built.model), built, folder, _choose_dtype(built, dtype), max_shard_size)
+        _save_full(built.model, built, folder, chosen, max_shard_size, reading)
+    else:
+        given: dict[str, Any] = {"base_model": loaded.name, "revision": loaded.revision, "earlier": earlier}
+        state = None if read is None else dict(reading(built.model, list(built.trainable)))
+        if not save_adapter(built.model, folder, state=state, **given):
+            _save_full(merge_copy(built.model), built, folder, chosen, max_shard_size, _read_own)
     if is_peft(built.model) and loaded.quantization is not None:
         save_quantization(loaded.quantization, folder)
     for file in folder.glob("*.safetensors"):
@@ -77,7 +92,13 @@ def export_model(
     _set_modes(folder)
 
 
-def compute_rounding_loss(built: BuiltModel, dtype: torch.dtype, *, tensors: int = 16) -> float:
+def _read_own(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """A model's own tensors."""
+    held = model.state_dict(keep_vars=True)
+    yield from ((name, held[name].detach()) for name in names)
+
+
+def compute_rounding_loss(built: BuiltModel, dtype: torch.dtype, *, tensors: int = 16, read: Read = _read_own) -> float:
     """How much of the stage's change of the weights is lost when they are stored as `dtype`: ‖round(w) − w‖ / ‖w − w₀‖.
 
     w₀ is read from the folder that the stage started from, for at most `tensors` matrices spread over the model. A
@@ -85,16 +106,16 @@ def compute_rounding_loss(built: BuiltModel, dtype: torch.dtype, *, tensors: int
     learning rate of 1e-6 most of the change can vanish. 0 where nothing can be compared.
     """
     loaded, lost, moved = built.loaded, 0.0, 0.0
-    if loaded.merged or is_peft(built.model):
+    if loaded.merged or is_peft(built.model) or dtype not in (torch.bfloat16, torch.float16):
         return 0.0
     stored = {
         name: file for file in inspect_model_folder(loaded.base).weights for name in read_safetensors_header(file)
     }
     names = [n for n, p in built.trainable.items() if n in stored and p.ndim >= 2]
-    for name in names[:: max(1, len(names) // tensors)]:
+    for name, value in read(built.model, names[:: max(1, len(names) // tensors)]):
         with safe_open(stored[name], framework="pt") as file:
             start = file.get_tensor(name).to(torch.float32)
-        now = built.trainable[name].detach().to("cpu", torch.float32)
+        now = value.to("cpu", torch.float32)
         if start.shape == now.shape:
             lost += float((now.to(dtype).float() - now).square().sum())
             moved += float((now - start).square().sum())
@@ -108,13 +129,15 @@ def _choose_dtype(built: BuiltModel, dtype: ExportDtype | torch.dtype) -> torch.
     return masters if dtype == "masters" else built.loaded.dtype
 
 
-def _save_full(model: Any, built: BuiltModel, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
+def _save_full(
+    model: Any, built: BuiltModel, folder: Path, dtype: torch.dtype, max_shard_size: str, read: Read
+) -> None:
     generation = getattr(model, "generation_config", None)
     try:
         if generation is not None:  # saving checks it, and many a model's own does not pass; it is copied instead
             model.generation_config = type(generation)()
         with quiet():
-            tensors = _cast(model.state_dict(), dtype)
+            tensors = collect_tensors(model, read, dtype)
             model.save_pretrained(str(folder), state_dict=tensors, max_shard_size=max_shard_size)
     finally:
         if generation is not None:
@@ -131,16 +154,18 @@ def _save_full(model: Any, built: BuiltModel, folder: Path, dtype: torch.dtype, 
     write_json(file, config)
 
 
-def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Floating-point tensors in `dtype`, on the CPU; tensors that share memory still share it afterwards."""
-    done: dict[tuple[int, torch.Size], Tensor] = {}
-    out = {}
-    for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tensor.shape)
-        if key not in done or tensor.numel() == 0:
-            done[key] = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
-        out[name] = done[key]
-    return out
+def collect_tensors(model: nn.Module, read: Read, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What `state_dict` names, floating-point tensors in `dtype`, on the CPU, each converted as it comes; tied ones stay one.
+
+    Of a sharded model rank 0 gets them, and the others none.
+    """
+    first: dict[int, str] = {}
+    same = {name: first.setdefault(id(t), name) for name, t in model.state_dict(keep_vars=True).items()}
+    found = {
+        name: tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in read(model, list(first.values()))
+    }
+    return {name: found[source] for name, source in same.items()} if found else {}
 
 
 def _align(file: Path, step: int = 64) -> None:

@@ -22,6 +22,7 @@ def load_frozen(
     attention: Any,
     quantization: Quantization | None = None,
     trust_remote_code: bool = False,
+    place: bool = True,
 ) -> Policy:
     """A model in evaluation mode, without gradients and with every dropout off.
 
@@ -29,6 +30,7 @@ def load_frozen(
         head: "score" refuses a model whose score head was never trained.
         precision: See `resolve_precision`, not for training.
         quantization: Store the base's linear layers in few bits, an adapter exactly beside them.
+        place: Move it to the device now.
 
     Raises:
         ConfigError: The folder holds another kind of model, or none that can be loaded.
@@ -44,7 +46,8 @@ def load_frozen(
         attach=quantization is not None,
     )
     module: Any = model
-    module.to(device)
-    policy = Policy(model, head=head, attention=attention, compute_dtype=precision.compute).eval()
+    if place:
+        module.to(device)
+    policy = Policy(model, head=head, attention=attention, compute_dtype=precision.compute, device=device).eval()
     policy.requires_grad_(False)
     return policy

@@ -171,7 +171,8 @@ def _attend_by_modules(
 
 def _has_window(layer: Any, plan: AttentionPlan) -> bool:
     """Whether a sliding window of this layer hides a key of the row."""
-    owner = layer.self_attn.config if type(layer).__name__ == "MistralDecoderLayer" else layer.self_attn
+    mistral = type(layer).__name__.removeprefix("FSDP") == "MistralDecoderLayer"  # `fully_shard` renames the class
+    owner = layer.self_attn.config if mistral else layer.self_attn
     window = getattr(owner, "sliding_window", None)
     return window is not None and window < plan.longest
 

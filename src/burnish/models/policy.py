@@ -57,6 +57,8 @@ class Policy(nn.Module):
         compute_dtype: bf16 or fp16: forward under autocast of this type. None or fp32: in the parameters' own.
         cache_dir: Where verdicts of the self-check are kept between runs.
 
+        device: Where it will compute, if its parameters are elsewhere yet; None: where they are.
+
     Attributes:
         model: The model as given.
         backend: "sdpa", "varlen", "flex" or "padded".
@@ -71,8 +73,10 @@ class Policy(nn.Module):
         attention: str = "auto",
         compute_dtype: torch.dtype | None = None,
         cache_dir: Path | None = None,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
+        self._home = device
         if head not in _HEADS:
             raise UsageError(f"unknown head {head!r}", where="Policy", remedy="use 'lm' or 'score'")
         if attention not in ("auto", *NAMES, "padded"):
@@ -92,7 +96,9 @@ class Policy(nn.Module):
         found = str(self.inner.config._attn_implementation or "eager")
         self._ordinary = "sdpa" if found in NAMES.values() else found  # another Policy may hold the model
         backbone: Any = self.backbone
-        backbone.warn_if_padding_and_no_attention_mask = _never_warn  # it reads ids in each forward: the host would wait
+        backbone.warn_if_padding_and_no_attention_mask = (
+            _never_warn  # it reads ids in each forward: the host would wait
+        )
         self._own_head = False
         self._hidden_size = int(self.inner.get_input_embeddings().weight.shape[-1])
         self.backend = self._choose_backend(attention, cache_dir)
@@ -111,8 +117,13 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
+        """Where it computes."""
+        return self._home or next(self.parameters()).device
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds a part of the parameters: every call then needs all ranks."""
+        return hasattr(next(self.parameters()), "device_mesh")
 
     @contextlib.contextmanager
     def unpacked(self) -> Iterator[Any]:

@@ -179,5 +179,8 @@ def measure_footprint(model: nn.Module) -> Footprint:
 
 
 def _sum_bytes(tensors: Iterable[Tensor]) -> int:
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+    storages: dict[int, int] = {}
+    for t in tensors:
+        place = t.untyped_storage().data_ptr() or id(t)  # one that is laid over the ranks later has none yet
+        storages[place] = t.untyped_storage().nbytes() if t.numel() else 0
     return sum(storages.values())

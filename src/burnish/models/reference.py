@@ -166,8 +166,9 @@ def _load_other(policy: Policy, path: str, policy_folder: Path | None, settings:
         check_same_vocabulary(policy_folder, source.folder, what)
     for module in _find_rounded(model, policy.compute_dtype):
         module.weight.data = module.weight.data.to(policy.compute_dtype)
-    model.to(policy.device)  # pyright: ignore[reportArgumentType]
-    return Policy(model, head="lm", attention=policy.backend, compute_dtype=policy.compute_dtype)
+    if not policy.sharded:  # else rank 0 builds it, and it is laid over the ranks
+        model.to(policy.device)  # pyright: ignore[reportArgumentType]
+    return Policy(model, head="lm", attention=policy.backend, compute_dtype=policy.compute_dtype, device=policy.device)
 
 
 def _check_adapter_mode(policy: Policy, fresh: bool, path: str | None) -> None:
@@ -234,16 +235,18 @@ def compute_reference_table(
     *,
     budget: int = 8192,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
+    forwards: int = 0,
 ) -> ReferenceTable:
     """The reference's log-probs of every completion.
 
     Args:
         budget: Tokens in one forward at most.
+        forwards: Forwards at least, the further ones of nothing: a sharded model needs equally many on all ranks.
         on_batch: Called after each forward with (groups done, all groups).
     """
     table: ReferenceTable = [[] for _ in groups]
     done = 0
-    for positions in plan_batches(groups, budget):
+    for positions in plan_batches(groups, budget, forwards):
         batch = build_packed_batch([groups[i] for i in positions]).to(reference.device)
         enter_phase("reference", batch.input_ids.numel(), batch.last_index.numel())
         fault_point("reference.forward")

@@ -24,6 +24,7 @@ def compute_score_table(
     *,
     budget: int = 8192,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
+    forwards: int = 0,
 ) -> ScoreTable:
     """The score of every completion.
 
@@ -31,9 +32,10 @@ def compute_score_table(
         policy: A frozen reward model, in evaluation mode.
         budget: Tokens in one forward at most (a longer group is alone).
         on_batch: Called after each forward with (groups done, all groups).
+        forwards: Forwards at least, the further ones of nothing: a sharded model needs equally many on all ranks.
     """
     found: dict[int, Row] = {}
-    for positions in plan_batches(groups, budget):
+    for positions in plan_batches(groups, budget, forwards):
         batch = build_packed_batch([groups[i] for i in positions]).to(policy.device)
         enter_phase("scores", batch.input_ids.numel(), batch.last_index.numel())
         fault_point("scores.forward")

@@ -122,8 +122,12 @@ def build_stored_key(
     }
 
 
-def plan_batches(groups: Sequence[Group], budget: int) -> list[list[int]]:
-    """Positions of the groups, longest first, in batches of at most `budget` tokens (a longer group is alone)."""
+def plan_batches(groups: Sequence[Group], budget: int, least: int = 0) -> list[list[int]]:
+    """Positions of the groups, longest first, in batches of at most `budget` tokens (a longer group is alone).
+
+    Args:
+        least: So many batches at least; the further ones are empty.
+    """
     order = sorted(range(len(groups)), key=lambda i: -groups[i].tokens)
     batches: list[list[int]] = []
     room = 0
@@ -133,7 +137,7 @@ def plan_batches(groups: Sequence[Group], budget: int) -> list[list[int]]:
             room = budget
         batches[-1].append(i)
         room -= groups[i].tokens
-    return batches
+    return batches + [[] for _ in range(least - len(batches))]
 
 
 def _to_npy(values: NDArray[Any]) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,16 +18,19 @@ from burnish.core.group import Group
 from burnish.engine.budget import choose_budget
 from burnish.engine.job import build_source
 from burnish.engine.method import Method
+from burnish.engine.parallel.interface import Parallel
 from burnish.engine.runtime import Runtime
 from burnish.engine.source import OfflineSource
 from burnish.errors import BurnishError, ConfigError
 from burnish.models.fingerprint import fingerprint_model
 from burnish.models.load import BuiltModel, fetch_model_folder
 from burnish.models.policy import Policy
+from burnish.models.quantise import read_quantization
 from burnish.models.reference import (
     Mode,
     Reference,
     ReferenceCache,
+    ReferenceTable,
     attach_table,
     build_reference,
     build_reference_key,
@@ -35,7 +39,7 @@ from burnish.models.reference import (
     evaluating,
 )
 from burnish.pipeline.stage_models import StageModel
-from burnish.pipeline.stored import load_or_compute
+from burnish.pipeline.stored import OnBatch, load_or_compute
 
 if TYPE_CHECKING:
     from burnish.pipeline.train_stage import StageInputs
@@ -73,7 +77,7 @@ def attach_reference(
     train: Sequence[Group],
     held_out: Sequence[Group],
     cache_dir: Path,
-    runtime: Runtime,
+    parallel: Parallel,
 ) -> Referenced:
     """Give the groups their reference log-probs, or the stage a reference model.
 
@@ -92,16 +96,15 @@ def attach_reference(
                 where="teacher",
                 remedy="derive the kind's settings from ReferenceSettings, or give them a `teacher` that is set",
             )
-        teacher = build_reference(
-            policy, "copy", path=other, policy_folder=inputs.folder, settings=settings, what="teacher"
-        )
+        teacher = _build_copy(parallel, policy, other, inputs, settings, what="teacher")
         log.info("teacher: %s", other)
         return Referenced(list(train), list(held_out), teacher)
     mode = _choose_mode(settings, method, built)
     if mode != "cached":
-        reference = build_reference(
-            policy, mode, fresh_adapter=built.fresh_adapter, path=other, policy_folder=inputs.folder, settings=settings
-        )
+        if mode == "adapter":
+            reference = build_reference(policy, mode, fresh_adapter=built.fresh_adapter, path=other)
+        else:
+            reference = _build_copy(parallel, policy, other, inputs, settings)
         _check_start(policy, reference, train, same=other is None)
         log.info("reference: %s", "the base under the fresh adapter" if mode == "adapter" else "a frozen copy")
         return Referenced(list(train), list(held_out), reference)
@@ -109,13 +112,13 @@ def attach_reference(
         reference = Reference(policy, "copy")
         model = inputs.fingerprints["model"]
     else:
-        reference = build_reference(policy, "copy", path=other, policy_folder=inputs.folder, settings=settings)
+        reference = _build_copy(parallel, policy, other, inputs, settings)
         model = fingerprint_model(fetch_model_folder(other))
 
     def attach(groups: Sequence[Group]) -> list[Group]:
-        return _attach_cached(groups, reference, model, settings, inputs, policy, cache_dir, runtime)
+        return _attach_cached(groups, reference, model, settings, inputs, policy, cache_dir, parallel.runtime)
 
-    source = build_source(settings, train, runtime.world, method)
+    source = build_source(settings, train, parallel.runtime.world, method)
     kept = attach(held_out)
     if (
         method.partners is not None
@@ -137,6 +140,42 @@ def attach_reference(
     _check_columns(policy, fresh, same=other is None)
     log.info("reference: log-probs of %d groups, cached in %s", len(fresh) + len(kept), cache_dir)
     return Referenced(complete, kept)
+
+
+def _build_copy(
+    parallel: Parallel,
+    policy: Policy,
+    other: str | None,
+    inputs: StageInputs,
+    settings: TrainSettings,
+    *,
+    what: str = "reference",
+) -> Reference:
+    """A frozen model beside the policy: a copy of it or another model, laid over the ranks as the policy is.
+
+    A base in few bits is not sharded: each rank holds all of it.
+    """
+    if other is None and not parallel.sharded:
+        return build_reference(policy, "copy")
+    path = other if other is not None else str(inputs.folder)
+
+    def make() -> Reference:
+        return build_reference(policy, "copy", path=path, policy_folder=inputs.folder, settings=settings, what=what)
+
+    if parallel.sharded and read_quantization(fetch_model_folder(path)) is not None:
+        log.info("%s: its base is stored in few bits, so each process holds all of it", what)
+        reference = make()
+        reference.policy.to(parallel.runtime.device)
+        return reference
+    reference = parallel.build(make)
+    parallel.prepare({what: reference.policy})
+    return reference
+
+
+def _compute_table(
+    reference: Reference, budget: int, mine: list[Group], on_batch: OnBatch, forwards: int
+) -> ReferenceTable:
+    return compute_reference_table(reference, mine, budget=budget, on_batch=on_batch, forwards=forwards)
 
 
 def _choose_mode(settings: ReferenceSettings, method: Method, built: BuiltModel) -> Mode | Literal["cached"]:
@@ -184,8 +223,9 @@ def _attach_cached(
     table = load_or_compute(
         ReferenceCache(cache_dir, key),
         groups,
-        lambda mine, on_batch: compute_reference_table(reference, mine, budget=budget, on_batch=on_batch),
+        partial(_compute_table, reference, budget),
         runtime,
+        budget=budget,
         label="reference log-probs",
     )
     return attach_table(groups, table)

@@ -17,11 +17,12 @@ from burnish.core.group import Group
 from burnish.engine.budget import choose_budget
 from burnish.engine.job import build_source
 from burnish.engine.method import Method
-from burnish.engine.runtime import Runtime
+from burnish.engine.parallel.interface import Parallel
 from burnish.errors import NumericStop
 from burnish.losses.madpo import COLUMN
 from burnish.models.folder import read_hidden_size
 from burnish.models.frozen import load_frozen
+from burnish.models.policy import Policy
 from burnish.models.precision import resolve_precision
 from burnish.models.quantise import read_quantization
 from burnish.models.scores import ScoreCache, ScoreTable, compute_score_table
@@ -36,7 +37,7 @@ log = logging.getLogger("burnish")
 
 
 def attach_reward_margins(
-    settings: TrainSettings, method: Method, inputs: StageInputs, cache_dir: Path, runtime: Runtime
+    settings: TrainSettings, method: Method, inputs: StageInputs, cache_dir: Path, parallel: Parallel
 ) -> tuple[list[Group], list[Group]]:
     """(training pairs, held-out pairs) with the group column `reward_margin`: r(chosen) − r(rejected).
 
@@ -49,7 +50,7 @@ def attach_reward_margins(
     Raises:
         NumericStop: A score is not finite; the rows are named.
     """
-    folder = inputs.reward_model
+    folder, runtime = inputs.reward_model, parallel.runtime
     assert folder is not None
     train, held_out = list(inputs.data.train), list(inputs.data.held_out)
     used = find_used(build_source(settings, train, runtime.world, method))
@@ -71,9 +72,10 @@ def attach_reward_margins(
         form=form,
     )
 
-    def compute(mine: list[Group], on_batch: OnBatch) -> ScoreTable:
-        log.info("scoring the pairs with %s: %s", folder, precision.why)
-        policy = load_frozen(
+    budget = choose_budget(settings, runtime.device.type)
+
+    def load() -> Policy:
+        return load_frozen(
             folder,
             head="score",
             precision=precision,
@@ -81,11 +83,19 @@ def attach_reward_margins(
             attention=settings.attention,
             quantization=quantization,
             trust_remote_code=settings.trust_remote_code,
+            place=quantization is not None,
         )
-        budget = choose_budget(settings, runtime.device.type)
-        return compute_score_table(policy, mine, budget=budget, on_batch=on_batch)
 
-    table = load_or_compute(ScoreCache(cache_dir, key), groups, compute, runtime, label="reward model's scores")
+    def compute(mine: list[Group], on_batch: OnBatch, forwards: int) -> ScoreTable:
+        log.info("scoring the pairs with %s: %s", folder, precision.why)
+        if quantization is not None:  # weights in few bits are not sharded
+            return compute_score_table(load(), mine, budget=budget, on_batch=on_batch)
+        policy = parallel.build(load)
+        parallel.prepare({"reward": policy})
+        return compute_score_table(policy, mine, budget=budget, on_batch=on_batch, forwards=forwards)
+
+    cache = ScoreCache(cache_dir, key)
+    table = load_or_compute(cache, groups, compute, runtime, budget=budget, label="reward model's scores")
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -10,7 +10,8 @@ from typing import Any
 
 from burnish.config.spec import ModelSpec
 from burnish.config.train import TrainSettings
-from burnish.engine.runtime import Runtime
+from burnish.engine.parallel.interface import Parallel
+from burnish.models.adapters import check_exportable
 from burnish.models.export import export_model
 from burnish.models.freeze import compute_share
 from burnish.models.load import BuiltModel, build_model
@@ -46,22 +47,37 @@ def load_stage_model(
     path: str,
     folder: Path,
     precision: PrecisionPlan,
-    runtime: Runtime,
+    parallel: Parallel,
 ) -> StageModel:
-    """Load a model, decide what of it trains, and put it behind its call.
+    """Load a model, decide what of it trains, put it behind its call, and lay it over the ranks.
 
     Args:
         path: As `resolve_model_path` gave it. folder: The same as a local folder.
     """
-    built = build_model(settings, path, head=spec.head, seed=settings.seed, compute_dtype=precision.compute)
-    built.model.to(runtime.device)
+
+    def make() -> BuiltModel:
+        built = build_model(settings, path, head=spec.head, seed=settings.seed, compute_dtype=precision.compute)
+        if parallel.sharded and settings.lora is not None and built.loaded.merged:
+            check_exportable(settings.lora, built.loaded.folder)
+        return built
+
+    built = parallel.build(make)
     label = "" if name == "policy" else f"{name}: "
     for note in built.notes:
         log.info("%s%s", label, note)
     footprint = measure_footprint(built.model)
     if built.loaded.quantization is not None:
         log.info("%s%s", label, footprint.describe(built.loaded.quantization))
-    policy = Policy(built.model, head=spec.head, attention=settings.attention, compute_dtype=precision.compute)
+    policy = Policy(
+        built.model,
+        head=spec.head,
+        attention=settings.attention,
+        compute_dtype=precision.compute,
+        device=parallel.runtime.device,
+    )
+    parallel.prepare({name: policy})
+    held = dict(built.model.named_parameters())  # sharding puts others in their place
+    built.trainable = {n: held[n] for n in built.trainable}
     log.info("%sattention: %s%s", label, policy.backend, f" ({policy.why_padded})" if policy.why_padded else "")
     return StageModel(name, spec, folder, built, policy, footprint)
 
@@ -83,19 +99,27 @@ def find_rates(models: Mapping[str, StageModel], settings: TrainSettings) -> dic
 
 
 def export_stage_models(
-    models: Mapping[str, StageModel], folder: Path, *, extra: Mapping[str, Any], dtype: Any, stop_ids: list[int]
+    models: Mapping[str, StageModel],
+    folder: Path | None,
+    parallel: Parallel,
+    *,
+    extra: Mapping[str, Any],
+    dtype: Any,
+    stop_ids: list[int],
 ) -> None:
-    """Write a stage's models: the first into the folder itself, each further one into a folder of its name within.
+    """Write a stage's models: the first into the folder itself, each further one into a folder of its name within. Every rank
+    must come here.
 
     Args:
-        folder: Exists and is empty; the caller seals it.
+        folder: Exists and is empty; the caller seals it. None: another rank writes.
         extra: Goes into training_info.pt.
         dtype: As for `export_model`.
         stop_ids: Ids that end an answer.
     """
     for place, model in enumerate(models.values()):
-        target = folder / model.name if place else folder
-        target.mkdir(exist_ok=True)
+        target = folder / model.name if folder is not None and place else folder
+        if target is not None:
+            target.mkdir(exist_ok=True)
         export_model(
             model.built,
             target,
@@ -104,6 +128,7 @@ def export_stage_models(
             extra=extra,
             dtype=dtype,
             stop_ids=stop_ids,
+            read=parallel.full_tensors if parallel.sharded else None,
         )
 
 

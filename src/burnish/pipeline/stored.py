@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 from burnish.core.group import Group
 from burnish.engine.runtime import Runtime
 from burnish.errors import BurnishError
+from burnish.models.stored import plan_batches
 from burnish.track.progress import Progress
 
 T = TypeVar("T")
@@ -29,15 +30,17 @@ class Cache(Protocol[T]):
 def load_or_compute(
     cache: Cache[T],
     groups: Sequence[Group],
-    compute: Callable[[list[Group], OnBatch], list[T]],
+    compute: Callable[[list[Group], OnBatch, int], list[T]],
     runtime: Runtime,
     *,
+    budget: int,
     label: str,
 ) -> list[T]:
     """One entry a group: from the cache, else computed by all processes and stored by the first; equal on all of them.
 
     Args:
-        compute: (groups of this process, to be called with (groups done, all)) → their entries.
+        compute: (groups of this process, to be called with (groups done, all), forwards at least) → their entries.
+        budget: Tokens in one forward at most.
         label: What is computed, for the bar and messages.
 
     Raises:
@@ -49,9 +52,11 @@ def load_or_compute(
         if table is None:
             raise BurnishError(f"the cached {label} vanished", where=str(cache.path), remedy="give the command again")
         return table
-    share = range(runtime.rank, len(groups), runtime.world)
-    with Progress(label, len(share), quiet=not runtime.is_main) as progress:
-        mine = compute([groups[i] for i in share], lambda done, total: progress.advance({}, steps=done - progress.done))
+    shares = [list(groups[rank :: runtime.world]) for rank in range(runtime.world)]
+    forwards = max(len(plan_batches(share, budget)) for share in shares)  # a sharded model needs all ranks in each
+    own = shares[runtime.rank]
+    with Progress(label, len(own), quiet=not runtime.is_main) as progress:
+        mine = compute(own, lambda done, total: progress.advance({}, steps=done - progress.done), forwards)
     every = runtime.gather(mine)
     table = [every[i % runtime.world][i // runtime.world] for i in range(len(groups))]
     if runtime.is_main:

@@ -25,6 +25,8 @@ from burnish.engine.budget import choose_budget
 from burnish.engine.job import TrainJob, TrainOutcome, build_source
 from burnish.engine.loop import run_training
 from burnish.engine.method import Method, arrange_groups
+from burnish.engine.parallel.choose import build_parallel
+from burnish.engine.parallel.interface import Parallel
 from burnish.engine.runtime import Runtime
 from burnish.engine.source import Source
 from burnish.faults import fault_point
@@ -138,17 +140,18 @@ def run_train_stage(
         log.warning("%s", note)
     train, held_out = inputs.data.train, inputs.data.held_out
     kept = reference_dir or stage_dir / "reference"
+    parallel = build_parallel(runtime, settings.distributed, deterministic=settings.deterministic)
     note_budget(choose_budget(settings, runtime.device.type))
     if inputs.reward_model is not None:
-        train, held_out = attach_reward_margins(settings, method, inputs, kept, runtime)
+        train, held_out = attach_reward_margins(settings, method, inputs, kept, parallel)
         enter_phase("load")
     precision = resolve_precision(settings.precision, runtime.device, read_hidden_size(inputs.folder))
     log.info("precision: %s", precision.why)
-    models = load_stage_models(kind.models, settings, inputs, precision, runtime)
+    models = load_stage_models(kind.models, settings, inputs, precision, parallel)
     data = Referenced(train, arrange_groups(method, held_out))
     if method.reference:
         enter_phase("reference")
-        data = attach_reference(settings, method, inputs, models, data.train, data.held_out, kept, runtime)
+        data = attach_reference(settings, method, inputs, models, data.train, data.held_out, kept, parallel)
     with ExitStack() as stack:
         sinks = _open_sinks(settings, stage_dir, runtime, run, label, stack)
         job = TrainJob(
@@ -158,6 +161,7 @@ def run_train_stage(
             source=_build_source(kind.source, settings, data, method, runtime),
             held_out=data.held_out,
             runtime=runtime,
+            parallel=parallel,
             **name_parameters(models),
             rates=find_rates(models, settings),
             reference=data.model,
@@ -175,9 +179,8 @@ def run_train_stage(
         )
         enter_phase("start")
         outcome = run_training(job)
-    if runtime.is_main:
-        enter_phase("export")
-        save_final(settings, inputs, models, outcome, stage_dir / "final")
+    enter_phase("export")
+    save_final(settings, inputs, models, outcome, stage_dir / "final", parallel)
     runtime.barrier()
     return _describe(inputs, models, precision, outcome)
 
@@ -187,13 +190,13 @@ def load_stage_models(
     settings: TrainSettings,
     inputs: StageInputs,
     precision: PrecisionPlan,
-    runtime: Runtime,
+    parallel: Parallel,
 ) -> dict[str, StageModel]:
     """The models that the stage trains, by name."""
     found = {}
     for name, spec in specs.items():
         path, folder = inputs.starts.get(name, (inputs.path, inputs.folder))
-        found[name] = load_stage_model(name, spec, settings, path, folder, precision, runtime)
+        found[name] = load_stage_model(name, spec, settings, path, folder, precision, parallel)
     return found
 
 
@@ -212,8 +215,15 @@ def save_final(
     models: Mapping[str, StageModel],
     outcome: TrainOutcome,
     final: Path,
+    parallel: Parallel,
 ) -> None:
-    """Write the result of a stage so that plain transformers or PEFT loads it; whole or not at all."""
+    """Write the result of a stage so that plain transformers or PEFT loads it; whole or not at all. Rank 0 writes; of sharded
+    models the other ranks send their rows."""
+    given: dict[str, Any] = {"dtype": SAVE_DTYPES[settings.save_dtype], "stop_ids": sorted(inputs.tokenizer.eos_ids)}
+    if not parallel.runtime.is_main:
+        if parallel.sharded:
+            export_stage_models(models, None, parallel, extra={}, **given)
+        return
     extra = {
         "base_model_path": inputs.path,
         "training_config": settings.model_dump(mode="json"),
@@ -225,13 +235,7 @@ def save_final(
     }
     meta = {"stage": settings.name or settings.kind, "steps": outcome.steps}
     with FolderWriter(final, kind="final", meta=meta) as writer:
-        export_stage_models(
-            models,
-            writer.folder,
-            extra=redact_tree(extra),
-            dtype=SAVE_DTYPES[settings.save_dtype],
-            stop_ids=sorted(inputs.tokenizer.eos_ids),
-        )
+        export_stage_models(models, writer.folder, parallel, extra=redact_tree(extra), **given)
         fault_point("export.written")
 
 

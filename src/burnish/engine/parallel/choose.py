@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Protocol
 
+from burnish.config.distributed import DistributedSettings
 from burnish.engine.parallel.interface import Parallel
 from burnish.engine.parallel.replicated import Replicated
 from burnish.engine.parallel.single import Single
@@ -13,19 +13,13 @@ from burnish.engine.runtime import Runtime
 log = logging.getLogger("burnish")
 
 
-class Wish(Protocol):
-    """What the settings say of it (`config.distributed`)."""
-
-    strategy: str
-    reshard_after_forward: bool
-    cpu_offload: bool
-
-
-def build_parallel(runtime: Runtime, wish: Wish | None = None, *, deterministic: bool = False) -> Parallel:
+def build_parallel(
+    runtime: Runtime, wish: DistributedSettings | None = None, *, deterministic: bool = False
+) -> Parallel:
     """The strategy that the settings ask for; on one process there is only one.
 
     Args:
-        wish: `settings.distributed`; None or "auto": equal copies.
+        wish: None or "auto": equal copies.
         deterministic: Sums over ranks have the same bits each time on a GPU too.
     """
     ordered = deterministic or runtime.device.type == "cpu"

@@ -1,7 +1,7 @@
 """Tensors of a checkpoint in safetensors files: whole ones, or the shards of several ranks; never a pickle.
 
-Shards are written and read by torch.distributed.checkpoint, which notes in each file where its parts belong, so that any number of
-ranks can read what any other number has written.
+Shards are written and read by torch.distributed.checkpoint, which notes in each file where its parts belong: any number of ranks can
+read what any other number has written.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from burnish.engine.runtime import peers
 
@@ -44,7 +46,7 @@ def read_tensors(folder: Path, only: str = "") -> dict[str, Tensor]:
         }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "torch.distributed is unavailable": this process reads alone
-            dcp.load(_as_state(found), storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+            load(_as_state(found), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
         return found
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -55,7 +57,7 @@ def read_tensors(folder: Path, only: str = "") -> dict[str, Tensor]:
 
 def describe_tensors(folder: Path, only: str = "") -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Name → whole shape and type of the tensors of a checkpoint."""
-    known: Any = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    known: Any = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {name: (m.size, m.properties.dtype) for name, m in known.items() if name.startswith(only)}
 
 
@@ -65,9 +67,9 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proces
     Raises:
         OSError, and whatever else kept a rank from writing, on every rank.
     """
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with peers(), _own_error():
-        dcp.save(_as_state(tensors), storage_writer=writer, process_group=group)
+        save(_as_state(tensors), storage_writer=writer, process_group=group)
 
 
 def read_shards(folder: Path, into: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
@@ -76,9 +78,9 @@ def read_shards(folder: Path, into: Mapping[str, Tensor], group: dist.ProcessGro
     Raises:
         OSError, and whatever else kept a rank from reading, on every rank.
     """
-    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader = HuggingFaceStorageReader(str(folder))
     with peers(), _own_error():
-        dcp.load(_as_state(into), storage_reader=reader, process_group=group)
+        load(_as_state(into), storage_reader=reader, process_group=group)
 
 
 def _as_state(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from torch.nn.utils import get_total_norm
 
 from burnish.engine.parallel.files import describe_tensors, read_shards, write_shards
 from burnish.engine.parallel.ordered import OrderedReduceScatter
-from burnish.engine.parallel.single import Single
+from burnish.engine.parallel.single import Single, scale_in_place
 from burnish.engine.parallel.structure import rebuild, strip
 from burnish.engine.runtime import Runtime, peers
 from burnish.errors import ConfigError
@@ -138,7 +138,7 @@ class Fsdp2(Single):
         """Undo the loss scale (gradients were added over ranks in each backward); returns (), the norm over all shards."""
         grads = [_local(p.grad) for p in parameters if p.grad is not None]
         if scale is not None and grads:
-            torch._foreach_mul_(grads, 1.0 / scale)
+            scale_in_place(grads, 1.0 / scale)
         own = get_total_norm(grads).to(self.runtime.device).reshape(1)
         every = own.new_empty(self.runtime.world)
         with peers():
@@ -152,7 +152,7 @@ class Fsdp2(Single):
         grads = [_local(p.grad) for p in parameters if p.grad is not None]
         if max_norm and grads:
             factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-            torch._foreach_mul_(grads, factor.to(grads[0].device))
+            scale_in_place(grads, factor.to(grads[0].device))
         if isinstance(optimizer, torch.optim.Adafactor):
             _step_whole(optimizer)
         else:
@@ -227,7 +227,7 @@ def _split_rows(full: Tensor, like: Tensor, world: int) -> list[Tensor]:
     return parts
 
 
-def _step_whole(optimizer: torch.optim.Optimizer) -> None:
+def _step_whole(optimizer: torch.optim.Adafactor) -> None:
     """A step of an optimizer that reads whole matrices: each rank takes it for one gathered parameter after the other, with
     the bits of one process, and keeps its rows. The state, which is small, is whole on every rank."""
     for group in optimizer.param_groups:
@@ -237,7 +237,7 @@ def _step_whole(optimizer: torch.optim.Optimizer) -> None:
             with torch.no_grad():
                 whole = nn.Parameter(parameter.full_tensor())
                 whole.grad = parameter.grad.full_tensor()
-            alone = type(optimizer)([{**group, "params": [whole]}])
+            alone = torch.optim.Adafactor([{**group, "params": [whole]}])
             if optimizer.state.get(parameter):
                 alone.state[whole] = optimizer.state[parameter]
             alone.step()

@@ -1,7 +1,7 @@
 """Sums over ranks. In rank order they have the same bits each time, and on every rank; the traffic is that of an all-reduce.
 
-Each rank adds up one piece of a chunk (all-to-all, then a sum over ranks in order) and the pieces are collected (all-gather): every
-rank sends and receives about twice the data, whatever the number of ranks, and holds two chunks beside them.
+Each rank adds up one piece of a chunk (all-to-all, then a sum over ranks in order) and the pieces are collected (all-gather).
+A rank sends and receives about twice the data, whatever the number of ranks, and holds two chunks beside them.
 """
 
 from __future__ import annotations

@@ -17,6 +17,11 @@ from burnish.engine.runtime import Runtime
 T = TypeVar("T")
 
 
+def scale_in_place(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
+    """Multiply all tensors by a factor, in one launch where the device has it."""
+    torch._foreach_mul_(list(tensors), factor)  # pyright: ignore[reportPrivateImportUsage]
+
+
 class Single:
     """The models as they are, on this process's device."""
 
@@ -47,7 +52,7 @@ class Single:
         """Undo the loss scale; returns (), the gradients' L2 norm."""
         grads = [p.grad for p in parameters if p.grad is not None]
         if scale is not None and grads:
-            torch._foreach_mul_(grads, 1.0 / scale)
+            scale_in_place(grads, 1.0 / scale)
         return get_total_norm(grads)
 
     def clip_and_step(
