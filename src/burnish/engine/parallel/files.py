@@ -39,7 +39,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def read_tensors(folder: Path, only: str = "") -> dict[str, Tensor]:
     """All tensors of a checkpoint whose names begin with `only`, whole, whichever way they were written."""
     if any(folder.glob(SHARDS)):
-        found = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in describe_tensors(folder, only).items()}
+        found = {
+            name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in describe_tensors(folder, only).items()
+        }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "torch.distributed is unavailable": this process reads alone
             dcp.load(_as_state(found), storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)

@@ -89,7 +89,9 @@ class Fsdp2(Single):
             self._prepare(model)
 
     def _prepare(self, model: nn.Module) -> None:
-        warnings.filterwarnings("ignore", message=r"(?s)FSDP2-wrapped module .* returned a view")  # nothing writes to it
+        warnings.filterwarnings(
+            "ignore", message=r"(?s)FSDP2-wrapped module .* returned a view"
+        )  # nothing writes to it
         first = next(model.parameters(), None)
         empty = first is not None and first.is_meta
         values = {name: self._values.pop(p) for name, p in model.named_parameters() if p in self._values}
