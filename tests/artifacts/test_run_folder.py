@@ -274,3 +274,9 @@ deletion.delete_run(root, "a")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_remarks_stand_above_the_resolved_recipe_as_comments(tmp_path):
+    with RunFolder.open(tmp_path, "r", recipe_text="", resolved={"name": "r"}, remarks=["a table:\n  x  1"]) as run:
+        text = (run.path / "resolved.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# a table:\n#   x  1\n") and yaml.safe_load(text) == {"name": "r"}

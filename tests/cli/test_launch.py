@@ -22,11 +22,11 @@ def _stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def recipe(name: str = "recipe.yaml", **more: object) -> str:
-    Path(name).write_text(
+def recipe(file: str = "recipe.yaml", **more: object) -> str:
+    Path(file).write_text(
         json.dumps({"model": "pocket", "data": "pocket/chat", "stages": [{"kind": "sft"}], **more}), encoding="utf-8"
     )
-    return name
+    return file
 
 
 def write(*words: str, via: str = "slurm") -> str:

@@ -15,7 +15,7 @@ SOURCE = Path(burnish.__file__).parent
 # Settings whose reader has not landed yet. Empty in a finished tree.
 NOT_YET_READ: frozenset[str] = frozenset()
 # Settings that are used up while the recipe is loaded.
-READ_BY_CONFIG = frozenset({"gradient_accumulation_steps", "models", "run_name"})
+READ_BY_CONFIG = frozenset({"config", "gradient_accumulation_steps", "models", "run_name"})
 
 
 def names_read(source: str) -> set[str]:
