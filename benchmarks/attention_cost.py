@@ -50,17 +50,17 @@ def launch(query: Tensor, key: Tensor, value: Tensor, *bounds: object, **setting
     return query + (key.mean() + value.mean())
 
 
-def run_kernel(plan: AttentionPlan, *operands: Tensor) -> Tensor:
-    return packed_attention(nn.Identity(), *operands, None, burnish_plan=plan)[0]
+def run_kernel(plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return packed_attention(nn.Identity(), query, key, value, None, burnish_plan=plan)[0]
 
 
-def run_sdpa(plan: AttentionPlan, *operands: Tensor) -> Tensor:
+def run_sdpa(plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     with without_kernels():
-        return packed_attention(nn.Identity(), *operands, None, burnish_plan=plan)[0]
+        return packed_attention(nn.Identity(), query, key, value, None, burnish_plan=plan)[0]
 
 
-def run_gather(plan: AttentionPlan, *operands: Tensor) -> Tensor:
-    return varlen.run_varlen(plan, SIZE**-0.5, None, *operands)
+def run_gather(plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return varlen.run_varlen(plan, SIZE**-0.5, None, query, key, value)
 
 
 WAYS: dict[str, Callable[..., Tensor]] = {"kernel": run_kernel, "sdpa": run_sdpa, "varlen gather": run_gather}
@@ -72,7 +72,7 @@ def time_layer(run: Callable[..., Tensor], layout: Layout) -> float:
     shapes = [(1, layout.total, n, SIZE) for n in (HEADS, KV_HEADS, KV_HEADS)]
     operands = [torch.randn(s).transpose(1, 2).requires_grad_() for s in shapes]
     grad = torch.randn(1, layout.total, HEADS, SIZE)
-    plan.pieces(None, torch.device("cpu")), plan.bounds(torch.device("cpu"))
+    plan.bounds(torch.device("cpu"))
     start = time.perf_counter()
     run(plan, *operands).backward(grad)
     return 1e6 * (time.perf_counter() - start) / layout.total
