@@ -25,7 +25,7 @@ def draw_layout(seed: int, completions: tuple[int, ...], prompts: tuple[int, int
     return Layout(at, tuple(groups))
 
 
-def attend_whole(rows: Tensor, layout: Layout, heads: int, kv_heads: int) -> Tensor:
+def attend_dense(rows: Tensor, layout: Layout, heads: int, kv_heads: int) -> Tensor:
     """(T, H, D) from scaled queries, keys and values (T, H + 2N, D): one mask over the whole row."""
     q, k, v = rows.transpose(0, 1).split((heads, kv_heads, kv_heads))
     k, v = (t.repeat_interleave(heads // kv_heads, 0) for t in (k, v))

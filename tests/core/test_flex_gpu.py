@@ -1,4 +1,4 @@
-"""Flex attention on a CUDA device, forward and backward, against attention written out; skipped where there is none."""
+"""Flex and variable-length attention on a CUDA device, forward and backward, against attention written out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from burnish.core.attention import _Explicit
 from burnish.core.flex import run_flex
 from burnish.core.segments import build_attention_plan
+from burnish.core.varlen import explain_missing, run_varlen
 from tests.core.test_attention import _batch
 
 pytestmark = [
@@ -44,3 +45,43 @@ def test_flex_equals_attention_written_out(
     theirs = torch.autograd.grad(expected, exact, weights)
     for a, b in zip([found, *ours], [expected, *theirs], strict=True):
         assert float((a.double() - b).norm() / b.norm()) < most
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("sizes", [SIZES, [(5, [3]), (1, [7]), (200, [90])]])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_g05_varlen_equals_attention_written_out(
+    heads: tuple[int, int], window: int | None, sizes: list, dtype: torch.dtype
+) -> None:
+    if missing := explain_missing(torch.device("cuda")):
+        pytest.skip(missing)
+    plan = build_attention_plan(_batch(sizes).layout)
+    inputs = _draw(plan.total, dtype, heads)
+    found = run_varlen(plan, 0.125, window, *inputs)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = _Explicit(plan, 0.125, window, None, None, 0.0)(*exact)
+    weights = torch.randn_like(expected)
+    ours = torch.autograd.grad(found, inputs, weights.to(dtype))
+    theirs = torch.autograd.grad(expected, exact, weights)
+    for a, b in zip([found, *ours], [expected, *theirs], strict=True):
+        assert float((a.double() - b).norm() / b.norm()) < 2e-2
+
+
+def test_g05_a_layer_launches_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels that a layer starts do not grow with the row's segments, and the host waits for none of them."""
+    if missing := explain_missing(torch.device("cuda")):
+        pytest.skip(missing)
+    counts = []
+    for groups in (4, 64):
+        plan = build_attention_plan(_batch([(20, [10, 6])] * groups).layout)
+        inputs = _draw(plan.total, torch.bfloat16, (4, 2))
+        run_varlen(plan, 0.125, None, *inputs).sum().backward()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                run_varlen(plan, 0.125, None, *inputs).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        counts.append(sum(e.count for e in profile.key_averages()))
+    assert counts[0] == counts[1]

@@ -78,7 +78,7 @@ def test_fp32_equals_the_cpu(attention: str) -> None:
     assert found == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "flex"])
+@pytest.mark.parametrize("attention", ["varlen", "sdpa", "flex"])
 def test_bf16_stays_near_fp32(attention: str) -> None:
     expected, _ = _train(_policy(None))
     found, state = _train(_policy(torch.bfloat16, attention))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from burnish.core import attention, varlen
 from burnish.core.batch import build_packed_batch
 from burnish.core.group import Completion, Group
 from burnish.core.head import Functional
@@ -16,6 +17,7 @@ from burnish.errors import UsageError
 from burnish.models.dropout import disable_dropout
 from burnish.models.padded import build_padded_rows, compute_padded_hidden
 from burnish.models.policy import Policy
+from tests.core.plain_varlen import varlen_attn
 from tests.models import packing
 
 LOGPROBS = frozenset({"logprobs"})
@@ -313,11 +315,38 @@ def test_wrong_uses_are_named() -> None:
         Policy(model, head="lm", attention="fast")
     with pytest.raises(UsageError, match="CUDA"):
         Policy(model, head="lm", attention="flex")
+    with pytest.raises(UsageError, match="CUDA"):
+        Policy(model, head="lm", attention="varlen", compute_dtype=torch.bfloat16)
+    with pytest.raises(UsageError, match="float32"):
+        Policy(model, head="lm", attention="varlen")
     with pytest.raises(UsageError, match="scores"):
         Policy(model, head="lm")(packing.draw_batch(), frozenset({"scores"}))
     wide = packing.build_model("qwen3", head="score", num_labels=3)
     with pytest.raises(UsageError, match="3 numbers"):
         Policy(wide, head="score")(packing.draw_batch(), frozenset({"scores"}))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral_window", "gemma3", "gpt2"])
+def test_g05_varlen_equals_padded(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole models, windows among them, with torch's function replaced by its definition in float64."""
+    calls = []
+    monkeypatch.setattr(
+        varlen, "find_varlen", lambda: lambda *args, **given: calls.append(1) or varlen_attn(*args, **given)
+    )
+    monkeypatch.setattr(attention, "explain_refusal", lambda *args: "")
+    monkeypatch.setattr(Policy, "_explain_no_varlen", lambda self: "")
+    monkeypatch.setattr("burnish.models.policy.fuse_blocks", lambda backbone: 0)
+    outcomes = []
+    for way in ("auto", "padded"):
+        policy = Policy(packing.build_model(family).double().eval(), head="lm", attention=way)
+        assert policy.backend == ("varlen" if way == "auto" else way)
+        out = policy(packing.draw_batch(), LOGPROBS).logprobs
+        assert out is not None
+        packing.weigh(out).backward()
+        outcomes.append((out.detach(), packing.take_gradients(policy.model)))
+    assert len(calls) == policy.inner.config.num_hidden_layers
+    assert (outcomes[0][0] - outcomes[1][0]).abs().max() <= 1e-7  # the library turns heads by angles in fp32
+    assert packing.relative(outcomes[0][1], outcomes[1][1]) <= 1e-6
 
 
 def test_unpacked_gives_the_ordinary_model_for_a_while(policy: Policy) -> None:

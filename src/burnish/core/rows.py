@@ -52,7 +52,7 @@ def compute_functionals(
         low,
         (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)),
     )
-    found: Any = _WholeRows.apply(source.hidden, source.weight, source.bias, targets, asked)
+    found: Any = _FullRows.apply(source.hidden, source.weight, source.bias, targets, asked)
     return list(found)
 
 
@@ -154,7 +154,7 @@ def _walk(asked: _Asked, hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
         yield slice(start, stop), _Block(asked, products, other, targets[start:stop])
 
 
-class _WholeRows(torch.autograd.Function):
+class _FullRows(torch.autograd.Function):
     """(hidden, weight, bias, targets) → (S,) for each functional."""
 
     @staticmethod

@@ -18,7 +18,7 @@ from torch import Tensor
 from burnish.core.batch import Layout, move
 from burnish.core.kernels import calls
 
-KERNEL_KEYS = 1024  # of a segment at most; the library's blocked products are faster from some 2,000 on
+KERNEL_KEYS = 2048  # of a segment at most: from there on, the blocked products of the library are as fast
 _BLOCK = 256  # queries that share one stretch of keys under a sliding window, at least
 
 

@@ -12,7 +12,7 @@ from burnish.core.kernels import calls
 from burnish.core.kernels.build import load_kernels
 from burnish.core.kernels.calls import Heads
 from burnish.core.segments import build_attention_plan
-from tests.core.dense import attend_whole, draw_layout
+from tests.core.dense import attend_dense, draw_layout
 
 pytestmark = pytest.mark.skipif(load_kernels().library is None, reason=f"no kernels here: {load_kernels().note}")
 
@@ -120,7 +120,7 @@ def test_attention_and_its_gradient(
     rows = _draw(0, layout.total, heads + 2 * kv_heads, size)
     grad = _draw(1, layout.total, heads, size).to(low)
     wide = rows.double().requires_grad_()
-    expected = attend_whole(wide, layout, heads, kv_heads)
+    expected = attend_dense(wide, layout, heads, kv_heads)
     (d_rows,) = torch.autograd.grad(expected, wide, grad.double())
     found, lse = calls.attend(rows, table, heads, kv_heads, low, keep=True)
     _close(found, expected.detach(), by=5e-6)

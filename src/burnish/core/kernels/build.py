@@ -100,8 +100,8 @@ def _find_compiler() -> list[str]:
 def _read_version(command: list[str]) -> str:
     """The first line of what the compiler says of itself."""
     found = subprocess.run([*command, "--version"], capture_output=True, timeout=_LIMIT_S, check=True)
-    said = found.stdout.decode(errors="replace")
-    return said.splitlines()[0].strip() if said.strip() else command[0]
+    text = found.stdout.decode(errors="replace")
+    return text.splitlines()[0].strip() if text.strip() else command[0]
 
 
 def _load_or_build(command: list[str], name: str) -> tuple[ctypes.CDLL, str]:
