@@ -21,6 +21,7 @@ from burnish.artifacts.checkpoints import list_checkpoints
 from burnish.config.stages import DpoSettings, SftSettings
 from burnish.core.batch import Outputs, PackedBatch
 from burnish.core.group import Group
+from burnish.engine.budget import Budget
 from burnish.engine.context import StepContext
 from burnish.engine.evaluation import run_evaluation
 from burnish.engine.job import TrainJob, build_source
@@ -126,7 +127,8 @@ def test_t11_a_non_finite_row_is_named_and_moves_nothing(name, output):
     before, data = snapshot(trainer.state), trainer.source.step(1)
     assert before[0] and any(n.startswith("moment/") for n in before[0])
     policy.row, policy.output = data.groups[2].id, output
-    for trainer.state.counters.budget_limit, policy.number in SPOILS:
+    for budget, policy.number in SPOILS:
+        set_budget(trainer, budget)
         gradient = trainer._compute_gradient(data)
         assert (gradient.bad, gradient.figures, gradient.state) == ([policy.row], {}, None)
         assert gradient.terms
@@ -139,6 +141,12 @@ def test_t11_a_non_finite_row_is_named_and_moves_nothing(name, output):
     assert not job.method.state or after[1]["method"] != before[1]["method"]
 
 
+def set_budget(trainer: Trainer, tokens: int) -> None:
+    """Other micro-batches from the next step on; the state is not touched."""
+    settings = trainer.job.settings.model_copy(update={"micro_batch_tokens": tokens})
+    trainer.budget = Budget(settings, trainer.state, trainer.job.runtime)
+
+
 @pytest.mark.parametrize("slot", [0, 1])
 def test_t11_a_kto_row_is_named_also_where_only_its_partner_is_not_finite(slot):
     """A partner enters the baseline of all rows; TRL's NaN-skipping mean gives a normal loss and a NaN gradient."""
@@ -148,7 +156,8 @@ def test_t11_a_kto_row_is_named_also_where_only_its_partner_is_not_finite(slot):
     trainer = Trainer(job)
     data, before = trainer.source.step(0), snapshot(trainer.state)
     policy.row, policy.output, policy.slot = data.groups[1].id, "logprobs", slot
-    for trainer.state.counters.budget_limit, policy.number in SPOILS:
+    for budget, policy.number in SPOILS:
+        set_budget(trainer, budget)
         gradient = trainer._compute_gradient(data)
         assert (gradient.bad, gradient.figures) == ([policy.row], {})
         assert not trainer._apply(gradient).applied and are_same(snapshot(trainer.state), before)
@@ -169,7 +178,8 @@ def test_t11_a_row_whose_reference_is_not_finite_is_named(name):
         data.groups[2], completions=(*data.groups[2].completions[:-1], replace(own, token_columns=columns))
     )
     data = replace(data, groups=[*data.groups[:2], spoilt, *data.groups[3:]])
-    for trainer.state.counters.budget_limit in (10_000, 30):
+    for budget in (10_000, 30):
+        set_budget(trainer, budget)
         assert trainer._compute_gradient(data).bad == [spoilt.id]
 
 

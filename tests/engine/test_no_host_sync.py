@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from burnish.config.train import LoraSettings, TrainSettings
-from burnish.engine import step as step_module
+from burnish.engine import sums as sums_module
 from burnish.engine.context import StepContext
 from burnish.engine.fetch import fetch_numbers
 from burnish.engine.method import build_initial_state
@@ -153,10 +153,10 @@ def test_a_whole_step_reads_one_thing_once(case: str, monkeypatch: pytest.Monkey
     plan = build_plan(groups, budget=40)
     assert len(plan.of(0)) > 1
     gate = Gate()
-    monkeypatch.setattr(step_module, "fetch_numbers", gate.fetch)
+    monkeypatch.setattr(sums_module, "fetch_numbers", gate.fetch)
     with NoCalls(gate), NoReads(gate):
         gradient = compute_gradient(ctx, groups, plan, state.method, step=0)
-        update = run_update(state, ctx.parameters, settings, 10, gradient)
+        update = run_update(state, ctx.parameters, settings, 10, gradient, ctx.parallel)
     assert gate.fetches == 1
     assert update.applied and update.grad_norm > 1e-3 and gradient.figures["loss"] > 0
     assert any(not torch.equal(a, b) for a, b in zip(before, trainable.values(), strict=True))
@@ -202,7 +202,7 @@ def test_the_way_of_other_devices_copies_nothing_back(case: str, monkeypatch: py
         fetched.append(len(tensors))
         return [1.0] * sum(t.numel() for t in tensors)
 
-    monkeypatch.setattr(step_module, "fetch_numbers", fetch)
+    monkeypatch.setattr(sums_module, "fetch_numbers", fetch)
     found = compute_gradient(ctx, groups, build_plan(groups, budget=40), build_initial_state(method), step=0)
     assert len(fetched) == 1 and found.bad == []
     assert all(p.grad is not None for p in ctx.parameters)

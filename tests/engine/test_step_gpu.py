@@ -65,7 +65,7 @@ def _train(
     for step in range(steps):
         ctx.scale = state.scale
         gradient = compute_gradient(ctx, groups, build_plan(groups, budget=60), {}, step)
-        update = run_update(state, ctx.parameters, settings, steps, gradient)
+        update = run_update(state, ctx.parameters, settings, steps, gradient, ctx.parallel)
         if update.applied:
             losses.append(gradient.figures["loss"])
     return losses, state

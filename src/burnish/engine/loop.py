@@ -11,6 +11,7 @@ import torch
 
 from burnish.artifacts.checkpoints import list_checkpoints
 from burnish.clock import mono
+from burnish.core.allocator import release_freed_memory
 from burnish.core.group import Group
 from burnish.disk import format_bytes, free_bytes
 from burnish.engine.budget import Budget, find_smaller
@@ -217,6 +218,7 @@ class Trainer:
 
     def _free_memory(self) -> None:
         self.parallel.discard(self.parameters)
+        release_freed_memory()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
