@@ -17,7 +17,6 @@ from burnish import __version__
 _REQUIRED = (
     "torch",
     "transformers",
-    "accelerate",
     "peft",
     "datasets",
     "tokenizers",
