@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all test-kill soak lint check bench docs pocket wheel clean
+.PHONY: setup demo test test-all test-defects test-kill test-gpu soak lint check bench docs bench-gpu pocket wheel clean
 
 setup: $(VENV)/.done
 
@@ -17,14 +17,24 @@ $(VENV)/.done: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/burnish run quickstart
 
+# Two workers of one thread each; the tests of a file stay together, so that what they share is made once.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not kill and not gpu"
+	$(PYTEST) -m "not slow and not defect and not kill and not gpu"
 
 test-all: setup
-	$(BIN)/python -m pytest -m "not gpu and not kill"
+	$(PYTEST) -m "not defect and not kill and not gpu"
+	$(MAKE) test-defects
+
+test-defects: setup
+	$(BIN)/python -m pytest -n 2 --dist load -m defect tests/reliability
 
 test-kill: setup
 	$(BIN)/python -m pytest -m kill -n 2 --dist worksteal tests/pipeline
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu -rs
 
 soak: setup
 	$(BIN)/python scripts/soak.py
@@ -41,6 +51,9 @@ check: lint test docs
 
 bench: setup
 	$(BIN)/python benchmarks/train_step.py --method all --peer trl --json
+
+bench-gpu: setup
+	$(BIN)/python benchmarks/gpu.py
 
 pocket: setup
 	$(BIN)/python scripts/pocket/build.py

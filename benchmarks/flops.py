@@ -41,16 +41,18 @@ def compute_useful_flops(pairs: Sequence[Pair], plan: Plan) -> float:
     return total
 
 
-def measure_matmul_peak(precision: str, size: int = 2048, repeats: int = 12) -> float:
+def measure_matmul_peak(precision: str, size: int = 2048, repeats: int = 12, device: str = "cpu") -> float:
     """Operations a second of the best of `repeats` square products in the compute type."""
     import torch
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
     best = float("inf")
     with torch.no_grad():
         for _ in range(repeats):
             start = time.perf_counter()
             torch.mm(a, b)
+            if device != "cpu":
+                torch.cuda.synchronize()
             best = min(best, time.perf_counter() - start)
     return 2.0 * size**3 / best

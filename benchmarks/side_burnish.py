@@ -14,7 +14,8 @@ from workload import LORA_ALPHA, LORA_RANK, TOP_K, Pair, Plan
 from burnish.config.registry import KINDS, load_object
 from burnish.config.train import TrainSettings
 from burnish.core.group import Completion, Group
-from burnish.engine.job import TrainJob, build_source, choose_budget
+from burnish.engine.budget import choose_budget
+from burnish.engine.job import TrainJob, build_source
 from burnish.engine.loop import run_training
 from burnish.engine.method import arrange_groups
 from burnish.engine.runtime import build_runtime
@@ -112,6 +113,7 @@ def build_side(plan: Plan, model: Path) -> tuple[TrainSettings, Any, Any, Policy
     method, head = load_object(kind.runner)(settings), kind.models["policy"].head
     precision = resolve_precision(plan.precision, runtime.device, plan.shape.hidden)
     built = build_model(settings, str(model), head=head, seed=plan.seed, compute_dtype=precision.compute)
+    built.model.to(runtime.device)
     policy = Policy(built.model, head=head, attention=settings.attention, compute_dtype=precision.compute)
     return settings, method, built, policy
 

@@ -85,6 +85,7 @@ class Plan:
             blocks, the final norm and the head, which is not tied to the embedding); "padded" (full, burnish's rectangular
             backend).
         precision: "bf16" (autocast over fp32 weights) or "fp32".
+        device: "cpu" or "cuda".
     """
 
     method: str
@@ -98,6 +99,7 @@ class Plan:
     precision: str = "bf16"
     seed: int = 0
     micro_batch_tokens: int | None = None
+    device: str = "cpu"
     shape: Shape = Shape()
 
 

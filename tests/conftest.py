@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("BURNISH_TESTING", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of programs that the tests start; two workers share the machine
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,7 +38,7 @@ def shared() -> Path:
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test has a tokenised-data cache of its own."""
+    """A cache for the tests of this session and worker, apart from the user's."""
     monkeypatch.setenv("BURNISH_CACHE", str(tmp_path_factory.getbasetemp() / "burnish-cache"))
 
 

@@ -56,7 +56,7 @@ class ForkServer:
             signal_at: ("point:n", number): the signal is sent when the child passes the fault point for the n-th time.
             die_at: The number of calls after which the child dies by SIGALRM.
             env: Further environment variables.
-            spare: Bytes of address space that the child may take beyond what it has (RLIMIT_AS).
+            spare: Bytes of address space that the child may take beyond what it has as its first step begins (RLIMIT_AS).
         """
         job = {"argv": argv, "fault": fault, "call": call, "signal_at": signal_at, "die_at": die_at}
         job |= {"env": env or {}, "spare": spare}
@@ -102,6 +102,26 @@ def _kill_at_call(module: str, name: str, nth: str, when: str) -> None:
     setattr(owner, last, counted)
 
 
+def _limit_steps(spare: int) -> None:
+    """Leave so many bytes of address space from the first step on; what was freed before is given back."""
+    import ctypes
+    import resource
+
+    from burnish.engine import loop
+
+    compute = loop.compute_gradient
+
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        loop.compute_gradient = compute
+        ctypes.CDLL(None).malloc_trim(0)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + spare
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        return compute(*args, **kwargs)
+
+    loop.compute_gradient = limited
+
+
 class _Calls:
     """Counts calls in the main thread; soon after the `last` of them the process dies."""
 
@@ -141,11 +161,7 @@ def _child(job: dict[str, Any], told: int) -> None:
         _kill_at_call(*job["call"].split(":"))
     os.environ.update(job["env"])
     if job["spare"] is not None:
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + job["spare"]
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        _limit_steps(job["spare"])
     status = 1
     try:
         if job["die_at"] is None:

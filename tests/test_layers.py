@@ -153,7 +153,7 @@ def test_an_arrow_that_points_up_is_caught():
         "import burnish.engine.step",
         "from burnish.engine import step",
         "from burnish import engine",
-        "def f():\n    from burnish.engine.step import run"
+        "def f():\n    from burnish.engine.step import run",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from burnish.engine import step",
         "from ..engine import step",
         "from importlib import import_module\nimport_module('burnish.engine.step')",

@@ -86,11 +86,22 @@ class InterruptedRun(BurnishError):
         self.exit_code = 128 + signum
 
 
-_MEMORY_WORDS = ("can't allocate memory", "out of memory", "not enough memory", "bad_alloc", "cannot allocate memory")
+_MEMORY_WORDS = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "out of memory",
+    "not enough memory",
+    "bad_alloc",
+    "alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED, and the like of cuDNN, cuSOLVER, cuSPARSE, cuFFT
+    "allocation_failed",  # CURAND_STATUS_ALLOCATION_FAILED
+    "cudaerrormemoryallocation",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: Python's, torch's for a device or for the host, or the system's."""
+    """Whether an exception says that memory ran out: Python's, torch's for a device or for the host, that of a library
+    under torch (cuBLAS cannot make its workspace, NCCL its buffers), or the system's.
+    """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError):

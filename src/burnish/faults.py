@@ -1,8 +1,9 @@
 """Named fault points for the tests: `BURNISH_FAULT=<point>:<nth>:<action>[@rank]`.
 
 Actions: kill, stop (SIGSTOP), hang, raise, enospc, eio, oom, nan, inf. Inert unless `BURNISH_TESTING=1` is set as well.
-A point that is reached for the n-th time in a process fires once; with `@rank` in that process of several only. `*` stands
-for any part of a name (`folder.*:5:kill`: the fifth operation of the writer of folders).
+A point that is reached for the n-th time in a process fires once, with `+` behind the number also each time after; with
+`@rank` in that process of several only. `*` stands for any part of a name (`folder.*:5:kill`: the fifth operation of the
+writer of folders).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def fault_point(name: str) -> float | None:
     if not fnmatchcase(name, point) or (rank and rank != os.environ.get("RANK", "0")):
         return None
     reached = sum(count for seen, count in _SEEN.items() if fnmatchcase(seen, point))
-    if reached != int(nth):
+    if reached != int(nth.rstrip("+")) and not (nth.endswith("+") and reached > int(nth.rstrip("+"))):
         return None
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -45,9 +45,10 @@ def test_r28_a_killed_holder_frees_it_at_once(tmp_path, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert lock_holder(tmp_path) is None
-    with RunLock(tmp_path).acquire() as lock:
-        assert lock.held and lock_holder(tmp_path)["pid"] == os.getpid()
-    assert lock_holder(tmp_path) is None and not lock.held
+    lock = RunLock(tmp_path).acquire()
+    assert lock_holder(tmp_path)["pid"] == os.getpid()
+    lock.release()
+    assert lock_holder(tmp_path) is None
 
 
 def test_r28_a_reused_pid_after_a_reboot_does_not_matter(tmp_path):

@@ -200,7 +200,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     facts = json.loads(out)
     assert facts["problems"] == {} and facts["packages"]["torch"] and "torch threads" in facts["device"]
     assert facts["environment"]["HF_TOKEN"] == "set" and "hf_secret" not in out
-    monkeypatch.setattr("burnish.cli.doctor._version", lambda name: None)
+    monkeypatch.setattr("burnish.cli.doctor.find_version", lambda name: None)
     assert main(["doctor"]) == 1
     assert "not installed" in capsys.readouterr().out
 

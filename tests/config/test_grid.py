@@ -8,7 +8,7 @@ import pytest
 
 from burnish.cli.main import main
 from burnish.config.load import LoadedRecipe
-from burnish.config.reference import build_schema
+from burnish.config.schema import build_schema
 from tests.config.recipes import load, problems_of
 
 GRID: dict[str, Any] = {

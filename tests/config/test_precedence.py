@@ -155,3 +155,16 @@ def test_processes_come_from_the_launcher():
     assert load(source, env={"WORLD_SIZE": "2"}).processes == 2
     with pytest.raises(ConfigError, match="not divisible by gradient_accumulation_steps 3 × 4 processes"):
         load(source, env={"WORLD_SIZE": "4"})
+
+
+def test_a_variable_that_burnish_itself_reads_is_no_unknown_setting() -> None:
+    """Every BURNISH_NAME of the package, but for the examples of settings, which have two underscores."""
+    import re
+    from pathlib import Path
+
+    import burnish
+    from burnish.config.environment import NOT_SETTINGS
+
+    sources = "".join(path.read_text("utf-8") for path in Path(burnish.__file__).parent.rglob("*.py"))
+    named = set(re.findall(r"\bBURNISH_(?!_)[A-Z]+(?:_[A-Z]+)*\b(?!__)", sources))
+    assert named - {"BURNISH_DPO", "BURNISH_STAGE"} <= NOT_SETTINGS

@@ -104,7 +104,7 @@ def test_evaluation_uses_the_beta_of_the_moment_and_moves_nothing(tmp_path, name
     trainer.run()
     figures = {k: v for k, v in trainer.record.evaluation.items() if k != "step"}
     before = json.dumps(trainer.state.method)
-    trainer.budget = 30
+    trainer.state.counters.budget_limit = 30
     trainer._evaluate()
     assert json.dumps(trainer.state.method) == before
     assert {k: v for k, v in trainer.record.evaluation.items() if k != "step"} == pytest.approx(figures, rel=1e-5)

@@ -126,7 +126,7 @@ def test_t11_a_non_finite_row_is_named_and_moves_nothing(name, output):
     before, data = snapshot(trainer.state), trainer.source.step(1)
     assert before[0] and any(n.startswith("moment/") for n in before[0])
     policy.row, policy.output = data.groups[2].id, output
-    for trainer.budget, policy.number in SPOILS:
+    for trainer.state.counters.budget_limit, policy.number in SPOILS:
         gradient = trainer._compute_gradient(data)
         assert (gradient.bad, gradient.figures, gradient.state) == ([policy.row], {}, None)
         assert gradient.terms
@@ -148,7 +148,7 @@ def test_t11_a_kto_row_is_named_also_where_only_its_partner_is_not_finite(slot):
     trainer = Trainer(job)
     data, before = trainer.source.step(0), snapshot(trainer.state)
     policy.row, policy.output, policy.slot = data.groups[1].id, "logprobs", slot
-    for trainer.budget, policy.number in SPOILS:
+    for trainer.state.counters.budget_limit, policy.number in SPOILS:
         gradient = trainer._compute_gradient(data)
         assert (gradient.bad, gradient.figures) == ([policy.row], {})
         assert not trainer._apply(gradient).applied and are_same(snapshot(trainer.state), before)
@@ -169,7 +169,7 @@ def test_t11_a_row_whose_reference_is_not_finite_is_named(name):
         data.groups[2], completions=(*data.groups[2].completions[:-1], replace(own, token_columns=columns))
     )
     data = replace(data, groups=[*data.groups[:2], spoilt, *data.groups[3:]])
-    for trainer.budget in (10_000, 30):
+    for trainer.state.counters.budget_limit in (10_000, 30):
         assert trainer._compute_gradient(data).bad == [spoilt.id]
 
 

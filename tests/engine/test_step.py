@@ -31,7 +31,14 @@ METHODS += ["madpo", "madpo, wpo, bco + sft"]
 LIVE = [name for name in REGISTRY if "logits" in build_method(name)[0].reference]
 METHODS += [*LIVE, *CONTROLLED]
 EVERY = [*METHODS, *(name for name in [*REGISTRY, *MIXES] if name not in METHODS)]
-CUTS = [(10_000, None), (10_000, 1), (10_000, 3), (60, None), (30, None), (12, None)]
+WHOLE = (10_000, None)
+CUTS = [(10_000, 1), (10_000, 3), (60, None), (30, None), (12, None)]
+
+
+def choose_cuts() -> list:
+    """(name, cuts): the smallest cut and one of the others in turn, by default; all five in the slow suite."""
+    few = [pytest.param(name, (CUTS[-1], CUTS[i % 4]), id=name) for i, name in enumerate(EVERY)]
+    return few + [pytest.param(name, CUTS, id=f"{name}, every cut", marks=pytest.mark.slow) for name in EVERY]
 
 
 def run_step(
@@ -60,13 +67,13 @@ def run_step(
     return found, torch.cat([g.reshape(-1) for g in grads])
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_r11_the_gradient_is_the_same_under_any_cut(name):
+@pytest.mark.parametrize(("name", "cuts"), choose_cuts())
+def test_r11_the_gradient_is_the_same_under_any_cut(name, cuts):
     """R-11, S4-16: one batch, capped batches, small budgets, groups cut by completion with their prompt repeated."""
-    whole, expected = run_step(name, *CUTS[0])
+    whole, expected = run_step(name, *WHOLE)
     assert whole.bad == []
     assert expected.norm() > 1e-3
-    for budget, cap in CUTS[1:]:
+    for budget, cap in cuts:
         found, gradient = run_step(name, budget, cap)
         assert (gradient - expected).norm() / expected.norm() < 1e-10, (budget, cap)
         assert found.figures == pytest.approx(whole.figures, rel=1e-10, abs=1e-12)
@@ -83,7 +90,7 @@ def test_r11_fp32_within_its_precision(name):
     assert (gradient - expected).norm() / expected.norm() < 1e-5
 
 
-def _two_ranks() -> list[dict]:
+def _two_ranks() -> dict[str, list[dict]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -97,13 +104,27 @@ def _two_ranks() -> list[dict]:
     ]
     outputs = [child.communicate(timeout=BOUND)[0] for child in children]
     assert [child.returncode for child in children] == [0, 0]
-    return json.loads(outputs[0].splitlines()[-1])["rows"]
+    return json.loads(outputs[0].splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks() -> list[dict]:
-    """Steps of seven uneven groups, and of a single one, on two processes, compared with one."""
+def both_ranks() -> dict[str, list[dict]]:
     return _two_ranks()
+
+
+@pytest.fixture
+def on_two_ranks(both_ranks: dict[str, list[dict]]) -> list[dict]:
+    """Steps of seven uneven groups, and of a single one, on two processes, compared with one."""
+    return both_ranks["rows"]
+
+
+@pytest.mark.dist
+def test_r32_a_rank_without_memory_tells_the_others(both_ranks):
+    """R-32: the second rank runs out in a forward or backward: both learn of it, and the same step can be done again."""
+    assert len(both_ranks["memory"]) == 4
+    for line in both_ranks["memory"]:
+        assert line["met"] == ["memory", "memory"], line
+        assert line["error"] < 1e-10, line
 
 
 @pytest.mark.dist

@@ -25,7 +25,7 @@ from tests.losses.tiny import build_model
 SUBJECTS = [
     Subject("base", Path("lm-0")),
     Subject("tuned", Path("lm-1"), compare_to="base", reference_folder=Path("lm-0")),
-    Subject("scorer", Path("score-2"), kind="reward"),
+    Subject("scorer", Path("score-2"), head="score"),
 ]
 ALL = EvaluateSettings(tasks=["loss", "preferences", "set/one", "win_rate"], max_new_tokens=6, samples=3)
 
@@ -166,7 +166,7 @@ def test_a_model_against_itself_is_a_draw(tmp_path: Path) -> None:
         Subject("one", Path("lm-0")),
         Subject("two", Path("lm-0"), compare_to="one", reference_folder=Path("lm-0")),
     ]
-    judge = Subject("scorer", Path("score-2"), kind="reward")
+    judge = Subject("scorer", Path("score-2"), head="score")
     found = evaluate_subjects(subjects, ALL, data=build_data(), out_dir=tmp_path, judge=judge, load=Shelf())
     assert pick(found, "two", "win_rate", "vs_one/win_rate")["value"] == 0.5
     assert pick(found, "two", "preferences", "accuracy")["value"] == 0.5, "all pairs are ties"

@@ -222,17 +222,6 @@ def test_weights_are_not_the_file(llama: Path, tmp_path: Path) -> None:
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
-def test_contradictions(llama: Path) -> None:
-    pairs = [
-        (SftSettings(lora=LoraSettings(), top_k=1), "lora and top_k"),
-        (SftSettings(lora=LoraSettings(), untie_embeddings=True), "untie_embeddings"),
-        (DpoSettings(lora=LoraSettings(dropout=0.1)), "lora.dropout is 0.1"),
-    ]
-    for settings, message in pairs:
-        with pytest.raises(ConfigError, match=message):
-            build_model(settings, str(llama), head="lm", seed=0)
-
-
 def test_dropout_is_off_and_comes_back_in_the_result(tmp_path: Path) -> None:
     """T-25: functional dropout too; the exported configuration still has the model's own rates."""
     folder = save_small(tmp_path / "base", "gpt2", attn_pdrop=0.5, resid_pdrop=0.3)

@@ -333,8 +333,6 @@ def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="has no linear layer beside its head"):
         quantise_base(model, Quantization("nf4"))
-    with pytest.raises(ConfigError, match="nothing is trained on top"):
-        build_model(SftSettings(quantize="nf4"), str(tmp_path / "bare"), head="lm", seed=0)
 
 
 def test_missing_bitsandbytes_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,3 +381,13 @@ def test_a_folder_that_speaks_unclearly_is_refused(tmp_path: Path) -> None:
         (tmp_path / "quantization_config.json").write_text(text)
         with pytest.raises(ConfigError, match="does not say how the base"):
             read_quantization(tmp_path)
+
+
+def test_g11_scales_of_8_bits_move_with_their_layer(bits: None) -> None:
+    """The meta device stands for another one; nothing is read there."""
+    layer: Any = freeze_linear(nn.Linear(64, 32), kind="int8", double=False)
+    expected = layer(torch.ones(2, 64))
+    layer.double()  # moves nothing, and does not touch the scales either
+    assert torch.equal(layer(torch.ones(2, 64)), expected)
+    layer._apply(lambda tensor: tensor.data.to("meta"))
+    assert layer.weight.device.type == layer.weight.SCB.device.type == layer.weight.CB.device.type == "meta"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from burnish.config.stages import DpoSettings
 from burnish.config.train import LoraSettings
 from burnish.core.batch import build_packed_batch
+from burnish.core.group import Group
 from burnish.errors import ConfigError
 from burnish.models.load import BuiltModel, build_model
 from burnish.models.policy import Policy
@@ -43,13 +46,21 @@ def build(base: Path, compute: torch.dtype | None = None, **changes: Any) -> tup
     return built, Policy(built.model, head="lm", compute_dtype=compute)
 
 
+def _attach(cache: ReferenceCache, compute: Callable[[], Any]) -> list[Group]:
+    table = cache.load(GROUPS)
+    if table is None:
+        table = compute()
+        cache.save(GROUPS, table)
+    return attach_table(GROUPS, table)
+
+
 def test_three_ways_agree(base: Path, tmp_path: Path) -> None:
     """S1-09: copy, adapter switched off, cached: equal to 1e-5 in fp32 while the policy has moved away."""
     built, policy = build(base, lora=LoraSettings(r=4))
     copied = build_reference(policy, "copy")
     off = build_reference(policy, "adapter", fresh_adapter=built.fresh_adapter)
     cache = ReferenceCache(tmp_path, {"k": 1})
-    attached = cache.attach(GROUPS, lambda: compute_reference_table(copied, GROUPS, budget=40))
+    attached = _attach(cache, lambda: compute_reference_table(copied, GROUPS, budget=40))
     shake(built.trainable.values(), 0.3)
     column = build_packed_batch(attached).table.token_columns["ref_logprobs"]
     values = copied.logprobs(BATCH)
@@ -177,8 +188,8 @@ def test_cache_is_used_once_written_and_made_again_when_damaged(base: Path, tmp_
         return compute_reference_table(reference, GROUPS)
 
     cache = ReferenceCache(tmp_path / "cache", {"model": "x", "max_length": None})
-    first = cache.attach(GROUPS, compute)
-    again = cache.attach(GROUPS, compute)
+    first = _attach(cache, compute)
+    again = _attach(cache, compute)
     assert len(calls) == 1
 
     def rows(groups: Any) -> list[np.ndarray]:
@@ -195,7 +206,7 @@ def test_cache_is_used_once_written_and_made_again_when_damaged(base: Path, tmp_
         raw[len(raw) // 2] ^= 1
         file.write_bytes(bytes(raw))
         before = len(calls)
-        mended = cache.attach(GROUPS, compute)
+        mended = _attach(cache, compute)
         assert len(calls) == before + 1 and "damaged" in caplog.text
         assert all((a == b).all() for a, b in zip(rows(first), rows(mended), strict=True))
         caplog.clear()
@@ -210,3 +221,42 @@ def test_batches_keep_the_budget() -> None:
     assert plan_batches(groups, 1) == [[i] for batch in plan_batches(groups, 1) for i in batch]
     assert plan_batches([], 50) == []
     assert attach_table([], []) == []
+
+
+class _Made(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the elements of new fp32 tensors that are not smaller than a matrix."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least, self.wide = least, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        copies = func.overloadpacket.__name__ in ("clone", "_to_copy", "empty_like", "empty_strided")
+        if copies and isinstance(out, torch.Tensor) and out.dtype == torch.float32 and out.numel() >= self.least:
+            self.wide += out.numel()
+        return out
+
+
+def test_g08_a_copy_is_made_in_the_compute_type(base: Path) -> None:
+    """No fp32 copy of a matrix exists for a moment; what is not trained is shared."""
+    _, policy = build(base, torch.bfloat16)
+    matrices = [m.weight for m in policy.modules() if isinstance(m, nn.Linear)]
+    top = policy.inner.get_output_embeddings().weight
+    inner = [w for w in matrices if w is not top]
+    made = _Made(min(w.numel() for w in inner))
+    with made:
+        reference = build_reference(policy, "copy")
+    assert made.wide <= top.numel()  # embedding and head keep their type
+    copied = {n: m.weight for n, m in reference.policy.named_modules() if isinstance(m, nn.Linear)}
+    assert {w.dtype for w in copied.values()} <= {torch.bfloat16, torch.float32}
+    assert sum(w.dtype == torch.bfloat16 for w in copied.values()) == len(inner)
+    assert not any(p.requires_grad for p in reference.policy.parameters())
+
+    _, policy = build(base, torch.bfloat16, lora=LoraSettings(r=2))
+    reference = build_reference(policy, "copy")
+    theirs = dict(reference.policy.named_parameters())
+    shared = [n for n, p in policy.named_parameters() if theirs[n] is p]
+    assert shared and not any("lora_" in n for n in shared)
+    assert all(not p.requires_grad for n, p in policy.named_parameters() if n in shared)
+    assert all(p.requires_grad for n, p in policy.named_parameters() if n not in shared)

@@ -150,7 +150,7 @@ SPEC = MethodSpec(
     },
     coupling="step",
     source=f"{__name__}:build_samples",
-    model_settings=("value_model",),
+    model_settings={"value_model": None},
     metrics=("reward",),
     example="pocket/chat",
 )

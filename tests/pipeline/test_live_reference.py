@@ -132,7 +132,7 @@ def test_the_student_comes_nearer_to_its_teacher(inputs: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher": None}, "there is nothing to learn from"),
+        ({"teacher": None}, "is missing: a stage of kind distill"),
         ({"teacher": "distill"}, "the stage itself"),
         ({"teacher": "large", "jsd_beta": 0.2}, "but loss_type is forward_kl"),
         ({"teacher": "large", "alpha": 0.0}, "alpha"),

@@ -56,8 +56,9 @@ def check(server, inputs: Path, kind: str, folder: Path, fault: str, words: list
 
 
 def test_r32_a_device_without_memory_says_which_number_fits(server, inputs, tmp_path):
-    """R-32: in backward of step 8 (saved at 6): state saved at 7, exit 5, half the micro-batch, and on it goes."""
-    check(server, inputs, "dpo", tmp_path, "step.backward:8", ["dpo", "phase backward", "after step 7", "same gr"], 7)
+    """R-32: from the backward of step 8 on nothing fits, down to single rows (saved at 6): state saved at 7, exit 5."""
+    words = ["dpo", "phase backward", "after step 7", "alone does not fit"]
+    check(server, inputs, "dpo", tmp_path, "step.backward:8+", words, 7)
 
 
 @pytest.mark.slow
@@ -65,11 +66,11 @@ def test_r32_a_device_without_memory_says_which_number_fits(server, inputs, tmp_
 @pytest.mark.parametrize(
     ("fault", "phase", "words", "saved"),
     [
-        ("step.forward:1", "forward", ["nothing is lost"], None),
-        ("step.forward:8", "forward", ["micro_batch_tokens"], 7),
-        ("step.backward:5", "backward", ["micro_batch_tokens"], 4),
+        ("step.forward:1+", "forward", ["nothing is lost"], None),
+        ("step.forward:8+", "forward", ["alone does not fit"], 7),
+        ("step.backward:5+", "backward", ["alone does not fit"], 4),
         ("update.before_optimizer:6", "optimizer", ["adafactor", "checkpoint-3 is intact"], 3),
-        ("evaluation.forward:1", "evaluate", ["micro_batch_tokens"], 4),
+        ("evaluation.forward:1+", "evaluate", ["alone does not fit"], 4),
     ],
 )
 def test_r32_every_phase_of_training(server, inputs, tmp_path, kind, fault, phase, words, saved):
@@ -94,22 +95,21 @@ def test_r32_reference_evaluation_and_answers(server, inputs, tmp_path):
 
 
 def test_r32_a_real_memory_error_of_the_host(server, inputs, tmp_path):
-    """R-32: with 120 MB of address space left, a step of 500,000 tokens: exit 5 and a number that fits."""
+    """R-32: with 60 MB of address space left, a step of 500,000 tokens: smaller pieces, said once each, and it goes on."""
     rows = (inputs / "chat.jsonl").read_text().splitlines()
     (tmp_path / "many.jsonl").write_text("\n".join(rows * 40) + "\n")
     command = build_command(inputs, "sft", False, tmp_path)
     command[command.index("--data") + 1] = str(tmp_path / "many.jsonl")
     command += ["--batch-size", "600", "--max-steps", "2", "--micro-batch-tokens", "500000", "--save-steps", "1"]
     log = tmp_path / "log"
-    assert server.run(command, log=log, cwd=tmp_path, spare=120_000_000) == 5, log.read_text()[-3000:]
+    assert server.run(command, log=log, cwd=tmp_path, spare=60_000_000) == 0, log.read_text()[-3000:]
     text = log.read_text()
-    assert text.count("error: ") == 1 and "Traceback" not in text, text
-    assert "phase forward" in text or "phase backward" in text, text
-    found = BUDGET.search(text)
-    assert found, text
-    assert int(found[2]) <= 250_000
-    record = json.loads((tmp_path / "run" / "01-sft" / "stage.json").read_text())
-    assert record["state"] == "failed" and "out of memory" in record["error"]
+    assert "Traceback" not in text, text
+    found = re.findall(r"out of memory with (\d+) tokens in a micro-batch: going on with (\d+)", text)
+    assert found and len(set(found)) == len(found), text
+    assert int(found[-1][1]) <= 250_000
+    state = json.loads((tmp_path / "run" / "01-sft" / "checkpoint-2" / "state.json").read_text())
+    assert state["counters"]["budget_limit"] == int(found[-1][1])
 
 
 def test_r32_what_is_proposed_fits():
@@ -135,6 +135,10 @@ def test_r32_what_is_proposed_fits():
         ),
         (RuntimeError("std::bad_alloc"), True),
         (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), False),
         (OSError(28, "No space left on device"), False),
         (RuntimeError("shapes do not match"), False),
         (ValueError("out of memory"), False),

@@ -48,23 +48,26 @@ _VARIABLES = (
 
 def describe_environment(extra: dict[str, Any] | None = None) -> dict[str, Any]:
     """Versions of the packages that decide numbers, the platform, and the caller's `extra` (threads, device, ranks)."""
-    versions: dict[str, str] = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
     facts: dict[str, Any] = {
         "burnish": __version__,
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": {name: found for name in _PACKAGES if (found := find_version(name))},
         "platform": platform.platform(),
         "machine": platform.machine(),
         "processor": _processor(),
-        "cpus": _usable_cpus(),
-        "memory_bytes": _memory(),
+        "cpus": count_cpus(),
+        "memory_bytes": measure_memory(),
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "commit": git_commit(Path.cwd()),
     }
     return redact_tree({**facts, **(extra or {})})
+
+
+def find_version(name: str) -> str | None:
+    """The version of an installed package; None without it."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(name)
+    return None
 
 
 def git_commit(folder: Path) -> str | None:
@@ -93,7 +96,8 @@ def git_commit(folder: Path) -> str | None:
     return None
 
 
-def _usable_cpus() -> int:
+def count_cpus() -> int:
+    """CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -108,7 +112,8 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _memory() -> int | None:
+def measure_memory() -> int | None:
+    """Bytes of the machine's memory; None where that cannot be told."""
     with contextlib.suppress(ValueError, OSError, AttributeError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return None

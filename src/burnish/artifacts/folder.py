@@ -296,13 +296,9 @@ class FolderWriter:
 
 def hash_file(path: Path) -> FileEntry:
     """Size and SHA-256 of a file, read once in pieces."""
-    digest, size = hashlib.sha256(), 0
-    buffer = bytearray(_PIECE)
-    with path.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-            size += count
-    return FileEntry(size, digest.hexdigest())
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256")
+        return FileEntry(stream.tell(), digest.hexdigest())
 
 
 def _each_file(action: Callable[[str], _Result], names: list[str], size: int) -> Iterator[_Result]:
@@ -376,13 +372,12 @@ def check_format(version: object, found: dict[str, Any], place: Path, readable: 
         )
 
 
-def verify_folder(path: Path, *, sizes_only: bool = False, beside: frozenset[str] = frozenset({PINNED})) -> Manifest:
+def verify_folder(path: Path, *, sizes_only: bool = False) -> Manifest:
     """Check a folder against its manifest, every byte of it.
 
     Args:
         path: The folder.
         sizes_only: Compare sizes and names only (fast; misses altered bytes).
-        beside: Names that may lie in the folder without being in the manifest.
 
     Raises:
         DamagedFolder: Naming the file and how: missing, size, content, stray, or no manifest.
@@ -397,7 +392,7 @@ def verify_folder(path: Path, *, sizes_only: bool = False, beside: frozenset[str
             raise _damaged(folder, f"{name} is missing")
         if (size := place.stat().st_size) != entry.size:
             raise _damaged(folder, f"{name} has {size:,} bytes instead of {entry.size:,}")
-    if strays := sorted(present - set(manifest.files) - beside):
+    if strays := sorted(present - set(manifest.files) - {PINNED}):
         raise _damaged(folder, f"{strays[0]} does not belong here")
     if sizes_only:
         return manifest

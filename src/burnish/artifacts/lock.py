@@ -9,7 +9,6 @@ import platform
 import time
 import weakref
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from burnish.clock import mono, wall
@@ -88,19 +87,6 @@ class RunLock:
             os.close(self._fd)
             self._fd = None
             _HELD.discard(self)
-
-    @property
-    def held(self) -> bool:
-        """Whether this object holds the lock."""
-        return self._fd is not None
-
-    def __enter__(self) -> Self:
-        return self if self.held else self.acquire()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
 
     def _held_elsewhere(self, fd: int) -> bool:
         """Whether another host may hold it although this one got it: locks of some shared disks stop at the host."""

@@ -23,7 +23,7 @@ def config() -> None:
 @config.command()
 def schema() -> int:
     """Print the JSON Schema of recipes (for editors)."""
-    from burnish.config.reference import build_schema
+    from burnish.config.schema import build_schema
 
     print(json.dumps(build_schema(), indent=2, ensure_ascii=False))
     return 0
@@ -33,7 +33,7 @@ def schema() -> int:
 @click.argument("kind", type=KindName())
 def example(kind: str) -> int:
     """Print a complete recipe of one stage: every setting with its default and what it does."""
-    from burnish.config.reference import render_example
+    from burnish.config.example import render_example
 
     print(render_example(kind), end="")
     return 0
@@ -47,7 +47,7 @@ def example(kind: str) -> int:
 def show(words: tuple[str, ...], everything: bool, as_json: bool, cell: str | None) -> int:
     """Print the resolved recipe, with the source of each value that is not a default; of a grid one cell's."""
     from burnish.config.load import load_recipe
-    from burnish.config.reference import render_resolved
+    from burnish.config.resolved import render_resolved
 
     recipes = [word for word in words if is_path(word)]
     if len(recipes) != 1:

@@ -25,7 +25,7 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--model", metavar="MODEL", help="Model whose tokenizer and chat template are used."),
             click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Rows to show, or problems to list."),
             click.option("--json", "as_json", is_flag=True, help="Results as JSON on stdout."),
-            click.option("--verbose", is_flag=True, help="Show tracebacks."),
+            click.option("--verbose", is_flag=True, expose_value=False, help="Show tracebacks."),
         ]
     ):
         function = option(function)
@@ -34,21 +34,21 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @data.command(cls=SettingsCommand)
 @_options
-def check(words: tuple[str, ...], kind: str, model: str | None, limit: int | None, as_json: bool, verbose: bool) -> int:
+def check(words: tuple[str, ...], kind: str, model: str | None, limit: int | None, as_json: bool) -> int:
     """Find every problem, with file, line and remedy; exit 2 if there is one."""
     return _call("burnish.data.check:run_check", words, kind, model, limit or 20, as_json)
 
 
 @data.command(cls=SettingsCommand)
 @_options
-def show(words: tuple[str, ...], kind: str, model: str | None, limit: int | None, as_json: bool, verbose: bool) -> int:
+def show(words: tuple[str, ...], kind: str, model: str | None, limit: int | None, as_json: bool) -> int:
     """Show rows as the model would see them, with the trained tokens marked."""
     return _call("burnish.data.show:run_show", words, kind, model, limit or 3, as_json)
 
 
 @data.command(cls=SettingsCommand)
 @_options
-def stats(words: tuple[str, ...], kind: str, model: str | None, limit: int | None, as_json: bool, verbose: bool) -> int:
+def stats(words: tuple[str, ...], kind: str, model: str | None, limit: int | None, as_json: bool) -> int:
     """Count rows, prompts and lengths."""
     return _call("burnish.data.stats:run_stats", words, kind, model, limit or 5, as_json)
 

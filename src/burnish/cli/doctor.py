@@ -6,13 +6,13 @@ import json
 import os
 import platform
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import click
 
 from burnish import __version__
+from burnish.artifacts.environment import count_cpus, find_version, measure_memory
 
 _REQUIRED = (
     "torch",
@@ -53,9 +53,11 @@ def doctor(as_json: bool) -> int:
 
 def collect_facts() -> dict[str, dict[str, Any]]:
     """Facts by section. Values of variables that may be secret are not among them."""
-    packages = {name: _version(name) for name in _REQUIRED}
+    packages = {name: find_version(name) for name in _REQUIRED}
     problems = {name: "not installed" for name, found in packages.items() if found is None}
-    extras = {name: _version(name) or f"missing (pip install 'burnish[{extra}]')" for name, extra in _EXTRAS.items()}
+    extras = {
+        name: find_version(name) or f"missing (pip install 'burnish[{extra}]')" for name, extra in _EXTRAS.items()
+    }
     tokens = {name: "set" for name in ("HF_TOKEN", "HUGGINGFACE_TOKEN", "WANDB_API_KEY") if os.environ.get(name)}
     return {
         "burnish": {"version": __version__, "python": platform.python_version(), "platform": platform.platform()},
@@ -68,18 +70,10 @@ def collect_facts() -> dict[str, dict[str, Any]]:
     }
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def _describe_machine() -> dict[str, Any]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    facts: dict[str, Any] = {"cpus": f"{usable} usable of {os.cpu_count()}"}
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        facts["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
+    facts: dict[str, Any] = {"cpus": f"{count_cpus()} usable of {os.cpu_count()}"}
+    if memory := measure_memory():
+        facts["memory"] = f"{memory / 2**30:.1f} GiB"
     facts["disk free"] = f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB"
     return facts
 

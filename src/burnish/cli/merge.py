@@ -25,16 +25,9 @@ from burnish.config.registry import load_object
 )
 @click.option("--output-dir", metavar="DIR", default="runs", show_default=True, help="Folder of runs.")
 @click.option("--json", "as_json", is_flag=True, help="The figures as JSON.")
-@click.option("--verbose", is_flag=True, help="Show tracebacks.")
+@click.option("--verbose", is_flag=True, expose_value=False, help="Show tracebacks.")
 def merge(
-    source: str,
-    output: str | None,
-    force: bool,
-    data: str | None,
-    save_dtype: str,
-    output_dir: str,
-    as_json: bool,
-    verbose: bool,
+    source: str, output: str | None, force: bool, data: str | None, save_dtype: str, output_dir: str, as_json: bool
 ) -> int:
     """Fold an adapter into its full-precision base.
 

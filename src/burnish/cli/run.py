@@ -66,47 +66,21 @@ def run(words: tuple[str, ...], config_file: str | None, **flags: Any) -> int:
     return execute(recipes[0], overrides, build_options(**flags))
 
 
-def build_options(
-    *,
-    model_index: int | None,
-    cells: Sequence[str],
-    dry_run: bool,
-    output_dir: str | None,
-    run_name: str | None,
-    resume: bool,
-    fresh: bool,
-    allow_change: Sequence[str],
-    num_processes: int,
-    after: str | None,
-    as_json: bool,
-    verbose: bool,
-    resume_from: str | None = None,
-) -> RunOptions:
+def build_options(*, as_json: bool, resume_from: str | None = None, **flags: Any) -> RunOptions:
     """The options as one object, checked against each other."""
-    if resume and fresh:
+    options = RunOptions(json=as_json, resume_from=resume_from, **flags)
+    if options.resume and options.fresh:
         raise click.UsageError("--resume and --fresh contradict each other\n  → keep one")
-    if after is not None:
+    if options.after is not None:
         try:
-            words = shlex.split(after)
+            words = shlex.split(options.after)
         except ValueError as error:
-            raise click.UsageError(f"--after {after!r} is not a command: {error}\n  → check its quotes") from None
+            raise click.UsageError(
+                f"--after {options.after!r} is not a command: {error}\n  → check its quotes"
+            ) from None
         if not words:
             raise click.UsageError("--after is empty\n  → name a command")
-    return RunOptions(
-        dry_run=dry_run,
-        output_dir=output_dir,
-        run_name=run_name,
-        resume=resume,
-        fresh=fresh,
-        allow_change=tuple(allow_change),
-        num_processes=num_processes,
-        model_index=model_index,
-        cells=tuple(cells),
-        after=after,
-        json=as_json,
-        verbose=verbose,
-        resume_from=resume_from,
-    )
+    return options
 
 
 def execute(
@@ -142,6 +116,7 @@ def _execute(
     from burnish.cli.tokens import export_tokens
     from burnish.config.load import load_recipe
     from burnish.config.registry import load_object
+    from burnish.pipeline.naming import choose_models
 
     launched = "WORLD_SIZE" in os.environ
     words = list(overrides)
@@ -155,12 +130,7 @@ def _execute(
         processes=None if launched else options.num_processes,
         default_kind=default_kind,
     )
-    models = loaded.recipe.model_list()
-    if options.model_index is not None and options.model_index >= len(models):
-        raise click.UsageError(
-            f"--model-index {options.model_index}: the recipe has {len(models)} model{'s' * (len(models) > 1)}\n"
-            f"  → use 0 to {len(models) - 1}"
-        )
+    choose_models(loaded.recipe, options)  # before processes are started
     if options.dry_run:  # a real run has them in its log
         for note in loaded.notes:
             print(f"note: {note}", file=sys.stderr)

@@ -42,9 +42,11 @@ def list_(output_dir: str, as_json: bool) -> int:
     if not rows:
         print(f"no runs in {output_dir}", file=sys.stderr)
         return 0
+    from burnish.report.terminal import align
+
     table = [("NAME", "STATE", "STARTED", "STAGES")]
     table += [(str(r["name"]), str(r["state"]), str(r.get("started") or "")[:19], _count_stages(r)) for r in rows]
-    print_table(table)
+    print(*align(table), sep="\n")
     return 0
 
 
@@ -66,9 +68,7 @@ def show(name: str, output_dir: str, as_json: bool) -> int:
     if as_json:
         print(json.dumps({**row, "records": records}, ensure_ascii=False, indent=2, default=str))
         return 0
-    for key in ("name", "recipe", "state", "created", "started", "ended", "seconds", "problem", "path"):
-        if row.get(key) is not None:
-            print(f"{key:<9} {row[key]}")
+    _print_record(row)
     for stage in row["stages"]:
         print(f"\n{stage['stage']}  {stage['state']}")
         for key, value in _flatten(records[stage["stage"]].get("figures") or {}):
@@ -95,7 +95,7 @@ def delete(name: str, output_dir: str, yes: str | None) -> int:
 
 
 def _show_grid(folder: Path, row: dict[str, Any], *, as_json: bool) -> int:
-    from burnish.report.terminal import render_summary
+    from burnish.report.terminal import align, render_summary
 
     names = [str(cell["name"]) for cell in load_grid(folder)["cells"]]
     cells = [(name, *read_cell_state(folder / CELLS / name)) for name in names]
@@ -104,20 +104,17 @@ def _show_grid(folder: Path, row: dict[str, Any], *, as_json: bool) -> int:
         states = {name: state for name, state, _ in cells}
         print(json.dumps({**row, "cells": states, "summary": summary}, ensure_ascii=False, indent=2, default=str))
         return 0
-    for key in ("name", "recipe", "state", "created", "started", "ended", "seconds", "path"):
-        if row.get(key) is not None:
-            print(f"{key:<9} {row[key]}")
-    print()
-    print_table([("CELL", "STATE", "SECONDS"), *((n, s, str(r.get("seconds_total") or "")) for n, s, r in cells)])
+    _print_record(row)
+    table = [("CELL", "STATE", "SECONDS"), *((n, s, str(r.get("seconds_total") or "")) for n, s, r in cells)]
+    print("", *align(table), sep="\n")
     print(f"\n{render_summary(summary)}" if summary else "")
     return 0
 
 
-def print_table(rows: list[tuple[str, ...]]) -> None:
-    """Columns as wide as their widest cell."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+def _print_record(row: dict[str, Any]) -> None:
+    for key in ("name", "recipe", "state", "created", "started", "ended", "seconds", "problem", "path"):
+        if row.get(key) is not None:
+            print(f"{key:<9} {row[key]}")
 
 
 def _flatten(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

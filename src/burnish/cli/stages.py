@@ -12,8 +12,8 @@ from burnish.cli.flags import SettingsCommand, describe_flag_value
 from burnish.cli.resume import load_checkpoint_settings
 from burnish.cli.run import build_options, execute, run_options
 from burnish.config.base import Settings
+from burnish.config.example import get_field
 from burnish.config.keys import RECIPE_KEYS, section_class, settings_class
-from burnish.config.reference import get_field
 from burnish.config.registry import ALIASES, KINDS, SECTIONS
 
 _HIDDEN = frozenset({"kind", "name", "init_from"})

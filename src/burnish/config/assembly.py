@@ -113,7 +113,7 @@ class Assembly:
                     self.problems.append(unknown_key("", value.path[0], value.node, _top_keys()))
                 continue
             named = [d for d in self.drafts if d.named and _fold(d.name) == value.stage]
-            hits = named or [d for d in self.drafts if value.stage in (_fold(d.name), d.kind, d.written_kind)]
+            hits = named or [d for d in self.drafts if value.stage in (_fold(d.name), d.kind, d.label)]
             if not hits and value.stage not in kind_names():
                 self.notes.append(f"{value.variable} has no effect: this recipe has no stage or kind {value.stage!r}")
             for draft in hits:
@@ -139,7 +139,7 @@ class Assembly:
         """The words of the command line, or what a grid sets in one cell (the layer is that of each word's place)."""
         names = [d.name for d in self.drafts]
         kinds = [d.kind or "" for d in self.drafts]
-        written = [d.written_kind for d in self.drafts]
+        written = [d.label for d in self.drafts]
         changed = False
         for override in overrides:
             head, rest = override.parts[0], override.parts[1:]
@@ -347,7 +347,7 @@ class Assembly:
             if node.plain() != value:
                 self._problem(
                     f"{draft.path}.{key}",
-                    f"is {format_value(node.plain())}, but kind: {draft.written_kind} means {key}: {_show(value)}",
+                    f"is {format_value(node.plain())}, but kind: {draft.label} means {key}: {_show(value)}",
                     f"remove {key}, or write kind: {draft.kind}",
                     node.place,
                 )
@@ -362,7 +362,7 @@ class Assembly:
 
     def _apply_alias(self, draft: Draft, merged: dict[str, Node]) -> None:
         kind = draft.own("kind")
-        place = Place(Layer.FILE, f"{kind.place if kind else self.origin} (kind: {draft.written_kind})")
+        place = Place(Layer.FILE, f"{kind.place if kind else self.origin} (kind: {draft.label})")
         for key, value in draft.fixed.items():
             merged[key] = build_node(value, place) if isinstance(value, list) else Node(value, place, raw=str(value))
 
@@ -404,7 +404,7 @@ def _find_missing(draft: Draft, stage: Settings) -> list[Problem]:
     return [
         Problem(
             f"{draft.path}.{name}",
-            f"is missing: kind {draft.written_kind} is kind {draft.kind} with it",
+            f"is missing: kind {draft.label} is kind {draft.kind} with it",
             "name an earlier stage, a folder or a hub id",
         )
         for name in draft.requires

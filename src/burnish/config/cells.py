@@ -91,7 +91,7 @@ def build_grid(
         problems.extend(found)
         return None, None, {}
     names = [draft.name for draft in probe.drafts]
-    reader = GridReader(names, [d.kind or "" for d in probe.drafts], [d.written_kind for d in probe.drafts], problems)
+    reader = GridReader(names, [d.kind or "" for d in probe.drafts], [d.label for d in probe.drafts], problems)
     models = _find_models(probe)
     axes = reader.read_axes(tree, models)
     excluded, baseline = reader.read_exclude(tree, axes), reader.read_baseline(tree, axes)
@@ -143,7 +143,7 @@ def _find_models(probe: Assembly) -> Node | None:
 def _check_words(words: Sequence[Override], axes: Sequence[Axis], probe: Assembly, problems: list[Problem]) -> None:
     """Words of the command line that would give an axis one value."""
     names = [draft.name for draft in probe.drafts]
-    kinds, written = [d.kind or "" for d in probe.drafts], [d.written_kind for d in probe.drafts]
+    kinds, written = [d.kind or "" for d in probe.drafts], [d.label for d in probe.drafts]
     targets = {axis.parts: axis for axis in axes if axis.stage is None}
     for word in words:
         parts = word.parts

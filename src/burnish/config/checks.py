@@ -144,6 +144,17 @@ def _check_steps(s: TrainSettings) -> Found:
 
 
 @_check(TrainSettings)
+def _check_required(s: TrainSettings) -> Found:
+    for name in find_method_spec(s.kind).required:
+        if getattr(s, name) is None:
+            yield (
+                name,
+                f"is missing: a stage of kind {s.kind} cannot do without",
+                "name an earlier stage, a folder or a hub id",
+            )
+
+
+@_check(TrainSettings)
 def _check_optimizer(s: TrainSettings) -> Found:
     if s.optim in ("adafactor", "sgd"):
         for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
@@ -340,8 +351,6 @@ def _check_weights(weights: list[float], types: list[str], is_list: bool) -> Fou
 
 @_check(DistillSettings)
 def _check_teacher(s: DistillSettings) -> Found:
-    if s.teacher is None:
-        yield "teacher", "is missing: there is nothing to learn from", "name an earlier stage, a folder or a hub id"
     if s.loss_type != "jsd" and _is_changed(s, "jsd_beta"):
         yield "jsd_beta", f"is {s.jsd_beta:g}, but loss_type is {s.loss_type}", "set loss_type: jsd, or remove it"
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from burnish.config.base import Settings
 from burnish.config.problems import Problem
+from burnish.config.registry import find_method_spec
+from burnish.config.spec import Head
 from burnish.config.spelling import describe_suggestions, suggest
-from burnish.config.stages import DistillSettings, DpoSettings, EvaluateSettings, RewardSettings
+from burnish.config.stages import EvaluateSettings
 from burnish.config.train import TrainSettings
 
 BASE = "base"
@@ -31,11 +33,7 @@ def _check_training(stage: TrainSettings, order: dict[str, int], by_name: dict[s
     problems = []
     if stage.init_from is not None:
         problem = _check_earlier(f"{path}.init_from", stage.init_from, str(stage.name), order, by_name)
-        if (
-            problem is None
-            and isinstance(by_name.get(stage.init_from), RewardSettings)
-            and not isinstance(stage, RewardSettings)
-        ):
+        if problem is None and _is_reward(by_name.get(stage.init_from)) and not _is_reward(stage):
             problem = Problem(
                 f"{path}.init_from",
                 f"is {stage.init_from!r}, a reward model: it gives scores, not text, and cannot become a policy",
@@ -53,21 +51,11 @@ def _check_training(stage: TrainSettings, order: dict[str, int], by_name: dict[s
                     "remove one of the two",
                 )
             )
-    if isinstance(stage, DistillSettings) and stage.teacher in order:
-        problem = _check_earlier(f"{path}.teacher", str(stage.teacher), str(stage.name), order, by_name)
-        if problem is None and _is_reward(by_name[str(stage.teacher)]):
-            choices = [n for n in _earlier(str(stage.name), order, by_name) if not _is_reward(by_name[n])]
-            problem = Problem(
-                f"{path}.teacher",
-                f"is {stage.teacher!r}, a reward model: it gives scores, and no distribution over tokens",
-                _list_choices("learn from", choices),
-            )
-        if problem is not None:
-            problems.append(problem)
-    if isinstance(stage, DpoSettings) and stage.reward_model is not None:
-        problem = _check_reward_model(stage, stage.reward_model, order, by_name)
-        if problem is not None:
-            problems.append(problem)
+    for key, head in find_method_spec(stage.kind).model_settings.items():
+        target = getattr(stage, key)
+        if target not in (None, type(stage).model_fields[key].default):
+            problem = _check_model(stage, key, head, str(target), order, by_name)
+            problems += [problem] if problem is not None else []
     if stage.data is None:
         problems.append(
             Problem(
@@ -79,11 +67,35 @@ def _check_training(stage: TrainSettings, order: dict[str, int], by_name: dict[s
     return problems
 
 
+def _check_model(
+    stage: TrainSettings,
+    setting: str,
+    head: Head | None,
+    target: str,
+    order: dict[str, int],
+    by_name: dict[str, Settings],
+) -> Problem | None:
+    """A setting that may name an earlier stage, which must come before and give what is read of it."""
+    key, name = f"stages.{stage.name}.{setting}", str(stage.name)
+    if head == "score":
+        return _check_reward_model(key, name, target, order, by_name)
+    if target not in order:
+        return None
+    problem = _check_earlier(key, target, name, order, by_name)
+    if problem is None and head == "lm" and _is_reward(by_name[target]):
+        choices = [n for n in _earlier(name, order, by_name) if not _is_reward(by_name[n])]
+        problem = Problem(
+            key,
+            f"is {target!r}, a reward model: it gives scores, and no distribution over tokens",
+            _list_choices("take one of", choices),
+        )
+    return problem
+
+
 def _check_reward_model(
-    stage: DpoSettings, target: str, order: dict[str, int], by_name: dict[str, Settings]
+    key: str, name: str, target: str, order: dict[str, int], by_name: dict[str, Settings]
 ) -> Problem | None:
     """A plain word is the name of a stage; folders and hub ids have a mark in them."""
-    key, name = f"stages.{stage.name}.reward_model", str(stage.name)
     if target not in order and any(mark in target for mark in "/\\~."):
         return None
     rewards = [n for n in _earlier(name, order, by_name) if _is_reward(by_name[n])]
@@ -177,7 +189,8 @@ def _earlier(name: str, order: dict[str, int], by_name: dict[str, Settings]) -> 
 
 
 def _is_reward(stage: Settings | None) -> bool:
-    return isinstance(stage, RewardSettings)
+    """Whether the result of a stage gives scores."""
+    return isinstance(stage, TrainSettings) and find_method_spec(stage.kind).result.head == "score"
 
 
 def _list_choices(verb: str, choices: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ class Draft:
         layers: What each layer says about this very stage, under canonical names.
         place: Where it begins.
         kind: Canonical kind; None if it has none that exists.
-        written_kind: Kind as written (`ipo`).
+        label: Kind as written (`ipo`).
         fixed: Settings that an alias of a kind fixes.
         requires: Settings that it needs.
         name: Name, given or made.
@@ -36,7 +36,7 @@ class Draft:
     layers: dict[Layer, dict[str, Node]]
     place: Place
     kind: str | None = None
-    written_kind: str = ""
+    label: str = ""
     fixed: dict[str, Any] = field(default_factory=dict)
     requires: tuple[str, ...] = ()
     name: str = ""
@@ -81,7 +81,7 @@ def identify(drafts: list[Draft], problems: list[Problem]) -> None:
     for draft in drafts:
         if draft.name:
             continue
-        base = draft.written_kind or f"stage-{draft.index + 1}"
+        base = draft.label or f"stage-{draft.index + 1}"
         number, name = 1, base
         while name in taken:
             number += 1
@@ -93,7 +93,7 @@ def identify(drafts: list[Draft], problems: list[Problem]) -> None:
 def _read_kind(draft: Draft, problems: list[Problem]) -> None:
     node = draft.own("kind")
     path = f"stages.{draft.index}.kind"
-    draft.kind, draft.written_kind, draft.fixed, draft.requires = None, "", {}, ()
+    draft.kind, draft.label, draft.fixed, draft.requires = None, "", {}, ()
     if node is None or node.value is None:
         problems.append(
             Problem(path, "the stage has no kind", f"add kind: one of {', '.join(kind_names())}", str(draft.place))
@@ -101,17 +101,17 @@ def _read_kind(draft: Draft, problems: list[Problem]) -> None:
         return
     word = str(node.value)
     if word in KINDS:
-        draft.kind, draft.written_kind = word, word
+        draft.kind, draft.label = word, word
     elif is_own_kind(word):
         try:
-            draft.kind, draft.written_kind = word, load_own_spec(word).name
+            draft.kind, draft.label = word, load_own_spec(word).name
             settings_class(word)
         except ConfigError as error:
             draft.kind = None
             problems.append(Problem(path, error.message, error.remedy, str(node.place)))
     elif word in ALIASES:
         alias = ALIASES[word]
-        draft.kind, draft.written_kind = alias.kind, word
+        draft.kind, draft.label = alias.kind, word
         draft.fixed, draft.requires = dict(alias.fixed), alias.requires
     else:
         near = describe_suggestions(suggest(word, kind_names()))

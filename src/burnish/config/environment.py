@@ -16,7 +16,22 @@ from burnish.config.tree import Layer, Node, Place, parse_word
 PREFIX = "BURNISH_"
 SECRET_NAMES = ("HF_TOKEN", "HUGGINGFACE_TOKEN", "WANDB_API_KEY")
 # Variables that begin like settings and are not.
-NOT_SETTINGS = frozenset(f"{PREFIX}{name}" for name in ("CACHE", "DEVICE", "FAULT", "SHARED", "TESTING", "TRACEBACK"))
+NOT_SETTINGS = frozenset(
+    f"{PREFIX}{name}"
+    for name in (
+        "BEAT",
+        "CACHE",
+        "CLOCK",
+        "COMPLETE",
+        "DEVICE",
+        "FAULT",
+        "KERNELS",
+        "PEER_TIMEOUT",
+        "SHARED",
+        "TESTING",
+        "TRACEBACK",
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from burnish.config.base import Settings
 from burnish.config.problems import Problem
 from burnish.config.recipe import Recipe
 from burnish.config.registry import ALIASES, KINDS, SECTIONS, find_spec, load_object, load_user_object
+from burnish.config.spec import MethodSpec
 from burnish.config.train import TrainSettings
 from burnish.config.tree import Layer, Node, merge_nodes
 from burnish.errors import ConfigError
@@ -34,12 +35,20 @@ def settings_class(kind: str) -> type[Settings]:
             where=spec.settings,
             remedy="name the class as module:Class in the MethodSpec's settings",
         ) from error
-    if spec.trains and not issubclass(found, TrainSettings):
+    if spec.trains and not (isinstance(found, type) and issubclass(found, TrainSettings)):
         raise ConfigError(
             f"the settings of kind {kind} are no TrainSettings",
             where=spec.settings,
             remedy="derive the class from burnish.config.train.TrainSettings",
         )
+    if isinstance(spec, MethodSpec):
+        strange = sorted(spec.named_settings - found.model_fields.keys())
+        if strange:
+            raise ConfigError(
+                f"kind {kind} names settings that it does not have: {', '.join(strange)}",
+                where=spec.settings,
+                remedy="declare them in the settings class, or mend the MethodSpec",
+            )
     return found
 
 

@@ -16,7 +16,7 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = (
     (
         "a key or token",
         re.compile(
-            r"(?i)\b(api_?key|wandb_api_key|hf_token|huggingface_token|password|secret)\s*[:=]\s*[\"']?[^\s\"'#]{8,}"
+            r"(?i)\b(api_?key|wandb_api_key|hf_token|huggingface_token|password|secret)[\"']?\s*[:=]\s*[\"']?[^\s\"'#]{8,}"
         ),
     ),
 )

@@ -10,9 +10,9 @@ from pydantic.fields import FieldInfo
 from burnish.config.aliases import KEY_ALIASES, VALUE_ALIASES
 from burnish.config.base import Settings
 from burnish.config.data import DataSettings, DataSource
+from burnish.config.example import format_default, group_fields
 from burnish.config.keys import section_class, settings_class
 from burnish.config.recipe import Recipe
-from burnish.config.reference import format_default, group_fields
 from burnish.config.registry import ALIASES, KINDS, SECTIONS
 from burnish.config.train import TrainSettings
 from burnish.config.values import describe_limits
@@ -25,8 +25,8 @@ _HEAD = """# Settings
 A recipe is a YAML (or JSON) file. Any stage setting written at the top is the default of every stage that has it and
 does not set it. `burnish config example KIND` prints a complete recipe, `burnish config show RECIPE` what one means.
 
-**Precedence.** Defaults < `.env` < environment < checkpoint (`--resume-from`) < file < grid < command line. On the command
-line, `stages.dpo.beta=0.05`, `stages.2.beta=0.05` (positions from 0) or `dpo.beta=0.05` reach one stage; `beta=0.05`
+**Precedence.** Defaults < [`distributed.config`](distributed-config.md) < `.env` < environment < checkpoint (`--resume-from`) <
+file < grid < command line. On the command line, `stages.dpo.beta=0.05`, `stages.2.beta=0.05` (positions from 0) or `dpo.beta=0.05` reach one stage; `beta=0.05`
 reaches every stage that has the setting, also where the file sets it in the stage.
 
 **Environment.** `BURNISH__SEED=3` is `seed: 3` at the top, `BURNISH_DPO__BETA=0.05` is `beta` of the stage `dpo` (or of

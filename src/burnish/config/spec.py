@@ -100,7 +100,8 @@ class MethodSpec(StageSpec):
         trains_tokens: Its rows may be conversations whose tokens `train_on` chooses; else whole answers are scored.
         source: "module:function" that builds the stage's source of examples from (settings, groups, batch_size=…);
             None: the data, permuted in each epoch.
-        model_settings: Settings that may name a model or an earlier stage, beside `model` and `init_from`.
+        model_settings: Settings that may name a model or an earlier stage, beside `model` and `init_from`, and the head that it
+            must have ("lm": gives text and distributions, "score": gives scores); None: any.
         required: Those of them that must be given.
         harmless: Settings that may change on resume, beside those of every kind.
         metrics: Figures of its loss, beside "loss" and those of its loss types; of held-out data with "eval_" before. Each may
@@ -118,13 +119,19 @@ class MethodSpec(StageSpec):
     loss_types: Mapping[str, LossEntry] = field(default_factory=dict)
     trains_tokens: bool = False
     source: str | None = None
-    model_settings: tuple[str, ...] = ()
+    model_settings: Mapping[str, Head | None] = field(default_factory=dict)
     required: tuple[str, ...] = ()
     harmless: frozenset[str] = frozenset()
     metrics: tuple[str, ...] = ()
     step_metrics: tuple[str, ...] = ()
     best_metric: tuple[str, bool] = ("eval_loss", False)
     example: str = "pocket/preferences"
+
+    @property
+    def named_settings(self) -> frozenset[str]:
+        """The settings that the declaration itself names."""
+        of_models = {name for m in self.models.values() for name in (m.start, m.learning_rate) if name is not None}
+        return frozenset({*self.model_settings, *self.required, *self.harmless, *of_models})
 
     @property
     def result(self) -> ModelSpec:

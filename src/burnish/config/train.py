@@ -83,7 +83,9 @@ class TrainSettings(DataSettings):
     gradient_accumulation_steps: int | None = setting(
         None, "batch_size = per_device_train_batch_size × this × processes.", ge=1
     )
-    micro_batch_tokens: int | Literal["auto"] = setting("auto", "Tokens in one micro-batch at most; bounds memory.")
+    micro_batch_tokens: int | Literal["auto"] = setting(
+        "auto", "Tokens in one micro-batch at most; bounds memory. auto on a GPU: by its free memory."
+    )
     shuffle: bool = setting(True, "Shuffle the data in each epoch.")
 
     eval_steps: int = setting(-1, "Evaluate every N steps; -1 = only at the end, 0 = at the end of each epoch.", ge=-1)

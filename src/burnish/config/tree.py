@@ -221,7 +221,7 @@ class _Composer:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
                 raise self.error(self.place_of(line), "a key must be a word", "quote it, or check for a stray bracket")
-            key = key_node.value
+            key = _join_surrogates(key_node.value)
             value = self.convert(value_node, above)
             if key == "<<":
                 for part in value.value if isinstance(value.value, list) else [value]:

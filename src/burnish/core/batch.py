@@ -6,7 +6,7 @@ Letters of shapes: T tokens of the row, S scored tokens, C completions, G groups
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,8 @@ class Table:
         slot_rows: slot → (n,) int64, its completions (rows of C); made with the batch, so that reading a slot never asks the
             device where it is.
         slot_scored: slot → scored tokens of its completions, on the host: the count of a term over one side's tokens.
+        host: The same table as it was on the host, where this one was moved to another device: what it says is read there
+            without waiting for the device. None on the host itself.
     """
 
     token_completion: Tensor
@@ -83,10 +85,21 @@ class Table:
     group_columns: dict[str, Tensor] = field(default_factory=dict)
     slot_rows: dict[int, Tensor] = field(default_factory=dict)
     slot_scored: dict[int, int] = field(default_factory=dict)
+    host: Table | None = field(default=None, repr=False, compare=False)
 
     def to(self, device: torch.device | str) -> Table:
-        """The table with all tensors on `device`."""
-        return Table(**{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
+        """The table with all tensors on `device`; back on the host only what was added elsewhere is copied."""
+        if torch.device(device).type == "cpu":
+            if self.host is None:
+                return self
+            added = {n: c.cpu() for n, c in self.token_columns.items() if n not in self.host.token_columns}
+            return replace(self.host, token_columns=self.host.token_columns | added)
+        moved = {f.name: _move(getattr(self, f.name), device) for f in fields(self) if f.name != "host"}
+        return Table(**moved, host=self.on_host())
+
+    def on_host(self) -> Table:
+        """The table on the host; without what was added to the one on the device."""
+        return self if self.host is None else self.host
 
     def sum_tokens(self, per_token: Tensor) -> Tensor:
         """(S,) → (C,): sum over the scored tokens of each completion; 0 where a completion has none."""

@@ -182,11 +182,11 @@ def _cut(segments: Sequence[Segment], total: int, window: int | None, device: to
 
 
 def _find_bounds(pieces: Pieces, device: torch.device) -> Bounds:
-    sums = [
-        torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device="cpu")
+    queries, keys = (
+        move(torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device="cpu"), device)
         for sizes in (pieces.queries, pieces.keys)
-    ]
-    return Bounds(*(move(x, device) for x in sums), max(pieces.queries, default=0), max(pieces.keys, default=0))
+    )
+    return Bounds(queries, keys, max(pieces.queries, default=0), max(pieces.keys, default=0))
 
 
 def _build_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:

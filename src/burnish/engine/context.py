@@ -72,6 +72,13 @@ class StepContext:
         """The ranks of the run."""
         return self.parallel.runtime
 
+    @property
+    def can_tell_others(self) -> bool:
+        """A rank that runs out of memory can say so: equal copies meet only between the passes of a step. Where models are
+        sharded, every forward needs all ranks, and the others would wait for ever.
+        """
+        return self.runtime.world > 1 and not self.parallel.sharded
+
     def train(self, mode: bool) -> None:
         """Switch all models to training or evaluation mode."""
         for model in self.models.values():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from burnish.core.batch import Outputs, PackedBatch, Table
+from burnish.core.batch import Outputs, PackedBatch, Table, move
 from burnish.core.concat import concat_steps, is_per_token
 from burnish.core.group import Group
 from burnish.engine.context import StepContext, Stopped
@@ -87,18 +87,28 @@ def join_step(ctx: StepContext, first: FirstPass) -> tuple[Outputs, Table]:
     return concat_steps([table for table, _ in rows], [outputs for _, outputs in rows])
 
 
-def gather_rows(ctx: StepContext, rows: list[Rows]) -> list[list[Rows]]:
-    """The rows of every rank, in rank order; one's own as they are, the others' on this rank's device, detached."""
-    if ctx.runtime.world == 1:
+def gather_rows(ctx: StepContext, rows: list[Rows] | None) -> list[list[Rows]]:
+    """The rows of every rank, in rank order; one's own as they are, the others' on this rank's device, detached.
+
+    Args:
+        rows: None: this rank has none, since it ran out of memory.
+
+    Raises:
+        MemoryError: A rank ran out of memory.
+    """
+    if ctx.runtime.world == 1 and rows is not None:
         return [rows]
-    sent = [(table.to("cpu"), {n: t.detach().cpu() for n, t in outputs.items()}) for table, outputs in rows]
+    sent = rows and [(table.to("cpu"), {n: t.detach().cpu() for n, t in outputs.items()}) for table, outputs in rows]
     parts = ctx.runtime.gather(sent)
+    there = [part for part in parts if part is not None]
+    if rows is None or len(there) < len(parts):
+        raise MemoryError("another process ran out of memory")
     device = ctx.runtime.device
     return [
         rows
         if rank == ctx.runtime.rank
         else [(table.to(device), {n: t.to(device) for n, t in outputs.items()}) for table, outputs in part]
-        for rank, part in enumerate(parts)
+        for rank, part in enumerate(there)
     ]
 
 
@@ -139,18 +149,29 @@ def _drop_zero_gradient(
     Only for forwards without dropout, where a completion does not depend on its neighbours.
     """
     table = batch.table
-    trained = torch.zeros_like(table.completion_group, dtype=torch.bool)
-    every = torch.arange(len(trained), device=trained.device)
-    owners = {n: table.token_completion if is_per_token(n) else every for n in grads}
-    for name, grad in grads.items():
-        trained[owners[name][grad != 0]] = True  # a NaN is not 0 either
-    kept = trained.tolist()  # one wait for the device
+    kept = _find_trained(table, grads)
     if all(kept):
         return batch, dict(grads)
+    host = table.on_host()
     slots: dict[int, list[int]] = {}
-    for owner, slot, keep in zip(table.completion_group.tolist(), table.completion_slot.tolist(), kept, strict=True):
+    for owner, slot, keep in zip(host.completion_group.tolist(), host.completion_slot.tolist(), kept, strict=True):
         if keep:
             slots.setdefault(owner, []).append(slot)
     parts = tuple(replace(p, slots=tuple(slots[g])) for g, p in enumerate(micro.parts) if g in slots)
+    if not parts:
+        return build_batch(replace(micro, parts=()), groups, ctx.runtime.device), {}
+    completions = torch.tensor(kept)
+    picked = {True: completions[host.token_completion], False: completions}
+    places = {per: move(mask.nonzero()[:, 0], ctx.runtime.device) for per, mask in picked.items()}
     smaller = build_batch(replace(micro, parts=parts), groups, ctx.runtime.device)
-    return smaller, {n: g[trained[owners[n]]] for n, g in grads.items()} if parts else {}
+    return smaller, {n: g.index_select(0, places[is_per_token(n)]) for n, g in grads.items()}
+
+
+def _find_trained(table: Table, grads: Mapping[str, Tensor]) -> list[bool]:
+    """For each completion whether any of its gradients is not 0 (a NaN is not 0 either); the host waits once."""
+    count = table.completion_group.shape[0]
+    every = torch.arange(count, device=table.completion_group.device)
+    found = torch.zeros_like(table.completion_group)
+    for name, grad in grads.items():
+        found.index_add_(0, table.token_completion if is_per_token(name) else every, (grad != 0).to(found.dtype))
+    return (found > 0).tolist()

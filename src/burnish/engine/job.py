@@ -18,8 +18,6 @@ from burnish.engine.parallel.interface import Parallel
 from burnish.engine.runtime import Runtime
 from burnish.engine.source import OfflineSource, Source
 
-AUTO_BUDGET = {"cpu": 8192, "cuda": 32768}
-
 
 @dataclass
 class TrainJob:
@@ -104,10 +102,3 @@ def build_source(
         arrange=list if method.partners is None else method.partners.arrange,
         complete=complete,
     )
-
-
-def choose_budget(settings: TrainSettings, device: str) -> int:
-    """Tokens in a micro-batch at most."""
-    if settings.micro_batch_tokens != "auto":
-        return int(settings.micro_batch_tokens)
-    return AUTO_BUDGET.get(device, AUTO_BUDGET["cpu"])

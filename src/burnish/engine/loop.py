@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 import torch
 
 from burnish.artifacts.checkpoints import list_checkpoints
 from burnish.clock import mono
+from burnish.core.group import Group
 from burnish.disk import format_bytes, free_bytes
+from burnish.engine.budget import Budget, find_smaller
 from burnish.engine.context import StepContext, Stopped
+from burnish.engine.determinism import deterministic
 from burnish.engine.evaluation import run_evaluation
-from burnish.engine.job import TrainJob, TrainOutcome, choose_budget
+from burnish.engine.job import TrainJob, TrainOutcome
 from burnish.engine.memory import build_memory_error
 from burnish.engine.method import build_initial_state
 from burnish.engine.optimizer import build_optimizer, build_parameter_groups
 from burnish.engine.parallel.choose import build_parallel
-from burnish.engine.plan import build_plan
+from burnish.engine.plan import StepPlan, build_plan
 from burnish.engine.record import StageRecord
 from burnish.engine.saves import Saves
 from burnish.engine.source import StepData, extend_ledger
@@ -35,6 +37,7 @@ from burnish.track.signals import SignalFlag
 from burnish.track.whereabouts import here, note_step
 
 log = logging.getLogger("burnish")
+T = TypeVar("T")
 
 
 class Trainer:
@@ -43,7 +46,6 @@ class Trainer:
     def __init__(self, job: TrainJob) -> None:
         s = job.settings
         self.job, self.source = job, job.source
-        self.budget = choose_budget(s, job.runtime.device.type)
         self.parallel = job.parallel or build_parallel(job.runtime)
         groups = build_parameter_groups(job.trainable, s, no_decay=job.no_decay, head=job.head, rates=job.rates)
         self.parameters = list(job.trainable.values())
@@ -53,6 +55,7 @@ class Trainer:
             method=build_initial_state(job.method),
             scale=2.0**16 if job.fp16 else None,
         )
+        self.budget = Budget(s, self.state, job.runtime)
         self.signals = SignalFlag()
         self.ctx = StepContext(
             models=job.models,
@@ -88,6 +91,7 @@ class Trainer:
         started = mono()
         self._plan_disk()
         resumed = self.saves.resume() if self.job.resume else None
+        self.budget.size(self.job.models, self.parameters)
         c, device = self.state.counters, self.job.runtime.device
         note_step(c.step)
         fork = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
@@ -172,20 +176,49 @@ class Trainer:
         return False
 
     def _compute_gradient(self, data: StepData) -> Gradient:
-        plan = build_plan(
-            data.groups,
-            budget=self.budget,
+        def compute() -> Gradient:
+            plan = self._build_plan(data.groups)
+            if plan.oversized:
+                row, most = data.groups[plan.oversized[0]].id, self.budget.tokens
+                self.record.warn_once("oversized", f"{row} is longer than micro_batch_tokens ({most}) and runs alone")
+            self.ctx.scale = self.state.scale
+            return compute_gradient(self.ctx, data.groups, plan, self.state.method, self.state.counters.step)
+
+        return self._fit_memory(data.groups, compute, told=self.ctx.can_tell_others)
+
+    def _build_plan(self, groups: Sequence[Group]) -> StepPlan:
+        return build_plan(
+            groups,
+            budget=self.budget.tokens,
             cap=self.job.settings.per_device_train_batch_size,
             world=self.job.runtime.world,
             coupled=self.job.method.coupled,
         )
-        if plan.oversized:
-            row = data.groups[plan.oversized[0]].id
-            self.record.warn_once(
-                "oversized", f"{row} is longer than micro_batch_tokens ({self.budget}) and runs alone"
-            )
-        self.ctx.scale = self.state.scale
-        return compute_gradient(self.ctx, data.groups, plan, self.state.method, self.state.counters.step)
+
+    def _fit_memory(self, groups: Sequence[Group], compute: Callable[[], T], *, told: bool) -> T:
+        """Compute something of some groups that changes no state; where memory runs out, again with smaller micro-batches.
+
+        Args:
+            told: Of several ranks all learn of it within `compute`, so that they cut alike.
+        """
+        before = self.state.counters.budget_limit
+        while True:
+            try:
+                return compute()
+            except Exception as error:
+                again = is_out_of_memory(error) and (told or self.job.runtime.world == 1)
+                smaller = find_smaller(self._build_plan(groups), groups, self.budget.tokens) if again else None
+                if smaller is None:
+                    self.budget.forget(before)  # it did not help
+                    raise
+                error.__traceback__ = None  # its frames hold the tensors of the step
+            self._free_memory()
+            self.budget.lower(smaller)
+
+    def _free_memory(self) -> None:
+        self.parallel.discard(self.parameters)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _apply(self, gradient: Gradient) -> Update:
         self.consistent = False
@@ -243,9 +276,12 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Evaluate, remember the best; True if training should stop early."""
         cap, chunk = self.job.settings.per_device_train_batch_size, self.source.batch_size
-        figures = run_evaluation(
-            self.ctx, self.job.held_out, self.state.method, budget=self.budget, cap=cap, chunk=chunk
-        )
+
+        def evaluate() -> dict[str, float]:
+            state, budget = self.state.method, self.budget.tokens
+            return run_evaluation(self.ctx, self.job.held_out, state, budget=budget, cap=cap, chunk=chunk)
+
+        figures = self._fit_memory(self.job.held_out, evaluate, told=False)
         self.ctx.train(True)
         self.record.write_evaluation(self.state.counters.step, figures)
         return self._compare_with_best(figures)
@@ -313,10 +349,7 @@ class Trainer:
         """The message; the state is saved first if it is consistent and there is room for it."""
         place = replace(here())
         error.__traceback__ = None  # its frames hold the tensors of the step
-        for parameter in self.parameters:
-            parameter.grad = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self._free_memory()
         return build_memory_error(error, place, saved=self._save_in_need())
 
     def _save_in_need(self) -> str:
@@ -338,21 +371,6 @@ class Trainer:
 def _find_fault(data: StepData, gradient: Gradient) -> tuple[str, list[str]]:
     """What was not finite, and in which rows."""
     return "loss" if gradient.bad else "gradient", gradient.bad or [g.id for g in data.groups]
-
-
-@contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """Let torch choose kernels that give equal bits each time, where there are such (warns where there are none)."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    switches: Any = torch.utils.deterministic  # filling fresh memory costs time and helps only to find defects
-    filling = switches.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(wanted, warn_only=True)
-    switches.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        switches.fill_uninitialized_memory = filling
 
 
 def run_training(job: TrainJob) -> TrainOutcome:

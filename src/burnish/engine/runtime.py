@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from burnish.core.allocator import keep_freed_memory, release_freed_memory
+from burnish.engine.determinism import prepare_cublas
 from burnish.errors import BurnishError, ConfigError, PeerLost, is_out_of_memory
 from burnish.track.whereabouts import TIMEOUT_VARIABLE, here, read_timeout
 
@@ -189,6 +190,8 @@ def build_runtime(devices: Sequence[int] | None = None) -> Runtime:
     cuda = torch.cuda.is_available() and os.environ.get("BURNISH_DEVICE") != "cpu"
     if devices and not cuda:
         log.warning("devices: %s is set, but there is no CUDA device here; computing on the CPU", devices)
+    if cuda:
+        prepare_cublas()
     device = _choose_device(devices) if cuda else torch.device("cpu")
     if not cuda:
         keep_freed_memory()

@@ -9,6 +9,7 @@ import torch
 
 from burnish.artifacts.checkpoints import hold_checkpoint, verify_checkpoint
 from burnish.core.kernels.build import load_kernels
+from burnish.engine.budget import Budget
 from burnish.engine.checkpoint import (
     find_resumable,
     load_checkpoint,
@@ -46,7 +47,9 @@ _BITS = {
 class Saves:
     """Keeps the state of a stage on the disk, for as long as the stage has a folder."""
 
-    def __init__(self, job: TrainJob, state: TrainState, record: StageRecord, parallel: Parallel, budget: int) -> None:
+    def __init__(
+        self, job: TrainJob, state: TrainState, record: StageRecord, parallel: Parallel, budget: Budget
+    ) -> None:
         self.job, self.state, self.record, self.parallel, self.budget = job, state, record, parallel, budget
 
     def save(self) -> None:
@@ -126,7 +129,7 @@ class Saves:
     def _find_bits(self) -> dict[str, Any]:
         """What decides the last bits of sums: threads, strategy, processes, micro-batches, kernels."""
         cap = self.job.settings.per_device_train_batch_size
-        size = f"{self.budget} tokens" + (f", {cap} examples" if cap is not None else "")
+        size = f"{self.budget.tokens} tokens" + (f", {cap} examples" if cap is not None else "")
         kernels = load_kernels().identity if self.job.runtime.device.type == "cpu" else "not used"
         threads = torch.get_num_threads()
         return {"threads": threads, **self.parallel.identity(), "micro_batch": size, "kernels": kernels}

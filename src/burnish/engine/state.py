@@ -26,6 +26,8 @@ class Counters:
         stale_evaluations: Evaluations since the best one.
         metrics_mark, timing_mark: Bytes of metrics.jsonl and timing.jsonl that belong to this state.
         overflows: fp16 overflows skipped by the loss scaler.
+        auto_budget: Tokens in a micro-batch at most, as the device's free memory allowed at the start; 0: not sized.
+        budget_limit: The same, found when memory ran out; 0: it did not.
     """
 
     step: int = 0
@@ -39,6 +41,8 @@ class Counters:
     metrics_mark: int = 0
     timing_mark: int = 0
     overflows: int = 0
+    auto_budget: int = 0
+    budget_limit: int = 0
 
 
 @dataclass
@@ -86,13 +90,14 @@ class TrainState:
         current_model, _, current_meta = self.to_tree()
         _require_same("model tensors", current_model, model)
         _require_same("state", current_meta, meta)
-        _require_same("counters", current_meta["counters"], meta["counters"])
+        counters = {"auto_budget": 0, "budget_limit": 0, **meta["counters"]}  # absent in what older versions wrote
+        _require_same("counters", current_meta["counters"], counters)
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(model[f"parameter/{name}"])
             for name, buffer in self.buffers.items():
                 buffer.copy_(model[f"buffer/{name}"])
-        self.counters = Counters(**meta["counters"])
+        self.counters = Counters(**counters)
         self.method = dict(meta["method"])
         self.scale, self.window = meta["scale"], meta["window"]
         self._load_optimizer(moments, meta["optimizer"])
@@ -110,7 +115,11 @@ class TrainState:
         return tensors, scalars
 
     def _load_optimizer(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        parameters = {n: p for g in self.optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)}
+        parameters: dict[str, nn.Parameter] = {}
+        follows: set[str] = set()  # a fused or capturable optimizer reads its count of steps where the parameter lies
+        for group in self.optimizer.param_groups:
+            parameters |= dict(zip(group["names"], group["params"], strict=True))
+            follows |= set(group["names"] if group.get("fused") or group.get("capturable") else ())
         self.optimizer.state.clear()
         for path, value in {**tensors, **scalars}.items():
             key, _, name = path.partition("/")
@@ -121,7 +130,8 @@ class TrainState:
                 )
             parameter = parameters[name]
             if isinstance(value, Tensor):
-                value = value.to(parameter.device).clone() if key != "step" else value.clone()
+                moves = key != "step" or name in follows
+                value = value.to(parameter.device if moves else "cpu", copy=True)
             self.optimizer.state[parameter][key] = value
 
 

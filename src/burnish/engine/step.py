@@ -20,7 +20,7 @@ from burnish.engine.method import Method
 from burnish.engine.observe import Observation, Observed, StepRecord
 from burnish.engine.plan import MicroBatch, StepPlan
 from burnish.engine.sums import Findings, Guard, PendingSums, Sums
-from burnish.errors import BurnishError
+from burnish.errors import BurnishError, is_out_of_memory
 from burnish.faults import fault_point
 from burnish.losses.terms import LossResult
 from burnish.track.whereabouts import enter_phase
@@ -74,12 +74,38 @@ def compute_gradient(
 
     Raises:
         Stopped: `ctx.should_stop()` became true between micro-batches.
+        Exception: Memory ran out (`is_out_of_memory`), here or, of equal copies, on any rank; no state has changed.
     """
     ctx.parallel.discard(ctx.parameters)
     counts = compute_counts(ctx.method, groups)
-    stored = has_stored_reference(groups)
-    found = _Collected()
     mine = plan.of(ctx.runtime.rank)
+    found, failure = _Collected(), None
+    try:
+        _run_passes(ctx, groups, mine, counts, state, step, found)
+    except Exception as error:
+        if not is_out_of_memory(error) or not ctx.can_tell_others:
+            raise
+        failure = error.with_traceback(
+            None
+        )  # its frames hold the tensors of the step; the others are told in `_conclude`
+        found = _Collected()
+    if (number := fault_point("step.nan_gradient")) is not None:
+        _spoil_gradient(ctx.parameters, number)
+    total_norm = ctx.parallel.finish(ctx.parameters, ctx.scale)
+    return _conclude(ctx, counts, state, step, found, total_norm, sum(m.tokens for m in mine), failure)
+
+
+def _run_passes(
+    ctx: StepContext,
+    groups: Sequence[Group],
+    mine: Sequence[MicroBatch],
+    counts: Mapping[str, float],
+    state: Mapping[str, Any],
+    step: int,
+    found: _Collected,
+) -> None:
+    """All forwards and backwards of this rank."""
+    stored = has_stored_reference(groups)
     coupled = {i: m for i, m in enumerate(mine) if m.coupled}
     last = len(mine) - 1
     if coupled:
@@ -91,10 +117,6 @@ def compute_gradient(
                 raise Stopped
             with ctx.parallel.micro(last=index == last):
                 _add_micro_batch(ctx, groups, micro, counts, state, (step, index), stored, found)
-    if (number := fault_point("step.nan_gradient")) is not None:
-        _spoil_gradient(ctx.parameters, number)
-    total_norm = ctx.parallel.finish(ctx.parameters, ctx.scale)
-    return _conclude(ctx, counts, state, step, found, total_norm, sum(m.tokens for m in mine))
 
 
 def _add_micro_batch(
@@ -134,7 +156,12 @@ def _add_coupled(
     found: _Collected,
 ) -> None:
     """Both passes over the coupled micro-batches, and the loss on all of them in between."""
-    first = run_first_pass(ctx, groups, micros, step, stored)
+    try:
+        first = run_first_pass(ctx, groups, micros, step, stored)
+    except Exception as error:
+        if is_out_of_memory(error) and ctx.can_tell_others:
+            gather_rows(ctx, None)
+        raise
     outputs, table = join_step(ctx, first)
     result = ctx.method.compute_loss(outputs, table, state)
     loss = _compute_total(result, {t.name: t.count for t in result.terms} if ctx.method.coupled else counts)
@@ -143,7 +170,7 @@ def _add_coupled(
     found.rows += rows if ctx.method.state is not None else []
     if ctx.runtime.is_main:  # each rank computes the same loss; its sums count once
         found.sums.add(result)
-        _observe(ctx, table.group_order.tolist(), outputs, table, found)
+        _observe(ctx, table.on_host().group_order.tolist(), outputs, table, found)
     enter_phase("backward")
     if loss.requires_grad:  # else no row of the coupled part is on this rank
         (loss if ctx.scale is None else loss * ctx.scale).backward()
@@ -177,6 +204,7 @@ class _RankReport:
     sums: Sums
     findings: Findings
     observed: Any
+    out_of_memory: bool
 
 
 def _conclude(
@@ -187,13 +215,16 @@ def _conclude(
     found: _Collected,
     total_norm: Tensor,
     tokens: int,
+    failure: Exception | None,
 ) -> Gradient:
     """Fetch the step's numbers, exchange them between ranks, and say what became of the step."""
     method, flags = ctx.method, found.guard.flags
     numbers = found.sums.fetch([*flags, total_norm, *found.observation.tensors()])
     finite, norm, rest = numbers[: len(flags)], numbers[len(flags)], numbers[len(flags) + 1 :]
-    report = _RankReport(found.sums.sums, found.guard.find(finite), found.observation.read(rest))
+    report = _RankReport(found.sums.sums, found.guard.find(finite), found.observation.read(rest), failure is not None)
     reports = ctx.runtime.gather(report)
+    if any(r.out_of_memory for r in reports):
+        raise failure or MemoryError("another process ran out of memory")
     findings = [r.findings for r in reports]
     bad = [row for f in findings for row in f.rows] or [row for f in findings for row in f.suspects]
     if bad:

@@ -100,8 +100,8 @@ def evaluate_subjects(
     """
     check_subjects(subjects)
     run = _Run(settings, data, load or build_loader(settings, device or torch.device("cpu")))
-    policies = [s for s in subjects if s.kind == "policy"]
-    rewards = [s for s in subjects if s.kind == "reward"]
+    policies = [s for s in subjects if s.head == "lm"]
+    rewards = [s for s in subjects if s.head == "score"]
     judge = _find_judge(run, policies, rewards, judge)
     begun = mono()
     for folder in dict.fromkeys(s.folder for s in policies):

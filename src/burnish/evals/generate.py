@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from burnish.core.batch import move
 from burnish.errors import UsageError
 from burnish.faults import fault_point
 from burnish.track.whereabouts import enter_phase
@@ -21,6 +22,7 @@ from burnish.track.whereabouts import enter_phase
 EndReason = Literal["eos", "length"]
 CACHE_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}  # a key-value cache may take, where the batch size is chosen for it
 MOST_ROWS = 256
+READ_EVERY = {"cuda": 8}  # tokens a row between two looks at what was drawn, each a wait for the device; elsewhere 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,49 +105,55 @@ def _generate_batch(
     model: Any, prompts: Sequence[Sequence[int]], eos_ids: frozenset[int], limit: int, context: int | None
 ) -> list[Answer]:
     """Greedy decoding of one batch; `alive` maps rows of the shrinking batch to rows of `prompts`."""
-    ids, mask = _pad_left(prompts, model.device)
+    device = model.device
+    ids, mask = (move(x, device) for x in _pad_left(prompts))
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     accepted = inspect.signature(model.forward).parameters
     fixed = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in accepted else {})
-    ends = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=model.device)
     room = [limit if context is None else min(limit, context - len(p)) for p in prompts]
     written: list[list[int]] = [[] for _ in prompts]
     answers: dict[int, Answer] = {}
     alive = list(range(len(prompts)))
     cache = None
     while True:
-        where = {"position_ids": positions} if "position_ids" in accepted else {}
-        out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, **where, **fixed)
-        cache = getattr(out, "past_key_values", None)
-        if cache is None:
-            raise UsageError(
-                f"{type(model).__name__} has no key-value cache, so answers cannot be generated",
-                remedy="evaluate it with the tasks loss and preferences",
-            )
-        token = out.logits[:, -1].argmax(-1)
-        for row, new, end in zip(alive, token.tolist(), torch.isin(token, ends).tolist(), strict=True):
-            if row not in answers:
-                written[row].append(new)
-                if end or len(written[row]) >= room[row]:
-                    answers[row] = Answer(tuple(written[row]), "eos" if end else "length")
+        drawn = []  # stay on the device until they are looked at together
+        left = min(room[row] - len(written[row]) for row in alive if row not in answers)
+        for _ in range(min(READ_EVERY.get(device.type, 1), left)):
+            where = {"position_ids": positions} if "position_ids" in accepted else {}
+            out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, **where, **fixed)
+            cache = getattr(out, "past_key_values", None)
+            if cache is None:
+                raise UsageError(
+                    f"{type(model).__name__} has no key-value cache, so answers cannot be generated",
+                    remedy="evaluate it with the tasks loss and preferences",
+                )
+            drawn.append(out.logits[:, -1].argmax(-1))
+            ids = drawn[-1][:, None]
+            positions = positions[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+        for row, tokens in zip(alive, torch.stack(drawn, dim=1).tolist(), strict=True):
+            if row in answers:
+                continue
+            end = next((place for place, token in enumerate(tokens) if token in eos_ids), None)
+            written[row] += tokens if end is None else tokens[: end + 1]
+            if end is not None or len(written[row]) >= room[row]:
+                answers[row] = Answer(tuple(written[row]), "length" if end is None else "eos")
         going = [place for place, row in enumerate(alive) if row not in answers]
         if not going:
             return [answers[row] for row in range(len(prompts))]
-        if len(going) < len(alive) and hasattr(cache, "batch_select_indices"):
-            rows = torch.tensor(going, device=token.device)
-            cache.batch_select_indices(rows)
-            token, mask, positions, alive = token[rows], mask[rows], positions[rows], [alive[p] for p in going]
-        ids = token[:, None]
-        positions = positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+        select = getattr(cache, "batch_select_indices", None)
+        if len(going) < len(alive) and select is not None:
+            rows = move(torch.tensor(going), device)
+            select(rows)
+            ids, mask, positions, alive = ids[rows], mask[rows], positions[rows], [alive[p] for p in going]
 
 
-def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(B, T) ids and (B, T) mask, True = a real token; the padding's id is never seen."""
+def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """(B, T) ids and (B, T) mask, 1 = a real token; the padding's id is never seen."""
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.int64)
     mask = torch.zeros(len(prompts), width, dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.as_tensor(list(prompt), dtype=torch.int64)
         mask[row, width - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)
+    return ids, mask

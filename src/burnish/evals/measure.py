@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from burnish.core.batch import Outputs, Table, build_packed_batch
 from burnish.core.group import Group
@@ -53,14 +54,20 @@ def measure_scores(model: Loaded, groups: Sequence[Group]) -> Measured:
 def _measure(model: Loaded, groups: Sequence[Group], want: str) -> Measured:
     width = max((len(g.completions) for g in groups), default=1)
     values = np.full((len(groups), width), np.nan)
+    rows: list[Tensor] = []
+    slots: list[Tensor] = []
+    found: list[Tensor] = []
     for outputs, table in _run(model, groups, want):
         if outputs.scores is not None:
-            found = outputs.scores.double()
+            found.append(outputs.scores.double())
         else:
             assert outputs.logprobs is not None
-            found = table.sum_tokens(outputs.logprobs.double())
-        rows = table.group_order[table.completion_group].cpu().numpy()
-        values[rows, table.completion_slot.cpu().numpy()] = found.cpu().numpy()
+            found.append(table.sum_tokens(outputs.logprobs.double()))
+        host = table.on_host()
+        rows.append(host.group_order[host.completion_group])
+        slots.append(host.completion_slot)
+    if found:  # the host waits for the device once
+        values[torch.cat(rows).numpy(), torch.cat(slots).numpy()] = torch.cat(found).cpu().numpy()
     bad = [groups[int(g)].id for g in np.flatnonzero(~np.isfinite(values).all(axis=1))]
     if bad:
         raise NumericStop(

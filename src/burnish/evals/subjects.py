@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
+from burnish.config.spec import Head
 from burnish.config.stages import EvaluateSettings
 from burnish.core.group import Group
 from burnish.data.tokenizer import TextTokenizer
@@ -26,7 +27,7 @@ class Subject:
     Attributes:
         name: Its name in the figures: a stage's name, or "base".
         folder: Model folder.
-        kind: "policy": a language model; "reward": a reward model.
+        head: "lm": a language model; "score": a reward model.
         compare_to: Name of the subject that it is compared with item by item; None = with none.
         reference_folder: The model that its stage started from, against which implicit rewards are measured, with its
             base stored in as few bits as that of `folder`.
@@ -34,7 +35,7 @@ class Subject:
 
     name: str
     folder: Path
-    kind: Literal["policy", "reward"] = "policy"
+    head: Head = "lm"
     compare_to: str | None = None
     reference_folder: Path | None = None
 
@@ -95,9 +96,6 @@ class Loaded:
         if dtype is None or dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.policy.device.type, dtype=dtype)
-
-
-Head = Literal["lm", "score"]
 
 
 class Loader(Protocol):

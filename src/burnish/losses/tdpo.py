@@ -78,8 +78,8 @@ def _find_neighbours(values: Tensor, low: int) -> tuple[Tensor, Tensor]:
         parted = torch.from_numpy(np.partition(values.numpy(), low, axis=-1))
         floor, above = parted[:, low], parted[:, low + 1 :]
         return floor, above.amin(-1) if above.shape[1] else floor
-    floor = torch.kthvalue(values, low + 1, dim=-1).values
-    return floor, torch.kthvalue(values, min(low + 2, values.shape[-1]), dim=-1).values
+    ordered = values.sort(dim=-1).values  # `kthvalue` has no deterministic form on CUDA
+    return ordered[:, low], ordered[:, min(low + 1, values.shape[-1] - 1)]
 
 
 def build_tdpo(settings: Any) -> tuple[Functional, ...]:

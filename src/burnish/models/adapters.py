@@ -445,3 +445,19 @@ def _join(
                 a[part], b[:, part] = tensors[key].float(), _scale(config) * tensors[other].float()
         rest[key], rest[other] = a, b
     return rest, rank
+
+
+def check_joinable(lora: LoraSettings, *, quantised: bool, merged: bool) -> None:
+    """Over a quantised base an earlier adapter and the new one are written as one (`adapters.save_adapter`).
+
+    Raises:
+        ConfigError: The new one is of a kind that cannot be joined.
+    """
+    if quantised and merged and (lora.use_dora or lora.bias != "none"):
+        what = "use_dora" if lora.use_dora else f"bias {lora.bias}"
+        raise ConfigError(
+            f"{what} over an earlier adapter on a quantised base cannot be written as one adapter",
+            where="lora",
+            found=what,
+            remedy="leave it out, or fold the earlier adapter in first (burnish merge)",
+        )

@@ -133,6 +133,12 @@ def _kinds() -> _Kinds:
     class Frozen4bit(bnb.nn.Linear4bit):
         """A frozen linear layer in 4 bits (Dettmers et al., arXiv 2305.14314)."""
 
+        def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+            super()._apply(fn, recurse)
+            if (state := getattr(self.weight, "quant_state", None)) is not None:
+                _share_tables(state)  # each layer moved a copy of its own
+            return self
+
         def read(self, dtype: torch.dtype) -> Tensor:
             """(out, in) weights."""
             return _read_4bit(bnb, self.weight, dtype)
@@ -143,10 +149,16 @@ def _kinds() -> _Kinds:
     class Frozen8bit(bnb.nn.Linear8bitLt):
         """A frozen linear layer in 8 bits, a scale for each row (arXiv 2208.07339, without rounding the inputs)."""
 
+        def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+            scale: Tensor | None = self.weight.SCB
+            super()._apply(fn, recurse)
+            if scale is not None:  # no buffers, so they would stay where they were
+                self.weight.SCB, self.weight.CB = scale.to(self.weight.device), self.weight.data
+            return self
+
         def read(self, dtype: torch.dtype) -> Tensor:
             """(out, in) weights."""
-            scale: Tensor = self.weight.SCB.to(self.weight.device)
-            return (self.weight.data.float() * (scale.float() / 127)[:, None]).to(dtype)
+            return (self.weight.data.float() * (self.weight.SCB.float() / 127)[:, None]).to(dtype)
 
         def forward(self, x: Tensor) -> Tensor:
             return _multiply(self, x)

@@ -32,11 +32,11 @@ from burnish.models.adapters import (
     attach_adapter,
     base_of,
     build_lora,
+    check_joinable,
     find_head_parameters,
     merge_adapter,
     seeded,
 )
-from burnish.models.contradictions import check_joinable, check_settings
 from burnish.models.dropout import disable_dropout as switch_off_dropout
 from burnish.models.folder import CONVERT, ModelFolder, find_adapter_base, inspect_model_folder, read_json
 from burnish.models.freeze import cast_trainable, compute_share, find_no_decay, freeze_all_but_top, untie_embeddings
@@ -490,7 +490,6 @@ def build_model(
         dtype_masters: Type of the trainable parameters.
         compute_dtype: Type of the forward pass (None = as the masters); the frozen part stays in it where possible.
     """
-    check_settings(settings)
     compute, partly = compute_dtype or dtype_masters, settings.lora is not None or bool(settings.top_k)
     load_dtype = dtype_masters
     if partly:

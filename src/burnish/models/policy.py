@@ -95,6 +95,10 @@ class Policy(nn.Module):
         self.why_padded = ""
         found = str(self.inner.config._attn_implementation or "eager")
         self._ordinary = "sdpa" if found in NAMES.values() else found  # another Policy may hold the model
+        backbone: Any = self.backbone
+        backbone.warn_if_padding_and_no_attention_mask = (
+            _never_warn  # it reads ids in each forward: the host would wait
+        )
         self._own_head = False
         self._hidden_size = int(self.inner.get_input_embeddings().weight.shape[-1])
         self.backend = self._choose_backend(attention, cache_dir)
@@ -359,6 +363,10 @@ def _build_filler(device: torch.device) -> PackedBatch:
     token = np.zeros(1, dtype=np.int32)
     filler = build_packed_batch([Group("", token, (Completion(token, np.ones(1, dtype=np.bool_)),))])
     return filler.to(device)
+
+
+def _never_warn(input_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+    """In place of transformers' search for padding without a mask: packed rows have neither."""
 
 
 def _identity(logits: Tensor) -> Tensor:

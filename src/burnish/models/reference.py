@@ -7,9 +7,9 @@ and cached on disk. Always without gradient, in evaluation mode, with every drop
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,32 +124,51 @@ def build_reference(
         _check_adapter_mode(policy, fresh_adapter, path)
         return Reference(policy, "adapter")
     if path is None:
-        frozen = copy.deepcopy(policy)
+        frozen = _copy_in_compute_type(policy)
     else:
-        kept = next(p.dtype for p in policy.parameters() if p.is_floating_point())
-        wide = torch.promote_types(kept, torch.float32)
-        trust = bool(getattr(settings, "trust_remote_code", False))
-        quantization = read_quantization(fetch_model_folder(path))
-        model, source = load_model(
-            path,
-            head="lm",
-            dtype=wide,
-            trust_remote_code=trust,
-            disable_dropout=True,
-            quantization=quantization,
-            attach=quantization is not None,
-        )
-        if policy_folder is not None:
-            check_same_vocabulary(policy_folder, source.folder, what)
-        if not policy.sharded:  # else rank 0 builds it, and it is laid over the ranks
-            model.to(policy.device)  # pyright: ignore[reportArgumentType]
-        frozen = Policy(
-            model, head="lm", attention=policy.backend, compute_dtype=policy.compute_dtype, device=policy.device
-        )
+        frozen = _load_other(policy, path, policy_folder, settings, what)
     frozen.requires_grad_(False)
     frozen.eval()
-    _shrink(frozen)
     return Reference(frozen, "copy")
+
+
+def _copy_in_compute_type(policy: Policy) -> Policy:
+    """A copy of the policy that never holds its fp32 masters twice: matrices are copied straight into the compute type, and
+    parameters that the stage does not train are shared.
+    """
+    narrow = {id(m.weight) for m in _find_rounded(policy.inner, policy.compute_dtype)}
+    memo: dict[int, Any] = {}
+    for parameter in policy.parameters():
+        if not parameter.requires_grad:
+            memo[id(parameter)] = parameter
+        elif id(parameter) in narrow:
+            values = parameter.detach().to(policy.compute_dtype, copy=True)
+            memo[id(parameter)] = nn.Parameter(values, requires_grad=False)
+    return copy.deepcopy(policy, memo)
+
+
+def _load_other(policy: Policy, path: str, policy_folder: Path | None, settings: Any, what: str) -> Policy:
+    """Another model behind the policy's call; narrowed before it goes to the device."""
+    kept = next(p.dtype for p in policy.parameters() if p.is_floating_point())
+    wide = torch.promote_types(kept, torch.float32)
+    trust = bool(getattr(settings, "trust_remote_code", False))
+    quantization = read_quantization(fetch_model_folder(path))
+    model, source = load_model(
+        path,
+        head="lm",
+        dtype=wide,
+        trust_remote_code=trust,
+        disable_dropout=True,
+        quantization=quantization,
+        attach=quantization is not None,
+    )
+    if policy_folder is not None:
+        check_same_vocabulary(policy_folder, source.folder, what)
+    for module in _find_rounded(model, policy.compute_dtype):
+        module.weight.data = module.weight.data.to(policy.compute_dtype)
+    if not policy.sharded:  # else rank 0 builds it, and it is laid over the ranks
+        model.to(policy.device)  # pyright: ignore[reportArgumentType]
+    return Policy(model, head="lm", attention=policy.backend, compute_dtype=policy.compute_dtype, device=policy.device)
 
 
 def _check_adapter_mode(policy: Policy, fresh: bool, path: str | None) -> None:
@@ -167,19 +186,19 @@ def _check_adapter_mode(policy: Policy, fresh: bool, path: str | None) -> None:
         raise refuse(f"lora.bias is {config.bias!r}: the base's own biases are trained and stay on")
 
 
-def _shrink(policy: Policy) -> None:
-    """Keep matrices that autocast would round anyway in the compute type: half the memory, the same bits."""
-    dtype = policy.compute_dtype
-    if dtype is None or dtype == torch.float32:
-        return
-    inner = policy.inner
-    tops = {id(m.weight) for m in (inner.get_output_embeddings(), inner.get_input_embeddings()) if m is not None}
-    for name, module in policy.named_modules():
-        if not isinstance(module, (nn.Linear, Conv1D)) or "lora_" in name:
-            continue
-        weight: Tensor = module.weight
-        if id(weight) not in tops and weight.is_floating_point():
-            weight.data = weight.data.to(dtype)
+def _find_rounded(model: Any, compute: torch.dtype | None) -> list[Any]:
+    """Modules of a transformers model whose weight autocast rounds at each use: in the compute type it gives the same bits."""
+    if compute is None or compute == torch.float32:
+        return []
+    tops = {id(m.weight) for m in (model.get_output_embeddings(), model.get_input_embeddings()) if m is not None}
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+        and "lora_" not in name
+        and id(module.weight) not in tops
+        and module.weight.is_floating_point()
+    ]
 
 
 def check_same_vocabulary(policy: Path, other: Path, what: str = "reference") -> None:
@@ -277,29 +296,14 @@ def build_reference_key(
     return build_stored_key(model=model, groups=groups, settings=settings, template=template, form=form)
 
 
-@dataclass(frozen=True)
-class ReferenceCache:
-    """Reference log-probs on disk: the numbers of each completion are those of its scored tokens.
+class ReferenceCache(StoredNumbers):
+    """Reference log-probs on disk: the numbers of each completion are those of its scored tokens."""
 
-    Attributes:
-        folder: Where the caches lie.
-        key: See `build_reference_key`; any difference makes another cache.
-    """
-
-    folder: Path
-    key: Mapping[str, Any]
-
-    @property
-    def store(self) -> StoredNumbers:
-        return StoredNumbers(self.folder, self.key, "reference", "logprobs.npy", "reference log-probs")
-
-    @property
-    def path(self) -> Path:
-        return self.store.path
+    kind, file, what = "reference", "logprobs.npy", "reference log-probs"
 
     def load(self, groups: Sequence[Group]) -> ReferenceTable | None:
         """The table of exactly these groups; None if there is none or it is damaged (said aloud)."""
-        found = self.store.load([c.scored for g in groups for c in g.completions])
+        found = self.load_rows([c.scored for g in groups for c in g.completions])
         if found is None:
             return None
         rows = iter(found)
@@ -315,12 +319,4 @@ class ReferenceCache:
     def save(self, groups: Sequence[Group], table: ReferenceTable) -> None:
         """Write the table, replacing what is there."""
         pairs = [zip(g.completions, rows, strict=True) for g, rows in zip(groups, table, strict=True)]
-        self.store.save([row[c.mask] for pair in pairs for c, row in pair])
-
-    def attach(self, groups: Sequence[Group], compute: Callable[[], ReferenceTable]) -> list[Group]:
-        """The groups with their reference log-probs: from the cache, else computed and stored."""
-        table = self.load(groups)
-        if table is None:
-            table = compute()
-            self.save(groups, table)
-        return attach_table(groups, table)
+        self.save_rows([row[c.mask] for pair in pairs for c, row in pair])

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -51,30 +48,15 @@ def compute_score_table(
     return [found[i] for i in range(len(groups))]
 
 
-@dataclass(frozen=True)
-class ScoreCache:
-    """Scores on disk: the numbers of each group are those of its completions.
+class ScoreCache(StoredNumbers):
+    """Scores on disk: the numbers of each group are those of its completions."""
 
-    Attributes:
-        folder: Where the caches lie.
-        key: See `build_stored_key`; any difference makes another cache.
-    """
-
-    folder: Path
-    key: Mapping[str, Any]
-
-    @property
-    def store(self) -> StoredNumbers:
-        return StoredNumbers(self.folder, self.key, "scores", "scores.npy", "scores of the reward model")
-
-    @property
-    def path(self) -> Path:
-        return self.store.path
+    kind, file, what = "scores", "scores.npy", "scores of the reward model"
 
     def load(self, groups: Sequence[Group]) -> ScoreTable | None:
         """The scores of exactly these groups; None if there are none or they are damaged (said aloud)."""
-        return self.store.load([len(group.completions) for group in groups])
+        return self.load_rows([len(group.completions) for group in groups])
 
     def save(self, groups: Sequence[Group], table: ScoreTable) -> None:
         """Write the scores, replacing what is there."""
-        self.store.save(table)
+        self.save_rows(table)

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,26 +31,27 @@ Row = NDArray[np.float32]
 class StoredNumbers:
     """Some numbers for each of many items, on disk: a sealed folder for each key, written at once or not at all.
 
+    A class of such numbers says `kind` (what begins the folder's name), `file` (which holds the numbers) and `what` (how
+    messages call them).
+
     Attributes:
         folder: Where the caches lie.
         key: See `build_stored_key`; any difference makes another cache.
-        kind: What begins the folder's name.
-        file: The file that holds the numbers.
-        what: How messages call them.
     """
 
     folder: Path
     key: Mapping[str, Any]
-    kind: str
-    file: str
-    what: str
+
+    kind: ClassVar[str]
+    file: ClassVar[str]
+    what: ClassVar[str]
 
     @property
     def path(self) -> Path:
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
         return self.folder / f"{self.kind}-{digest[:24]}"
 
-    def load(self, counts: Sequence[int]) -> list[Row] | None:
+    def load_rows(self, counts: Sequence[int]) -> list[Row] | None:
         """One array an item; None if there are none, or of other counts, or damaged ones (said aloud).
 
         Args:
@@ -70,7 +71,7 @@ class StoredNumbers:
             return None
         return np.split(values, np.cumsum(stored)[:-1]) if len(stored) else []
 
-    def save(self, rows: Sequence[Row]) -> None:
+    def save_rows(self, rows: Sequence[Row]) -> None:
         """Write one array an item, replacing what is there."""
         values = np.concatenate(rows) if rows else np.zeros(0, dtype=np.float32)
         try:

@@ -17,6 +17,7 @@ from burnish.artifacts.files import write_json_file
 from burnish.artifacts.grid_folder import CELLS, SUMMARY, load_grid, read_cell_state
 from burnish.artifacts.run_folder import load_stage
 from burnish.config.grid import BASE, MODEL
+from burnish.config.registry import find_known
 from burnish.errors import BurnishError
 from burnish.evals.intervals import compute_mean, finite_or_none
 from burnish.evals.items import Items, compare_items, read_items
@@ -170,7 +171,8 @@ def _read_table(place: Path) -> dict[str, dict[Metric, dict[str, Any]]]:
         record = load_stage(place) or {}
     except BurnishError:
         return {}
-    if record.get("state") != "done" or record.get("kind") != "evaluate":
+    spec = find_known(str(record.get("kind")))
+    if record.get("state") != "done" or spec is None or spec.trains:
         return {}
     out: dict[str, dict[Metric, dict[str, Any]]] = {}
     for row in record.get("figures", {}).get("table", []):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from burnish.artifacts.checkpoints import list_checkpoints
 from burnish.artifacts.folder import DamagedFolder, verify_folder
 from burnish.artifacts.run_folder import describe_differences, load_stage
-from burnish.config.registry import find_spec
+from burnish.config.registry import find_known, find_spec
 from burnish.config.spec import may_resume_with
 from burnish.errors import UsageError
 
@@ -139,5 +139,5 @@ def _damage(stage_dir: Path) -> str:
 
 
 def _is_evaluation(stage_dir: Path) -> bool:
-    record = load_stage(stage_dir) or {}
-    return record.get("kind") == "evaluate"
+    spec = find_known(str((load_stage(stage_dir) or {}).get("kind")))
+    return spec is not None and not spec.trains

@@ -76,7 +76,7 @@ def build_subjects(settings: EvaluateSettings, state: RunState) -> list[Subject]
 
 def _build_subject(name: str, result: StageResult, names: Sequence[str], base: Path | None, state: RunState) -> Subject:
     if find_method_spec(result.kind).result.head == "score":
-        return Subject(name, result.folder, kind="reward")
+        return Subject(name, result.folder, head="score")
     start = result.settings.init_from
     before = start if start is not None else BASE
     reference = state.results[start].folder if start is not None else _own_base(result.settings, base)

@@ -23,7 +23,7 @@ from burnish.pipeline.inputs import (
     fingerprint_inputs,
     fingerprint_result,
 )
-from burnish.pipeline.naming import find_named, find_other_model, find_reward_model
+from burnish.pipeline.naming import find_named, find_other_model, find_reward_model, find_starts
 from burnish.pipeline.summaries import DataSummaries, DataSummary
 
 Row = dict[str, str]
@@ -65,10 +65,11 @@ class Forecast:
                 return fingerprint_result(folder) if folder in finals.values() else fingerprint_model(folder)
 
             judge = find_local_model(find_reward_model(stage, finals))
-            if start is None:
-                return fingerprint_inputs(stage, model, tokenizer, data.fingerprint, fingerprint, other, judge)
-            own = TextTokenizer.load(str(start.folder))
-            return fingerprint_inputs(stage, start.folder, own, data.fingerprint, fingerprint, other, judge)
+            local = {name: find_local_model(place) for name, place in find_starts(stage, finals).items()}
+            starts = {name: place for name, place in local.items() if place is not None}
+            at = model if start is None else start.folder
+            own = tokenizer if start is None else TextTokenizer.load(str(start.folder))
+            return fingerprint_inputs(stage, at, own, data.fingerprint, fingerprint, other, judge, starts)
 
         return self._foresee(stage, folder, before, find_inputs)
 

@@ -26,7 +26,7 @@ from burnish.artifacts.grid_folder import (
 )
 from burnish.artifacts.redact import redact
 from burnish.artifacts.run_folder import RunFolder, plain_name
-from burnish.clock import mono
+from burnish.clock import mono, show_seconds
 from burnish.config.grid import BASE, Cell, Grid
 from burnish.config.load import LoadedRecipe
 from burnish.config.options import RunOptions
@@ -40,7 +40,6 @@ from burnish.pipeline.plan import describe_stages
 from burnish.pipeline.run import Home, run_in_folder
 from burnish.pipeline.sharing import Placement, place_stages
 from burnish.pipeline.summaries import DataSummaries
-from burnish.report.numbers import show_seconds
 from burnish.report.terminal import render_summary
 from burnish.track.log import attach_log_file
 

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from burnish.artifacts.grid_folder import CELLS, read_cell_state
 from burnish.artifacts.run_folder import load_stage
+from burnish.clock import show_seconds
 from burnish.config.grid import MODEL, Cell, Grid
 from burnish.config.load import LoadedRecipe
 from burnish.config.options import RunOptions
@@ -20,7 +21,6 @@ from burnish.pipeline.plan import describe_stages
 from burnish.pipeline.sharing import Placement, place_stages
 from burnish.pipeline.space import estimate_stage
 from burnish.pipeline.summaries import DataSummaries
-from burnish.report.numbers import show_seconds
 from burnish.report.results import say_axis
 
 Placements = Mapping[str, Sequence[Placement]]

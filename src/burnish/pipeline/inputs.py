@@ -6,11 +6,11 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from burnish import __version__
+from burnish.artifacts.environment import find_version
 from burnish.artifacts.folder import load_manifest
 from burnish.config.losses import find_source, get_loss_names
 from burnish.config.registry import find_method_spec, find_spec
@@ -46,13 +46,8 @@ class StageResult:
 
 def find_code() -> dict[str, str]:
     """Versions of the code that decides numbers. Not part of a stage's key: a finished stage stays finished."""
-    found = {"burnish": __version__}
-    for name in ("torch", "transformers", "peft"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {name: find_version(name) for name in ("torch", "transformers", "peft")}
+    return {"burnish": __version__} | {name: number for name, number in found.items() if number is not None}
 
 
 def fingerprint_result(final: Path) -> str:
@@ -70,6 +65,7 @@ def fingerprint_inputs(
     fingerprint: Callable[[Path], str],
     reference: Path | None = None,
     reward_model: Path | None = None,
+    starts: Mapping[str, Path] | None = None,
 ) -> dict[str, str]:
     """Fingerprints of a training stage's inputs: model, tokenizer, chat template, data, other models, own loss functions.
 
@@ -79,6 +75,7 @@ def fingerprint_inputs(
         fingerprint: Fingerprint of a model folder.
         reference: Folder of another reference model than the policy itself.
         reward_model: Folder of the reward model that weighs the pairs.
+        starts: Model → folder that it starts from, where that is not the stage's own.
     """
     template = load_template(settings.chat_template, tokenizer, settings.chat_template_kwargs)
     found = {
@@ -91,6 +88,7 @@ def fingerprint_inputs(
         found["reference"] = fingerprint(reference)
     if reward_model is not None:
         found["reward_model"] = fingerprint(reward_model)
+    found |= {f"model {name}": fingerprint(place) for name, place in (starts or {}).items()}
     for name in [settings.kind, *get_loss_names(getattr(settings, "loss_type", []))]:
         module, colon, _ = name.partition(":")
         source = find_source(module) if colon else None

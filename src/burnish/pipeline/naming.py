@@ -10,7 +10,7 @@ from burnish.config.grid import MODEL, Cell, Grid
 from burnish.config.load import LoadedRecipe
 from burnish.config.options import RunOptions
 from burnish.config.recipe import Recipe
-from burnish.config.registry import list_model_settings
+from burnish.config.registry import find_method_spec, list_model_settings
 from burnish.config.spelling import describe_suggestions, suggest
 from burnish.config.train import TrainSettings
 from burnish.errors import UsageError
@@ -54,6 +54,17 @@ def find_reward_model(settings: TrainSettings, finals: Mapping[str, Path]) -> st
     """
     name = getattr(settings, "reward_model", None)
     return None if name is None else str(finals.get(name, name))
+
+
+def find_starts(settings: TrainSettings, finals: Mapping[str, Path]) -> dict[str, str]:
+    """Model → where it starts, of the models whose kind has a setting for that, where it is set.
+
+    Args:
+        finals: Name → result of the stages before it.
+    """
+    models = find_method_spec(settings.kind).models
+    named = {name: getattr(settings, model.start) for name, model in models.items() if model.start is not None}
+    return {name: str(finals.get(start, start)) for name, start in named.items() if start is not None}
 
 
 def find_named(settings: TrainSettings, names: Container[str]) -> list[str]:

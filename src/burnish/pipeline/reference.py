@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from burnish.config.stages import DistillSettings, ReferenceSettings
+from burnish.config.stages import ReferenceSettings
 from burnish.config.train import TrainSettings
 from burnish.core.batch import build_packed_batch
 from burnish.core.group import Group
-from burnish.engine.job import build_source, choose_budget
+from burnish.engine.budget import choose_budget
+from burnish.engine.job import build_source
 from burnish.engine.method import Method
 from burnish.engine.parallel.interface import Parallel
 from burnish.engine.runtime import Runtime
@@ -88,12 +89,16 @@ def attach_reference(
         cache_dir: Where the cached log-probs lie, each table under the key of all that it depends on.
     """
     other, built, policy = inputs.other, models["policy"].built, models["policy"].policy
-    if isinstance(settings, DistillSettings):
-        assert other is not None
+    if not isinstance(settings, ReferenceSettings):
+        if other is None:
+            raise ConfigError(
+                f"a stage of kind {settings.kind} reads a reference, but has no setting that names one",
+                where="teacher",
+                remedy="derive the kind's settings from ReferenceSettings, or give them a `teacher` that is set",
+            )
         teacher = _build_copy(parallel, policy, other, inputs, settings, what="teacher")
         log.info("teacher: %s", other)
         return Referenced(list(train), list(held_out), teacher)
-    assert isinstance(settings, ReferenceSettings)
     mode = _choose_mode(settings, method, built)
     if mode != "cached":
         if mode == "adapter":

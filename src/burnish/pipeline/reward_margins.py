@@ -14,7 +14,8 @@ import torch
 
 from burnish.config.train import TrainSettings
 from burnish.core.group import Group
-from burnish.engine.job import build_source, choose_budget
+from burnish.engine.budget import choose_budget
+from burnish.engine.job import build_source
 from burnish.engine.method import Method
 from burnish.engine.parallel.interface import Parallel
 from burnish.errors import NumericStop

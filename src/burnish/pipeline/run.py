@@ -29,7 +29,7 @@ from burnish.faults import fault_point
 from burnish.pipeline.decide import Decision, compute_key, decide
 from burnish.pipeline.folder import close_run, describe_run, open_together
 from burnish.pipeline.inputs import StageResult, find_code, fingerprint_evaluation, fingerprint_result
-from burnish.pipeline.naming import choose_models, find_folder, find_other_model, find_reward_model
+from burnish.pipeline.naming import choose_models, find_folder, find_other_model, find_reward_model, find_starts
 from burnish.pipeline.prefetch import Prefetch, start_prefetch
 from burnish.pipeline.space import check_run_space
 from burnish.track.log import attach_log_file, check_log_file, setup_logging, success
@@ -429,7 +429,8 @@ def _prepare(state: RunState, settings: Any) -> tuple[Any, dict[str, Any], dict[
     reward_model = find_reward_model(settings, finals)
     name = str(settings.name)
     state.prefetch.wait(name)
-    prepared = load_inputs(settings, model, lambda folder: _fingerprint(state, folder), other, reward_model)
+    starts = find_starts(settings, finals)
+    prepared = load_inputs(settings, model, lambda folder: _fingerprint(state, folder), other, reward_model, starts)
     if name in state.prefetch.made:
         prepared.data.report.from_cache = False
     for line in prepared.data.report.lines():

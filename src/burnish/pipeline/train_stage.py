@@ -21,7 +21,8 @@ from burnish.config.spec import ModelSpec
 from burnish.config.train import TrainSettings
 from burnish.data.prepare import PreparedData, prepare_data
 from burnish.data.tokenizer import TextTokenizer
-from burnish.engine.job import TrainJob, TrainOutcome, build_source, choose_budget
+from burnish.engine.budget import choose_budget
+from burnish.engine.job import TrainJob, TrainOutcome, build_source
 from burnish.engine.loop import run_training
 from burnish.engine.method import Method, arrange_groups
 from burnish.engine.parallel.choose import build_parallel
@@ -84,6 +85,7 @@ def load_inputs(
     fingerprint: Callable[[Path], str],
     other: str | None = None,
     reward_model: str | None = None,
+    starts: Mapping[str, str] | None = None,
 ) -> StageInputs:
     """Resolve the model, tokenise the data; torch is not touched.
 
@@ -92,6 +94,7 @@ def load_inputs(
         fingerprint: Fingerprint of a model folder.
         other: Bundled name, folder or hub id of the reference or teacher, where it is another model.
         reward_model: Folder or hub id of the reward model that weighs the pairs.
+        starts: Model → bundled name, folder or hub id that it starts from, where that is not the stage's own.
 
     Raises:
         ConfigError: The reward model is none, or cannot read what the policy reads.
@@ -105,17 +108,11 @@ def load_inputs(
     judge = None if reward_model is None else fetch_model_folder(resolve_model_path(reward_model))
     if judge is not None:
         check_reward_model(judge, tokenizer, data.longest)
-    found = fingerprint_inputs(settings, folder, tokenizer, data.fingerprint, fingerprint, beside, judge)
-    starts = _find_starts(settings)
-    found |= {f"model {name}": fingerprint(place) for name, (_, place) in starts.items()}
-    return StageInputs(path, folder, tokenizer, data, found, second, judge, starts)
-
-
-def _find_starts(settings: TrainSettings) -> dict[str, tuple[str, Path]]:
-    """Model → (path, local folder), for models whose kind has a setting for that, and where it is set."""
-    named = {n: getattr(settings, m.start) for n, m in find_method_spec(settings.kind).models.items() if m.start}
-    paths = {name: resolve_model_path(path) for name, path in named.items() if path is not None}
-    return {name: (path, fetch_model_folder(path)) for name, path in paths.items()}
+    paths = {name: resolve_model_path(start) for name, start in (starts or {}).items()}
+    begun = {name: (start, fetch_model_folder(start)) for name, start in paths.items()}
+    further = {name: place for name, (_, place) in begun.items()}
+    found = fingerprint_inputs(settings, folder, tokenizer, data.fingerprint, fingerprint, beside, judge, further)
+    return StageInputs(path, folder, tokenizer, data, found, second, judge, begun)
 
 
 def run_train_stage(

@@ -63,7 +63,7 @@ def draw_stage(stage: StageFiles, skip: frozenset[str] = frozenset()) -> tuple[l
     main = []
     window = 0
     for panel in PANELS:
-        drawn, names, averaged = _draw_panel(panel, train, held_out)
+        drawn, names, averaged = draw_panel(panel, train, held_out)
         used |= names
         window = max(window, averaged)
         if drawn:
@@ -71,12 +71,12 @@ def draw_stage(stage: StageFiles, skip: frozenset[str] = frozenset()) -> tuple[l
     others = []
     for name in _names(train):
         if name not in used:
-            drawn, _, _ = _draw_panel(Panel(name, (name,), (f"eval_{name}",)), train, held_out)
+            drawn, _, _ = draw_panel(Panel(name, (name,), (f"eval_{name}",)), train, held_out)
             used |= {name, f"eval_{name}"}
             others.append(drawn)
     for name in _names(held_out):
         if name not in used and name not in ("seconds",):
-            drawn, _, _ = _draw_panel(Panel(name, (), (name,)), train, held_out)
+            drawn, _, _ = draw_panel(Panel(name, (), (name,)), train, held_out)
             others.append(drawn)
     return main, [d for d in others if d], window
 
@@ -98,8 +98,14 @@ def find_points(rows: Sequence[dict], name: str) -> list[Point]:
     return sorted(out, key=lambda p: p[0])
 
 
-def _draw_panel(panel: Panel, train: Sequence[dict], held_out: Sequence[dict]) -> tuple[str, set[str], int]:
-    """A figure with caption and legend ("" if there is nothing to draw), the metrics used, the steps averaged."""
+def draw_panel(
+    panel: Panel, train: Sequence[dict], held_out: Sequence[dict] = (), mark: float | None = None
+) -> tuple[str, set[str], int]:
+    """A figure with caption and legend ("" if there is nothing to draw), the metrics used, the steps averaged.
+
+    Args:
+        mark: A level with a dashed line.
+    """
     behind: list[Series] = []
     front: list[Series] = []
     legend: list[tuple[str, str, str]] = []
@@ -137,7 +143,7 @@ def _draw_panel(panel: Panel, train: Sequence[dict], held_out: Sequence[dict]) -
         return "", used, 0
     metric = next(iter(used & set(panel.train)), next(iter(used)))
     label = f"{panel.title} by step: " + ", ".join(f"{words} {value}" for _, words, value in legend)
-    chart = draw_lines([*behind, *front], metric=metric, label=label)
+    chart = draw_lines([*behind, *front], metric=metric, label=label, mark=mark)
     if chart is None:
         return "", used, 0
     notes = [panel.note] if panel.note else [_NOTES[name] for name in sorted(used) if name in _NOTES][:1]

@@ -14,13 +14,14 @@ from burnish.artifacts.files import write_file
 from burnish.artifacts.grid_folder import CELLS, load_grid, load_summary
 from burnish.artifacts.redact import redact, redact_tree
 from burnish.artifacts.run_folder import load_run
+from burnish.clock import show_seconds
 from burnish.report import charts
-from burnish.report.headline import badge
-from burnish.report.numbers import show_difference, show_interval, show_p, show_seconds, show_value
+from burnish.report.headline import badge, render_facts
+from burnish.report.numbers import show_difference, show_interval, show_p, show_value
 from burnish.report.page import REPORT, build_page, describe_command, join_words
 from burnish.report.read import as_dict, as_list, as_number, as_rows, read_json, read_yaml
 from burnish.report.results import explain_metric, say_axis, say_metric, say_task
-from burnish.report.summary import GridFigure, GridRow, GridSummary, read_summary
+from burnish.report.summary import GridCell, GridFigure, GridMetric, GridRow, GridSummary, read_summary
 from burnish.report.svg import Series, draw_interval, draw_lines, find_limits, smooth
 from burnish.track.metrics import METRICS, read_metrics
 
@@ -43,9 +44,10 @@ class GridFiles:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def cells(self) -> list[dict[str, Any]]:
+    def cells(self) -> list[GridCell]:
         """Cells of the summary, with states; without a summary those of the grid."""
-        return self.summary.cells or [c | {"state": "not run"} for c in as_rows(self.grid["cells"])]
+        found = [GridCell(name=c["name"], values=c["values"]) for c in as_rows(self.grid["cells"])]
+        return self.summary.cells or found
 
     def place_of(self, cell: str, stage: str) -> Path | None:
         """The folder of a cell's stage."""
@@ -97,8 +99,8 @@ def render_page(files: GridFiles) -> str:
 
 
 def _render_head(files: GridFiles) -> str:
-    record, packages = files.record, as_dict(files.environment.get("packages"))
-    states = [str(c.get("state")) for c in files.cells]
+    record = files.record
+    states = [c.state for c in files.cells]
     counted = {state: states.count(state) for state in dict.fromkeys(states)}
     axes = [say_axis(a, len(as_list(a.get("choices")))) for a in as_rows(files.grid["axes"])]
     seconds = as_number(record.get("seconds_total"))
@@ -107,34 +109,20 @@ def _render_head(files: GridFiles) -> str:
         lead += " " + join_words([f"{n} {state}" for state, n in counted.items()]) + "."
     if seconds:
         lead += f" {show_seconds(seconds)} in all."
-    device = str(files.environment.get("device") or "")
-    where = files.environment.get("processor") if device in ("", "cpu") else device
-    facts = [
-        ("Outcome", badge(str(record.get("state", "unknown")))),
-        ("Began", escape(str(record.get("created") or "")[:16].replace("T", " "))),
-        ("Compared with", escape(" ".join(map(str, as_dict(files.grid.get("baseline")).values())) or "–")),
-        ("Ran on", escape(" · ".join(str(p) for p in (where, _threads(files)) if p))),
-        ("Starts", escape(f"{as_number(record.get('starts')) or 1:.0f}")),
-        ("Versions", escape(f"burnish {record.get('burnish')}, torch {packages.get('torch', '–')}")),
-    ]
-    shown = "".join(f"<div><dt>{title}</dt><dd>{value}</dd></div>" for title, value in facts)
+    baseline = " ".join(map(str, as_dict(files.grid.get("baseline")).values())) or "–"
+    facts = render_facts(record, files.environment, [("Compared with", baseline)])
     parts = [
         '<p class="kicker">burnish comparison</p>',
         f"<h1>{escape(str(record.get('name') or files.path.name))}</h1>",
         f'<p class="lead">{escape(lead)}</p>',
     ]
-    failed = [c for c in files.cells if c.get("error")]
+    failed = [c for c in files.cells if c.error]
     if failed:
-        lines = "".join(f"<p><b>{escape(str(c['name']))}</b>: {escape(str(c['error']))}</p>" for c in failed[:10])
+        lines = "".join(f"<p><b>{escape(c.name)}</b>: {escape(str(c.error))}</p>" for c in failed[:10])
         parts.append(f'<div class="warn bad">{lines}</div>')
     if files.notes:
         parts.append(f'<div class="warn">{"".join(f"<p>{escape(n)}</p>" for n in files.notes)}</div>')
-    return "\n".join([*parts, f'<dl class="facts">{shown}</dl>'])
-
-
-def _threads(files: GridFiles) -> str:
-    count = as_number(files.environment.get("threads"))
-    return "" if count is None else f"{count:.0f} thread{'' if count == 1 else 's'}"
+    return "\n".join([*parts, facts])
 
 
 # The table
@@ -145,8 +133,8 @@ def _render_results(files: GridFiles) -> str:
     if not summary.rows:
         return '<p class="soft">No cell has finished an evaluation yet.</p>'
     said = "".join(f"<li>{escape(note)}</li>" for note in summary.notes)
-    parts = [_render_metric(summary, task, metric) for task, metric, main in summary.metrics if main]
-    others = [_render_metric(summary, task, metric) for task, metric, main in summary.metrics if not main]
+    parts = [_render_metric(summary, metric) for metric in summary.metrics if metric.main]
+    others = [_render_metric(summary, metric) for metric in summary.metrics if not metric.main]
     if any(others):
         parts.append(f"<details><summary>{len(others)} further figures</summary>{''.join(others)}</details>")
     legend = (
@@ -156,8 +144,8 @@ def _render_results(files: GridFiles) -> str:
     return "".join(parts) + legend + f'<ul class="remarks">{said}</ul>'
 
 
-def _render_metric(summary: GridSummary, task: str, metric: str) -> str:
-    found = summary.select(task, metric)
+def _render_metric(summary: GridSummary, shown: GridMetric) -> str:
+    found, task, metric = summary.select(shown), shown.task, shown.metric
     if not found:
         return ""
     scale = _find_scale(found)
@@ -165,7 +153,7 @@ def _render_metric(summary: GridSummary, task: str, metric: str) -> str:
     body, before = [], None
     for row, figure in found:
         first = row.model != before
-        model = row.model if several and first else ""
+        model = (row.model or "") if several and first else ""
         body.append(_render_row(summary, row, figure, scale, model, begin=bool(body) and first))
         before = row.model
     counts = {f.n for _, f in found if f.n is not None}
@@ -252,7 +240,7 @@ def _render_curves(files: GridFiles) -> str:
             parts.append(f'<h3>{escape(panel.title)}<span class="soft">{escape(note)}</span></h3>')
             by_model: dict[str, list[str]] = {}
             for row, figure in _draw_panel(panel, name, curves):
-                by_model.setdefault(row.model, []).append(figure)
+                by_model.setdefault(row.model or "", []).append(figure)
             for model, figures in by_model.items():
                 title = f"<h4>{escape(model)}</h4>" if len(by_model) > 1 else ""
                 parts.append(f'{title}<div class="multiples">{"".join(figures)}</div>')
@@ -303,16 +291,13 @@ def _render_cells(files: GridFiles) -> str:
     seeds = {str(a["label"]) for a in as_rows(files.grid["axes"]) if a.get("seed")}
     lines: dict[tuple[str, ...], list[str]] = {}
     for cell in files.cells:
-        values = as_dict(cell.get("values"))
-        key = tuple(str(v) for k, v in values.items() if k not in seeds)
-        words = " ".join(str(v) for k, v in values.items() if k in seeds) or "report"
-        seconds = as_number(cell.get("seconds"))
-        state = str(cell.get("state"))
-        took = f' <span class="soft">{show_seconds(seconds)}</span>' if seconds and state == "done" else ""
-        name = str(cell["name"])
-        there = (files.path / CELLS / name / REPORT).is_file()
-        shown = f'<a href="{CELLS}/{quote(name)}/{REPORT}">{escape(words)}</a>' if there else escape(words)
-        mark = "" if state == "done" else f" {badge(state)}"
+        key = tuple(v for k, v in cell.values.items() if k not in seeds)
+        words = " ".join(v for k, v in cell.values.items() if k in seeds) or "report"
+        done = cell.state == "done"
+        took = f' <span class="soft">{show_seconds(cell.seconds)}</span>' if cell.seconds and done else ""
+        there = (files.path / CELLS / cell.name / REPORT).is_file()
+        shown = f'<a href="{CELLS}/{quote(cell.name)}/{REPORT}">{escape(words)}</a>' if there else escape(words)
+        mark = "" if done else f" {badge(cell.state)}"
         lines.setdefault(key, []).append(f"<td>{shown}{took}{mark}</td>")
     labels = [str(a["label"]) for a in as_rows(files.grid["axes"]) if str(a["label"]) not in seeds]
     head = "".join(f"<th>{escape(label)}</th>" for label in labels)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from burnish import __version__
-from burnish.report.numbers import show_count, show_seconds
+from burnish.clock import show_seconds
+from burnish.report.numbers import show_count
 from burnish.report.page import join_words
 from burnish.report.read import RunFiles, StageFiles, as_dict, as_number, as_rows
 
@@ -77,27 +79,32 @@ def _seconds(run: RunFiles) -> float | None:
 
 
 def _facts(run: RunFiles) -> str:
-    record, environment = run.record, run.environment
-    packages = as_dict(environment.get("packages"))
     trained = [s for s in run.stages if not s.evaluates]
     tokens = sum(as_number(s.figures.get("tokens")) or 0 for s in trained)
+    own = [
+        ("Tokens trained on", show_count(tokens) if tokens else ""),
+        ("Data", ", ".join(dict.fromkeys(d for s in trained for d in describe_data(s)))),
+        ("Seed", str(run.resolved.get("seed", ""))),
+    ]
+    return render_facts(run.record, run.environment, own)
+
+
+def render_facts(record: dict[str, Any], environment: dict[str, Any], own: Sequence[tuple[str, str]]) -> str:
+    """The few facts that everybody asks for: those of every run, and (title, text) of this one; empty ones are left out."""
     device = str(environment.get("device") or "")
     where = environment.get("processor") if device in ("", "cpu") else device
     starts = as_number(record.get("starts")) or 1
+    torch = as_dict(environment.get("packages")).get("torch", "–")
     facts = [
-        ("Outcome", _badge(str(record.get("state", "unknown"))), True),
-        ("Began", str(record.get("created") or "")[:16].replace("T", " "), False),
-        ("Tokens trained on", show_count(tokens) if tokens else "", False),
-        ("Ran on", " · ".join(str(p) for p in (where, _plural(environment.get("threads"), "thread")) if p), False),
-        ("Data", ", ".join(dict.fromkeys(d for s in trained for d in describe_data(s))), False),
-        ("Seed", str(run.resolved.get("seed", "")), False),
-        ("Starts", f"{starts:.0f} (resumed {starts - 1:.0f}×)" if starts > 1 else "", False),
-        ("Versions", f"burnish {record.get('burnish') or __version__}, torch {packages.get('torch', '–')}", False),
+        ("Began", str(record.get("created") or "")[:16].replace("T", " ")),
+        *own,
+        ("Ran on", " · ".join(str(p) for p in (where, _plural(environment.get("threads"), "thread")) if p)),
+        ("Starts", f"{starts:.0f} (resumed {starts - 1:.0f}×)" if starts > 1 else ""),
+        ("Versions", f"burnish {record.get('burnish') or __version__}, torch {torch}"),
     ]
-    cells = "".join(
-        f"<div><dt>{title}</dt><dd>{value if raw else escape(value)}</dd></div>" for title, value, raw in facts if value
-    )
-    return f'<dl class="facts">{cells}</dl>'
+    cells = "".join(f"<div><dt>{title}</dt><dd>{escape(text)}</dd></div>" for title, text in facts if text)
+    outcome = badge(str(record.get("state", "unknown")))
+    return f'<dl class="facts"><div><dt>Outcome</dt><dd>{outcome}</dd></div>{cells}</dl>'
 
 
 def describe_data(stage: StageFiles) -> list[str]:
@@ -120,14 +127,10 @@ def _problems(run: RunFiles) -> str:
     return "".join(out)
 
 
-def _badge(state: str) -> str:
-    known = state if state in ("done", "failed", "interrupted", "running", "damaged") else "unknown"
-    return f'<span class="state {known}">{escape(state)}</span>'
-
-
 def badge(state: str) -> str:
     """A state as a small label."""
-    return _badge(state)
+    known = state if state in ("done", "failed", "interrupted", "running", "damaged") else "unknown"
+    return f'<span class="state {known}">{escape(state)}</span>'
 
 
 def _plural(count: Any, noun: str) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from burnish.report.charts import find_points, render_figure
+from burnish.report.charts import Panel, draw_panel, find_points, render_figure
 from burnish.report.numbers import show_number, show_value
 from burnish.report.read import StageFiles, as_dict, as_number
 from burnish.report.svg import Band, Point, Series, draw_lines, smooth
@@ -16,7 +16,12 @@ from burnish.track.margins import are_too_many_zeros
 DRAWN = frozenset(
     {"dpo/beta", "dpo/margin_mean", "dpo/loss", "risk/p_hat", "risk/tau", "beta_dpo/mean", "margins/zero_share"}
 )
-_RATIO = "log π − log π_ref, nats an answer, mean over the step's pairs: the estimate of the KL on the data's answers"
+_RATIOS = Panel(
+    "Log-ratio to the reference",
+    ("chosen_ratio", "rejected_ratio"),
+    note="log π − log π_ref, nats an answer, mean over the step's pairs: the estimate of the KL on the data's answers",
+)
+_LENGTHS = Panel("Length of answers", ("chosen_tokens", "rejected_tokens"), note="scored tokens, mean of a step")
 _TAIL = 0.1  # of the steps, over which the end of a stage is averaged
 
 
@@ -25,14 +30,12 @@ def draw_margins(stage: StageFiles) -> tuple[list[str], int]:
     rows = [r for r in stage.margins if _read(r, "step") is not None]
     if not rows:
         return [], 0
+    pairs = [draw_panel(_RATIOS, rows, mark=0.0), draw_panel(_LENGTHS, rows)]
     drawn = [
         _draw_margins(rows, scaled=_get(stage, "margin") == "implicit_reward"),
         _draw_beta(rows),
         _draw_share(rows, as_number(_get(stage, "delta")) or 0.1),
-        _draw_pair(rows, ("chosen_ratio", "rejected_ratio"), "Log-ratio to the reference", 0.0, _RATIO),
-        _draw_pair(
-            rows, ("chosen_tokens", "rejected_tokens"), "Length of answers", None, "scored tokens, mean of a step"
-        ),
+        *((figure, window) for figure, _, window in pairs),
     ]
     return [figure for figure, _ in drawn if figure], max(window for _, window in drawn)
 
@@ -172,25 +175,6 @@ def _draw_share(rows: Sequence[dict], delta: float) -> tuple[str, int]:
     label = f"share of margins above tau by step, mean {show_value('share', mean)}"
     chart = draw_lines([*series, *level], metric="share", label=label)
     return (render_figure("Share of margins above τ", chart, legend, []) if chart else ""), window
-
-
-def _draw_pair(
-    rows: Sequence[dict], names: tuple[str, str], title: str, mark: float | None, note: str
-) -> tuple[str, int]:
-    """A mean of the chosen and one of the rejected answers."""
-    behind, front, legend, window = [], [], [], 0
-    for name, words, colour in zip(names, ("chosen", "rejected"), ("s1", "s2"), strict=True):
-        points = find_points(rows, name)
-        if not points:
-            return "", 0
-        line, window = _smooth(points)
-        if window:
-            behind.append(Series(words, points, colour, raw=True))
-        front.append(Series(words, line, colour))
-        legend.append((colour, words, show_number(line[-1][1])))
-    label = f"{title} by step: " + ", ".join(f"{words} {value}" for _, words, value in legend)
-    chart = draw_lines([*behind, *front], metric=names[0], label=label, mark=mark)
-    return (render_figure(title, chart, legend, [note]) if chart else ""), window
 
 
 def _smooth(points: list[Point]) -> tuple[list[Point], int]:

@@ -81,24 +81,6 @@ def show_count(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def show_seconds(seconds: float) -> str:
-    """A duration: `8.2 s`, `4 min 12 s`, `2 h 5 min`."""
-    if not math.isfinite(seconds):
-        return "an unknown time"
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min" + (f" {whole % 60} s" if whole % 60 else "")
-    minutes = round(whole / 60)
-    if minutes < 24 * 60:
-        return f"{minutes // 60} h" + (f" {minutes % 60} min" if minutes % 60 else "")
-    hours = round(minutes / 60)
-    return f"{hours // 24} d" + (f" {hours % 24} h" if hours % 24 else "")
-
-
 def _signless(text: str) -> str:
     """A true minus sign, and none before zero."""
     return text.lstrip("-") if float(text.replace(",", "").rstrip("e")) == 0 else text.replace("-", MINUS)

@@ -43,7 +43,6 @@ class Change:
     high: float | None
     p_value: float | None
     test: str
-    n: int | None
     higher_is_better: bool
 
     @property
@@ -75,11 +74,6 @@ class Block:
     higher_is_better: bool
     figures: list[Figure] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
-
-    @property
-    def title(self) -> str:
-        """Task and metric in words."""
-        return f"{say_task(self.task)}: {say_metric(self.metric)}"
 
 
 def read_blocks(figures: dict[str, Any]) -> list[Block]:
@@ -114,35 +108,18 @@ def _read_change(row: dict[str, Any], block: Block) -> Change | None:
     difference = as_number(row.get("difference"))
     if difference is None:
         return None
-    a, b = str(row.get("a", "")), str(row.get("b", ""))
-    low, high = as_number(row.get("low")), as_number(row.get("high"))
-    values = {f.subject: f.value for f in block.figures}
-    before, after = values.get(a), values.get(b)
-    if (
-        before is not None
-        and after is not None
-        and abs(difference - (before - after)) < abs(difference - (after - before))
-    ):
-        # the record holds a − b: turned round, so that a plus always means "b has more"
-        difference, low, high = -difference, _negative(high), _negative(low)
-    n = as_number(row.get("n"))
     return Change(
-        block.task,
-        block.metric,
-        a,
-        b,
-        difference,
-        low,
-        high,
-        as_number(row.get("p_value")),
-        _TESTS.get(str(row.get("test", "")).lower(), str(row.get("test", ""))),
-        int(n) if n is not None and math.isfinite(n) else None,
-        block.higher_is_better,
+        task=block.task,
+        metric=block.metric,
+        a=str(row.get("a", "")),
+        b=str(row.get("b", "")),
+        difference=difference,
+        low=as_number(row.get("low")),
+        high=as_number(row.get("high")),
+        p_value=as_number(row.get("p_value")),
+        test=_TESTS.get(str(row.get("test", "")).lower(), str(row.get("test", ""))),
+        higher_is_better=block.higher_is_better,
     )
-
-
-def _negative(value: float | None) -> float | None:
-    return None if value is None else -value
 
 
 def say_task(task: str) -> str:

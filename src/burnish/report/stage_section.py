@@ -7,10 +7,11 @@ from html import escape
 from statistics import median
 from typing import Any
 
+from burnish.clock import show_seconds
 from burnish.report.charts import draw_stage
 from burnish.report.headline import badge, describe_data
 from burnish.report.margin_charts import DRAWN, draw_margins, write_margin_remarks
-from burnish.report.numbers import show_count, show_number, show_seconds
+from burnish.report.numbers import show_count, show_number
 from burnish.report.read import RunFiles, StageFiles, as_dict, as_list, as_number
 
 _LEFT_OUT = (

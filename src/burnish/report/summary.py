@@ -1,16 +1,25 @@
-"""summary.json of a grid as types: whatever stands in the file, numbers are numbers and text is text."""
+"""summary.json of a grid as types. A file that is damaged is read as an empty summary that says so."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from burnish.report.read import as_dict, as_list, as_number, as_rows
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+
+Number = Annotated[
+    float | None, BeforeValidator(lambda x: None if isinstance(x, float) and not math.isfinite(x) else x)
+]
 
 
-@dataclass(frozen=True)
-class GridChange:
+class Limits(BaseModel):
+    """Ends of an interval."""
+
+    low: Number = None
+    high: Number = None
+
+
+class GridChange(Limits):
     """How a figure differs from the baseline's.
 
     Attributes:
@@ -19,47 +28,47 @@ class GridChange:
         verdict: "better", "worse" or "within noise".
     """
 
-    difference: float | None
-    low: float | None
-    high: float | None
-    seeds: tuple[float | None, float | None] | None
-    p_holm: float | None
-    verdict: str
+    difference: Number = None
+    seeds: Limits | None = None
+    p_holm: Number = None
+    verdict: str = ""
 
     @property
     def limits(self) -> tuple[float | None, float | None]:
         """Limits over the seeds, else over the items."""
-        return self.seeds or (self.low, self.high)
+        found = self.seeds or self
+        return found.low, found.high
 
 
-@dataclass(frozen=True)
-class GridFigure:
-    """One metric of one row; `single` are the values of its seeds."""
+class GridFigure(Limits):
+    """One metric of one row; `values` are those of its seeds."""
 
     task: str
     metric: str
-    value: float | None
-    low: float | None
-    high: float | None
-    runs: int
-    n: int | None
-    higher_is_better: bool
-    single: list[float]
-    change: GridChange | None
+    value: Number = None
+    runs: int = 0
+    n: int | None = None
+    higher_is_better: bool = True
+    values: dict[str, Number] = Field(default_factory=dict)
+    change: GridChange | None = None
+
+    @property
+    def single(self) -> list[float]:
+        """Values of the single seeds."""
+        return [value for value in self.values.values() if value is not None]
 
 
-@dataclass(frozen=True)
-class GridRow:
+class GridRow(BaseModel):
     """A model and method; `compared_with` is the place of the row that it is compared with."""
 
     name: str
-    model: str
-    subject: str
-    values: dict[str, str]
-    cells: list[str]
-    baseline: bool
-    compared_with: int | None
-    figures: list[GridFigure]
+    model: str | None = None
+    subject: str = ""
+    values: dict[str, str] = Field(default_factory=dict)
+    cells: list[str] = Field(default_factory=list)
+    baseline: bool = False
+    compared_with: int | None = None
+    figures: list[GridFigure] = Field(default_factory=list)
 
     @property
     def varied(self) -> bool:
@@ -67,18 +76,36 @@ class GridRow:
         return bool(self.values.keys() - {"model"})
 
 
-@dataclass(frozen=True)
-class GridSummary:
-    """All of summary.json; `metrics` are (task, metric, whether it is the task's main figure)."""
+class GridMetric(BaseModel):
+    """A figure of a task, and whether it is the task's main one."""
 
-    rows: list[GridRow] = field(default_factory=list)
-    metrics: list[tuple[str, str, bool]] = field(default_factory=list)
-    cells: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    task: str
+    metric: str
+    main: bool = False
 
-    def select(self, task: str, metric: str) -> list[tuple[GridRow, GridFigure]]:
+
+class GridCell(BaseModel):
+    """A cell, its choices on the axes and how its run went."""
+
+    name: str
+    values: dict[str, str] = Field(default_factory=dict)
+    state: str = "not run"
+    seconds: Number = None
+    error: str | None = None
+
+
+class GridSummary(BaseModel):
+    """All of summary.json that is read."""
+
+    rows: list[GridRow] = Field(default_factory=list)
+    metrics: list[GridMetric] = Field(default_factory=list)
+    cells: list[GridCell] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
+
+    def select(self, metric: GridMetric) -> list[tuple[GridRow, GridFigure]]:
         """Rows that have a metric, with it."""
-        return [(row, f) for row in self.rows for f in row.figures if (f.task, f.metric) == (task, metric)]
+        wanted = (metric.task, metric.metric)
+        return [(row, f) for row in self.rows for f in row.figures if (f.task, f.metric) == wanted]
 
     def find_base(self, row: GridRow) -> GridRow | None:
         """The row that one is compared with; the baseline itself for the baseline."""
@@ -89,64 +116,9 @@ class GridSummary:
 
 
 def read_summary(raw: Any) -> GridSummary:
-    """The summary from JSON; what is missing or of another type is left out."""
-    found = as_dict(raw)
-    metrics = [(str(m.get("task")), str(m.get("metric")), m.get("main") is True) for m in as_rows(found.get("metrics"))]
-    return GridSummary(
-        [_read_row(row) for row in as_rows(found.get("rows"))],
-        metrics,
-        [cell for cell in as_rows(found.get("cells")) if isinstance(cell.get("name"), str)],
-        [str(note) for note in as_list(found.get("notes"))],
-    )
-
-
-def _read_row(row: dict[str, Any]) -> GridRow:
-    at = row.get("compared_with")
-    return GridRow(
-        str(row.get("name")),
-        _text(row.get("model")),
-        _text(row.get("subject")),
-        {str(k): str(v) for k, v in as_dict(row.get("values")).items()},
-        [str(c) for c in as_list(row.get("cells"))],
-        row.get("baseline") is True,
-        at if isinstance(at, int) else None,
-        [_read_figure(f) for f in as_rows(row.get("figures"))],
-    )
-
-
-def _read_figure(f: dict[str, Any]) -> GridFigure:
-    single = [x for x in map(_number, as_dict(f.get("values")).values()) if x is not None]
-    change, n = as_dict(f.get("change")), _number(f.get("n"))
-    return GridFigure(
-        _text(f.get("task")),
-        _text(f.get("metric")),
-        _number(f.get("value")),
-        _number(f.get("low")),
-        _number(f.get("high")),
-        int(_number(f.get("runs")) or 0),
-        int(n) if n is not None else None,
-        f.get("higher_is_better") is not False,
-        single,
-        _read_change(change) if change else None,
-    )
-
-
-def _read_change(c: dict[str, Any]) -> GridChange:
-    seeds = as_dict(c.get("seeds"))
-    return GridChange(
-        _number(c.get("difference")),
-        _number(c.get("low")),
-        _number(c.get("high")),
-        (_number(seeds.get("low")), _number(seeds.get("high"))) if seeds else None,
-        _number(c.get("p_holm")),
-        _text(c.get("verdict")),
-    )
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _number(value: Any) -> float | None:
-    found = as_number(value)
-    return found if found is not None and math.isfinite(found) else None
+    """The summary from JSON."""
+    try:
+        return GridSummary.model_validate(raw)
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        return GridSummary(notes=[f"summary.json is damaged ({place}): `burnish report` makes it again."])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from burnish.report.numbers import show_difference, show_interval, show_p, show_value
 from burnish.report.results import Block, read_blocks, say_metric, say_task, show_figure, write_remarks
-from burnish.report.summary import GridFigure, read_summary
+from burnish.report.summary import GridFigure, Limits, read_summary
 
 _MARKS = {"better": "▲", "worse": "▼", "no clear change": "="}
 
@@ -26,11 +27,11 @@ def render_table(figures: dict[str, Any]) -> str:
             value, interval = show_figure(block, figure)
             head = (block.task, say_metric(block.metric)) if at == 0 else ("", "")
             values.append((*head, figure.subject, value, interval, "" if figure.n is None else str(figure.n)))
-    lines += _align(values, right={3, 5})
+    lines += _align_below_titles(values, {3, 5})
     changes = [("", "task", "metric", "from → to", "difference", "95 % interval", "p", "test")]
     changes += [row for block in blocks for row in _change_rows(block)]
     if len(changes) > 1:
-        lines += ["", *_align(changes, right={4})]
+        lines += ["", *_align_below_titles(changes, {4})]
     remarks = write_remarks(blocks)
     if len(changes) > 1:
         lines += ["", *remarks]
@@ -44,12 +45,15 @@ def render_summary(raw: dict[str, Any]) -> str:
     """
     summary = read_summary(raw)
     lines: list[tuple[str, ...]] = []
-    for task, metric, main in summary.metrics:
-        for at, (row, figure) in enumerate(summary.select(task, metric) if main else []):
+    for shown in (metric for metric in summary.metrics if metric.main):
+        for at, (row, figure) in enumerate(summary.select(shown)):
             name = f"{row.name} *" if row.baseline else row.name
-            interval = show_interval(metric, figure.low, figure.high)
-            head = (say_task(task) if at == 0 else "", row.model, name)
-            lines.append((*head, show_value(metric, figure.value), interval, str(figure.runs), *_show_change(figure)))
+            value, interval = (
+                show_value(shown.metric, figure.value),
+                show_interval(shown.metric, figure.low, figure.high),
+            )
+            head = (say_task(shown.task) if at == 0 else "", row.model or "", name)
+            lines.append((*head, value, interval, str(figure.runs), *_show_change(figure)))
     if not lines:
         return ""
     titles = ("task", "model", "method", "mean", "95 % interval", "runs", "", "difference", "over seeds", "p")
@@ -57,18 +61,18 @@ def render_summary(raw: dict[str, Any]) -> str:
         titles, lines = titles[:1] + titles[2:], [line[:1] + line[2:] for line in lines]
     right = {titles.index("mean"), titles.index("runs"), titles.index("difference")}
     baseline = ["* the baseline"] if any(row.baseline for row in summary.rows) else []
-    return "\n".join([*_align([titles, *lines], right=right), "", *baseline, *summary.notes]) + "\n"
+    return "\n".join([*_align_below_titles([titles, *lines], right), "", *baseline, *summary.notes]) + "\n"
 
 
 def _show_change(figure: GridFigure) -> tuple[str, ...]:
     change = figure.change
     if change is None:
         return ("", "", "", "")
-    low, high = change.seeds or (None, None)
+    seeds = change.seeds or Limits()
     return (
         {"better": "▲", "worse": "▼", "within noise": "="}.get(change.verdict, " "),
         show_difference(figure.metric, change.difference),
-        show_interval(figure.metric, low, high, difference=True),
+        show_interval(figure.metric, seeds.low, seeds.high, difference=True),
         show_p(change.p_holm).removeprefix("p = ").removeprefix("p "),
     )
 
@@ -89,13 +93,16 @@ def _change_rows(block: Block) -> list[tuple[str, ...]]:
     ]
 
 
-def _align(rows: list[tuple[str, ...]], *, right: set[int]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))
-        ).rstrip()
+def align(rows: list[tuple[str, ...]], right: Collection[int] = ()) -> list[str]:
+    """Rows as lines, columns as wide as their widest cell; those in `right` are set to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
         for row in rows
     ]
-    rule = "  ".join("─" * w for w in widths)
-    return [lines[0], rule, *lines[1:]]
+
+
+def _align_below_titles(rows: list[tuple[str, ...]], right: Collection[int]) -> list[str]:
+    titles, *lines = align(rows, right)
+    rule = "  ".join("─" * max(map(len, column)) for column in zip(*rows, strict=True))
+    return [titles, rule, *lines]

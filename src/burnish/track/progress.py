@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Literal, Self, TextIO
 
-from burnish.clock import mono
+from burnish.clock import mono, show_seconds
 from burnish.track.log import current_rank, get_logger, is_terminal
 
 Mode = Literal["auto", "bar", "lines", "quiet"]
@@ -115,7 +115,7 @@ class Progress:
             parts.append(f"{format_count(self._tokens_per_second)} tok/s")
         left = self.seconds_left
         if left is not None and self.done < self.total:
-            parts.append(f"{format_seconds(left)} left")
+            parts.append(f"{show_seconds(left)} left")
         return " · ".join(parts)
 
     def _line_due(self, now: float) -> bool:
@@ -159,21 +159,6 @@ def format_count(value: float) -> str:
             return f"{value:.0f}" if not unit else f"{value:.3g}{unit}"
         value /= 1000
     return f"{value:.3g}G"
-
-
-def format_seconds(seconds: float) -> str:
-    """A duration for people: 8 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
-    whole = max(round(seconds), 0)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        minutes, rest = divmod(whole, 60)
-        return f"{minutes} min {rest} s" if rest and minutes < 10 else f"{minutes} min"
-    if whole < 86400:
-        hours, rest = divmod(round(whole / 60), 60)
-        return f"{hours} h {rest} min" if rest else f"{hours} h"
-    days, rest = divmod(round(whole / 3600), 24)
-    return f"{days} d {rest} h" if rest else f"{days} d"
 
 
 def _blend(old: float | None, new: float) -> float:

@@ -37,7 +37,7 @@ static float *take_room(size_t count) {
 
 /* Where the keys of a segment lie: those of the prompt, then its own. */
 typedef struct {
-  long start, own, prompt, before, count, padded; /* before: keys of the prompt; padded: count, rounded up to 32 */
+  long start, own, prompt, before, count, padded; /* before: keys of the prompt; padded: count, rounded up to two vectors */
 } Segment;
 
 static Segment read_segment(const int64_t *s) {
@@ -68,7 +68,7 @@ static void transpose(const float *rows, const Segment *g, long width, long size
   }
 }
 
-/* Rows of `size`, zeros up to the next multiple of 16. */
+/* Rows of `size`, zeros up to the next multiple of LANES. */
 static void copy_padded(const float *from, float *to, long size, long padded) {
   memcpy(to, from, (size_t)size * 4);
   for (long d = size; d < padded; d++) to[d] = 0;
@@ -95,12 +95,12 @@ static void products(const float *x, const float *keys, float *out, long size, l
 
 /* out (QUERIES, wide) += p (QUERIES, padded) · rows of `stride`, keys [from, to); n vectors of each row. */
 INLINE void weigh(const float *p, const float *rows, float *out, long stride, long wide, long padded, long from, long to, int n) {
-  vec a[QUERIES][4];
+  vec a[QUERIES][ACROSS];
   for (int r = 0; r < QUERIES; r++)
     for (int i = 0; i < n; i++) a[r][i] = load(out + r * wide, i * LANES, 0);
   for (long j = from; j < to; j++) {
     const float *row = rows + (j - from) * stride;
-    vec v[4];
+    vec v[ACROSS];
     for (int i = 0; i < n; i++) v[i] = load(row, i * LANES, 0);
     for (int r = 0; r < QUERIES; r++)
       for (int i = 0; i < n; i++) a[r][i] += v[i] * p[r * padded + j];
@@ -110,13 +110,13 @@ INLINE void weigh(const float *p, const float *rows, float *out, long stride, lo
 }
 
 static void weigh_rows(const float *p, const float *rows, float *out, long stride, long wide, long padded, long from, long to) {
-  for (long d = 0; d < wide; d += 4 * LANES) {
+  for (long d = 0; d < wide; d += ACROSS * LANES) {
     long n = (wide - d) / LANES;
-    if (n >= 4)
-      weigh(p, rows + d, out + d, stride, wide, padded, from, to, 4);
-    else if (n == 3)
+    if (n >= ACROSS)
+      weigh(p, rows + d, out + d, stride, wide, padded, from, to, ACROSS);
+    else if (ACROSS > 3 && n == 3)
       weigh(p, rows + d, out + d, stride, wide, padded, from, to, 3);
-    else if (n == 2)
+    else if (ACROSS > 2 && n == 2)
       weigh(p, rows + d, out + d, stride, wide, padded, from, to, 2);
     else
       weigh(p, rows + d, out + d, stride, wide, padded, from, to, 1);
@@ -125,7 +125,7 @@ static void weigh_rows(const float *p, const float *rows, float *out, long strid
 
 /* rows [from, to) of `wide` += pᵀ · x: what each key is owed by these queries; n vectors of each row. */
 INLINE void owe(const float *p, const float *x, float *rows, long wide, long padded, long from, long to, int n) {
-  vec q[QUERIES][4];
+  vec q[QUERIES][ACROSS];
   for (int r = 0; r < QUERIES; r++)
     for (int i = 0; i < n; i++) q[r][i] = load(x + r * wide, i * LANES, 0);
   for (long j = from; j < to; j++) {
@@ -139,13 +139,13 @@ INLINE void owe(const float *p, const float *x, float *rows, long wide, long pad
 }
 
 static void owe_rows(const float *p, const float *x, float *rows, long wide, long padded, long from, long to) {
-  for (long d = 0; d < wide; d += 4 * LANES) {
+  for (long d = 0; d < wide; d += ACROSS * LANES) {
     long n = (wide - d) / LANES;
-    if (n >= 4)
-      owe(p, x + d, rows + d, wide, padded, from, to, 4);
-    else if (n == 3)
+    if (n >= ACROSS)
+      owe(p, x + d, rows + d, wide, padded, from, to, ACROSS);
+    else if (ACROSS > 3 && n == 3)
       owe(p, x + d, rows + d, wide, padded, from, to, 3);
-    else if (n == 2)
+    else if (ACROSS > 2 && n == 2)
       owe(p, x + d, rows + d, wide, padded, from, to, 2);
     else
       owe(p, x + d, rows + d, wide, padded, from, to, 1);

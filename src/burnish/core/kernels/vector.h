@@ -1,4 +1,5 @@
-/* Sixteen numbers at a time, in GCC's portable vectors: one AVX-512 register, two of AVX2, four of NEON.
+/* Sixteen numbers at a time (one AVX-512 register) or eight (one of AVX2, two of NEON), in GCC's portable vectors. Wider vectors
+   than registers would be kept in memory.
 
    Rows are read and written in fp32 or bf16; arithmetic is fp32. `bf` says which, and is a constant wherever it matters. */
 #pragma once
@@ -7,14 +8,20 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __AVX512F__
 #define LANES 16
+#define ACROSS 4 /* vectors of a row that are worked on together: with those of four rows they must fit the registers */
+#else
+#define LANES 8
+#define ACROSS 2
+#endif
 
-typedef float vec __attribute__((vector_size(64)));
-typedef int32_t ivec __attribute__((vector_size(64)));
-typedef uint32_t uvec __attribute__((vector_size(64)));
-typedef uint16_t hvec __attribute__((vector_size(32)));
-typedef float vec_at __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t hvec_at __attribute__((vector_size(32), aligned(2)));
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
+typedef float vec_at __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint16_t hvec_at __attribute__((vector_size(2 * LANES), aligned(2)));
 
 INLINE long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
@@ -89,7 +96,7 @@ INLINE float max_lanes(vec v) {
 }
 
 INLINE vec keep_first(long count, vec v, vec rest) {
-  ivec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  ivec lanes = {0, 1, 2, 3, 4, 5, 6, 7};
   return choose(lanes < (int32_t)(count < LANES ? count : LANES), v, rest);
 }
 
@@ -133,7 +140,7 @@ INLINE vec exponential(vec x) {
   return power_of_two(p, n);
 }
 
-/* Numbers i … i + 15 of a row. */
+/* Numbers i … i + LANES − 1 of a row. */
 INLINE vec load(const void *row, long i, int bf) {
   return bf ? widen(*(const hvec_at *)((const uint16_t *)row + i)) : (vec)*(const vec_at *)((const float *)row + i);
 }
@@ -145,7 +152,7 @@ INLINE void store(void *row, long i, vec v, int bf) {
     *(vec_at *)((float *)row + i) = v;
 }
 
-/* The last `count` < 16 numbers of a row; the other lanes are 0. */
+/* The last `count` < LANES numbers of a row; the other lanes are 0. */
 INLINE vec load_part(const void *row, long i, long count, int bf) {
   if (bf) {
     hvec h = {};

@@ -11,10 +11,12 @@ import yaml
 
 from burnish.config.base import Settings
 from burnish.config.data import DataSource
+from burnish.config.example import render_example
 from burnish.config.keys import all_setting_names, kind_names, section_class, settings_class
 from burnish.config.recipe import Recipe
-from burnish.config.reference import build_schema, render_example, render_resolved
 from burnish.config.registry import ALIASES, KINDS, SECTIONS
+from burnish.config.resolved import render_resolved
+from burnish.config.schema import build_schema
 from burnish.config.settings_page import render_settings_page
 from tests.config.recipes import PAIRS, load, write
 

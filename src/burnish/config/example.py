@@ -1,4 +1,4 @@
-"""What there is to set: JSON Schema, complete examples and resolved recipes."""
+"""A complete recipe of a kind: every setting with its default and what it does."""
 
 from __future__ import annotations
 
@@ -9,57 +9,14 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from burnish.config.base import Settings
-from burnish.config.batch import compute_batch
-from burnish.config.keys import inherits, section_class, settings_class
-from burnish.config.load import LoadedRecipe
+from burnish.config.keys import section_class, settings_class
 from burnish.config.losses import get_loss_defaults
 from burnish.config.recipe import Recipe
-from burnish.config.registry import ALIASES, KINDS, SECTIONS, find_spec
+from burnish.config.registry import ALIASES, SECTIONS, find_spec
 from burnish.config.spec import MethodSpec
-from burnish.config.train import TrainSettings
 
 # What an example names where a kind cannot do without.
 NEEDED = {"teacher": "pocket", "reward_model": "./reward-model"}
-SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
-
-
-def build_schema() -> dict[str, Any]:
-    """The JSON Schema of recipes as people write them: aliases of kinds, and stage settings at the top."""
-    definitions: dict[str, Any] = {}
-    stages, top = [], {}
-    for name, kind in [(k, k) for k in KINDS] + [(a, alias.kind) for a, alias in ALIASES.items()]:
-        cls = settings_class(kind)
-        schema = cls.model_json_schema(ref_template="#/$defs/{model}")
-        definitions.update(schema.pop("$defs", {}))
-        properties = {key: value for key, value in schema["properties"].items() if key not in _fixed(name)}
-        properties["kind"] = {"const": name, "description": KINDS[kind].summary}
-        top.update({key: value for key, value in properties.items() if inherits(kind, key)})
-        definitions[f"stage-{name}"] = {
-            "type": "object",
-            "description": (cls.__doc__ or "").strip(),
-            "properties": properties,
-            "required": ["kind"],
-            "additionalProperties": False,
-        }
-        stages.append({"$ref": f"#/$defs/stage-{name}"})
-    recipe = Recipe.model_json_schema(ref_template="#/$defs/{model}")
-    definitions.update({k: v for k, v in recipe.pop("$defs", {}).items() if k != "Settings"})
-    properties = {**top, **recipe["properties"]}
-    properties["stages"] = {
-        "type": "array",
-        "minItems": 1,
-        "description": Recipe.model_fields["stages"].description,
-        "items": {"oneOf": stages},
-    }
-    return {
-        "$schema": SCHEMA_ID,
-        "title": "burnish recipe",
-        "type": "object",
-        "properties": properties,
-        "required": ["stages"],
-        "additionalProperties": False,
-        "$defs": definitions,
-    }
 
 
 def render_example(kind: str) -> str:
@@ -84,7 +41,7 @@ def render_example(kind: str) -> str:
         for name in names:
             if (
                 name in ("kind", "model", *needed)
-                or name in _fixed(kind)
+                or name in get_fixed(kind)
                 or (name == "data" and canonical != "evaluate")
             ):
                 continue
@@ -105,49 +62,6 @@ def _example_lines(name: str, field: FieldInfo, indent: int) -> Iterator[str]:
 
 def _setting_text(name: str, field: FieldInfo) -> str:
     return f"{name}: {format_default(field)}".ljust(40) + f" # {field.description}"
-
-
-def render_resolved(loaded: LoadedRecipe, *, everything: bool = False) -> str:
-    """The resolved recipe as YAML, each value with its source; without `everything` only what is not a default."""
-    lines = [f"# {loaded.origin}, resolved; run folder: {loaded.recipe.output_dir}/{loaded.run_name()}"]
-    recipe = loaded.recipe.resolved()
-    stages = recipe.pop("stages")
-    lines += _resolved_lines(recipe, "", "", loaded, everything, keep=("name",))
-    lines.append("stages:")
-    for stage in stages:
-        kind, name = stage.pop("kind"), stage.pop("name")
-        lines.append(f"  - kind: {kind}")
-        lines.append(f"    name: {name}")
-        settings = loaded.recipe.stage(name)
-        if isinstance(settings, TrainSettings):
-            lines.append(f"    # {compute_batch(settings, loaded.processes)}")
-        lines += _resolved_lines(stage, f"stages.{name}.", "    ", loaded, everything)
-    return "\n".join(lines) + "\n"
-
-
-def _resolved_lines(
-    values: dict[str, Any],
-    path: str,
-    pad: str,
-    loaded: LoadedRecipe,
-    everything: bool,
-    keep: tuple[str, ...] = (),
-) -> list[str]:
-    lines = []
-    for key, value in values.items():
-        source = loaded.source_of(f"{path}{key}")
-        below = [place for place in loaded.sources if place.startswith(f"{path}{key}.")]
-        if source == "default" and below:
-            source = loaded.sources[below[0]]
-        if not everything and source == "default" and key not in keep:
-            continue
-        if isinstance(value, dict) and value and key in SECTIONS:
-            inner = _resolved_lines(value, f"{path}{key}.", pad + "  ", loaded, everything)
-            lines.append(f"{pad}{key}:" if inner else f"{pad}{key}: {{}}  # {source}")
-            lines += inner
-        else:
-            lines.append(f"{pad}{key}: {format_yaml(value)}".ljust(56) + f"  # {source}")
-    return lines
 
 
 def format_yaml(value: Any) -> str:
@@ -195,5 +109,6 @@ def _title(owner: type[Settings]) -> str:
     return (owner.__doc__ or owner.__name__).strip().splitlines()[0]
 
 
-def _fixed(kind: str) -> dict[str, Any]:
+def get_fixed(kind: str) -> dict[str, Any]:
+    """The settings that an alias of a kind fixes; of a kind none."""
     return ALIASES[kind].fixed if kind in ALIASES else {}
