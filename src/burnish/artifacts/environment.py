@@ -16,7 +16,6 @@ from burnish.artifacts.redact import redact_tree
 _PACKAGES = (
     "torch",
     "transformers",
-    "accelerate",
     "peft",
     "datasets",
     "tokenizers",

@@ -17,7 +17,6 @@ from burnish.artifacts.environment import count_cpus, find_version, measure_memo
 _REQUIRED = (
     "torch",
     "transformers",
-    "accelerate",
     "peft",
     "datasets",
     "tokenizers",

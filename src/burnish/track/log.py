@@ -145,7 +145,7 @@ def resident_bytes() -> int:
     except (OSError, ValueError, IndexError, AttributeError):
         pass
     try:
-        import psutil  # comes with accelerate
+        import psutil  # comes with peft
     except ImportError:
         return 0
     return int(psutil.Process().memory_info().rss)

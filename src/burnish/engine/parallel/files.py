@@ -1,7 +1,7 @@
 """Tensors of a checkpoint in safetensors files: whole ones, or the shards of several ranks; never a pickle.
 
-Shards are written and read by torch.distributed.checkpoint, which notes in each file where its parts belong: any number of
-ranks can read what any other number has written.
+Shards are written and read by torch.distributed.checkpoint, which notes in each file where its parts belong, so that any number
+of ranks can read what any other number has written.
 """
 
 from __future__ import annotations

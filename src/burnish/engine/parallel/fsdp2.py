@@ -142,7 +142,7 @@ class Fsdp2(Single):
         own = get_total_norm(grads).to(self.runtime.device).reshape(1)
         every = own.new_empty(self.runtime.world)
         with peers():
-            dist.all_gather_into_tensor(every, own)
+            dist.all_gather(list(every.split(1)), own)
         return torch.linalg.vector_norm(every)
 
     def clip_and_step(

@@ -29,7 +29,7 @@ def sum_in_rank_order(tensors: Sequence[Tensor], *, chunk: int = CHUNK) -> None:
             dist.all_to_all_single(received, flat)
             own = flat.view(world, -1)[rank].clone()
             add_in_order(received, own)
-            dist.all_gather_into_tensor(flat, own)
+            dist.all_gather(list(flat.view(world, -1)), own)
         _put_back(flat, pieces)
 
 
