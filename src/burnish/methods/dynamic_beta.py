@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from burnish.config.dynamic_beta import DynamicBetaSettings
+from burnish.core.batch import move
 from burnish.errors import ConfigError
 from burnish.losses.controllers import StepBetas, build_controller, run_units
 from burnish.losses.mix import LossType
@@ -99,7 +100,7 @@ class BetaControl:
             return Betas()
         if self.coupled and not evaluating:
             found = self._run(read_margins(margins), ids, state)
-            kept = None if found.kept is None else torch.from_numpy(found.kept).to(margins.device)
+            kept = None if found.kept is None else move(torch.from_numpy(found.kept), margins.device)
             return Betas(torch.from_numpy(found.beta).to(margins), kept)
         seen = read_margins(margins) if self.controller.per_pair else None
         beta = self.controller.find_current(seen, state[KEY])
