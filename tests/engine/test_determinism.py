@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from burnish.engine.determinism import CUBLAS_VARIABLE, deterministic, prepare_cublas
+from burnish.engine.forward import reseed
 from burnish.errors import ConfigError
 
 
@@ -59,3 +61,18 @@ def test_g02_a_run_on_a_device_begins_with_it() -> None:
     env = {k: v for k, v in os.environ.items() if k != CUBLAS_VARIABLE}
     found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[':4096:8']"
+
+
+def test_g11_only_the_generator_in_use_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two devices the second is this process's: the first keeps its random numbers, and starts no context."""
+    seeded: list[int] = []
+
+    def generator(number: int) -> SimpleNamespace:
+        return SimpleNamespace(manual_seed=lambda seed: seeded.append(number))
+
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator(0), generator(1)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    runtime = SimpleNamespace(device=torch.device("cuda", 1), rank=0)
+    with torch.random.fork_rng(devices=[]):
+        reseed(SimpleNamespace(reseed=True, seed=3, runtime=runtime), 0, 0)  # pyright: ignore
+    assert seeded == [1]

@@ -44,12 +44,14 @@ STAGES: list[dict[str, Any]] = [
 # Where the host may wait for the device, and why. Everything else fails the test.
 IN_A_STEP = {
     "engine/fetch.py:fetch_numbers": "the one fetch of a step: its figures, whether they are finite, the gradient's norm",
+    "methods/dynamic_beta.py:read_margins": "a moving beta is computed from the step's margins, on the host",
+    "engine/parallel/single.py:clip_and_step": "torch's Adafactor reads the norm of each parameter",
     "engine/coupled.py:_find_trained": "which completions have a gradient: a second pass without the others saves more",
 }
 BETWEEN_STEPS = {
     "engine/fetch.py:fetch_numbers": "an evaluation's sums, once each",
-    "engine/checkpoint.py:_contiguous": "a checkpoint is written on the host",
-    "engine/checkpoint.py:load_parameters": "the best parameters are read back",
+    "engine/parallel/files.py:write_tensors": "a checkpoint is written on the host",
+    "engine/parallel/single.py:prepare": "a model is loaded",
     "engine/state.py:load_tree": "a checkpoint is read back",
     "engine/state.py:_load_optimizer": "a checkpoint is read back",
     "evals/generate.py:_generate_batch": "drawn tokens, once in several",
@@ -57,8 +59,8 @@ BETWEEN_STEPS = {
     "models/adapters.py:attach_adapter": "a model is loaded",
     "models/frozen.py:load_frozen": "a model is loaded",
     "models/reference.py:_load_other": "a model is loaded",
-    "pipeline/stage_models.py:load_stage_model": "a model is loaded",
     "models/adapters.py:<dictcomp>": "the result is written",
+    "models/export.py:<dictcomp>": "the result is written",
     "models/export.py:_cast": "the result is written",
     "models/reference.py:compute_reference_table": "the reference's log-probs go to the disk",
     "models/reference.py:compute_start_gap": "whether the reference is the policy, once",
@@ -79,7 +81,11 @@ def server() -> Iterator[PretendServer]:
 
 def write_recipe(folder: Path, inputs: Path, stages: list[dict[str, Any]], **changes: Any) -> list[str]:
     """A recipe over the tiny model with several micro-batches a step; the command that runs it."""
-    files = {"chat": str(inputs / "chat.jsonl"), "pairs": str(inputs / "pairs.jsonl")}
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: str(folder / f"{name}.jsonl") for name in ("chat", "pairs")}
+    for name, file in files.items():
+        rows = (inputs / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        Path(file).write_text("".join(rows[:12]), encoding="utf-8")
     placed = [s if s["kind"] == "evaluate" else s | {"data": files[s.get("data", "pairs")]} for s in stages]
     recipe: dict[str, Any] = {
         "name": "tiny",
@@ -94,7 +100,6 @@ def write_recipe(folder: Path, inputs: Path, stages: list[dict[str, Any]], **cha
         "micro_batch_tokens": 160,
         "stages": placed,
     } | changes
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     return ["run", "tiny.yaml"]
 
@@ -123,7 +128,7 @@ def check_waits(outcome: Outcome) -> None:
 def everything(server: PretendServer, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
     """All stages on the pretended device."""
     folder = tmp_path_factory.mktemp("device")
-    return folder, server.run(write_recipe(folder, inputs, STAGES), folder)
+    return folder, server.run(write_recipe(folder, inputs, STAGES, max_steps=1), folder)
 
 
 def test_the_list_has_every_kind() -> None:
@@ -155,24 +160,21 @@ def test_every_kind_runs_without_mixing_and_waits_where_it_may(everything: tuple
 def test_figures_are_those_of_the_cpu(
     server: PretendServer, inputs: Path, tmp_path: Path, everything: tuple[Path, Outcome]
 ) -> None:
-    on_cpu = server.run(write_recipe(tmp_path, inputs, STAGES), tmp_path, device="cpu")
+    on_cpu = server.run(write_recipe(tmp_path, inputs, STAGES, max_steps=1), tmp_path, device="cpu")
     assert on_cpu.status == 0, on_cpu.output[-4000:]
     expected, found = read_figures(tmp_path), read_figures(everything[0])
     assert expected.keys() == found.keys() and len(found) == len(STAGES) - 1
     for stage, rows in expected.items():
-        assert len(rows) == len(found[stage]) > 2
+        assert len(rows) == len(found[stage]) > 1
         for ours, theirs in zip(found[stage], rows, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4), stage
 
 
 def test_g10_generation_waits_once_in_several_tokens(everything: tuple[Path, Outcome]) -> None:
     waits = everything[1].waits
-    looks = sum(n for key, n in waits.items() if key[1] == "generate")
-    assert looks and all(
-        key[4] == "evals/generate.py:_generate_batch" and key[3] == "tolist" for key in waits if key[1] == "generate"
-    )
-    subjects = 11  # language models that answer 4 prompts of 10 tokens, in one batch
-    assert looks <= 2 * subjects, looks
+    looks = sum(n for key, n in waits.items() if key[4] == "evals/generate.py:_generate_batch")
+    assert looks and {key[3] for key in waits if key[4] == "evals/generate.py:_generate_batch"} == {"tolist"}
+    assert looks <= 2 * 4, looks  # at most four language models answer 3 prompts of 10 tokens, in one batch
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +191,7 @@ HALF: list[dict[str, Any]] = [
     {"kind": "sft", "data": "chat"},
     {"kind": "kto", "init_from": "sft", "lora": {"r": 4}, "reference_mode": "copy"},
 ]
-HALF_CHANGES = {"precision": "fp16", "max_steps": 4, "save_steps": 2}
+HALF_CHANGES = {"precision": "fp16", "max_steps": 4, "save_steps": 2, "eval_steps": -1}
 
 
 def hash_results(folder: Path) -> dict[str, str]:
@@ -199,7 +201,9 @@ def hash_results(folder: Path) -> dict[str, str]:
 
 
 def test_fp16_trains_as_fp32_does(server: PretendServer, inputs: Path, tmp_path: Path, undisturbed: Path) -> None:
-    exact = server.run(write_recipe(tmp_path, inputs, HALF, max_steps=4, save_steps=2), tmp_path, device="cpu")
+    exact = server.run(
+        write_recipe(tmp_path, inputs, HALF, max_steps=4, save_steps=2, eval_steps=-1), tmp_path, device="cpu"
+    )
     assert exact.status == 0, exact.output[-4000:]
     for stage, rows in read_figures(tmp_path).items():
         found = read_figures(undisturbed)[stage]
@@ -208,7 +212,7 @@ def test_fp16_trains_as_fp32_does(server: PretendServer, inputs: Path, tmp_path:
         )
 
 
-@pytest.mark.parametrize("nth", [3, 7])
+@pytest.mark.parametrize("nth", [pytest.param(3, marks=pytest.mark.slow), 7])
 def test_g01_a_killed_run_resumes_to_the_bit(
     server: PretendServer, inputs: Path, tmp_path: Path, undisturbed: Path, nth: int
 ) -> None:

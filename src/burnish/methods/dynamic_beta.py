@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from burnish.config.dynamic_beta import DynamicBetaSettings
+from burnish.core.batch import move
 from burnish.errors import ConfigError
 from burnish.losses.controllers import StepBetas, build_controller, run_units
 from burnish.losses.mix import LossType
@@ -99,11 +100,11 @@ class BetaControl:
             return Betas()
         if self.coupled and not evaluating:
             found = self._run(read_margins(margins), ids, state)
-            kept = None if found.kept is None else torch.from_numpy(found.kept).to(margins.device)
-            return Betas(torch.from_numpy(found.beta).to(margins), kept)
+            kept = None if found.kept is None else move(torch.from_numpy(found.kept), margins.device)
+            return Betas(_place(found.beta, margins), kept)
         seen = read_margins(margins) if self.controller.per_pair else None
         beta = self.controller.find_current(seen, state[KEY])
-        return Betas(torch.from_numpy(beta).to(margins) if isinstance(beta, np.ndarray) else float(beta))
+        return Betas(_place(beta, margins) if isinstance(beta, np.ndarray) else float(beta))
 
     def next_state(self, margins: Tensor, ids: Sequence[str], state: Mapping[str, Any]) -> dict[str, Any]:
         """The controller's part of the state after a step, with what the step's record says of it as "step"."""
@@ -138,6 +139,11 @@ class BetaControl:
     def _run(self, margins: np.ndarray, ids: Sequence[str], state: Mapping[str, Any]) -> StepBetas:
         inner = {k: v for k, v in state[KEY].items() if k != "step"}
         return run_units(self.controller, self.size, margins, ids, inner)
+
+
+def _place(beta: np.ndarray, margins: Tensor) -> Tensor:
+    """β on the margins' device and in their type; nothing waits for the copy."""
+    return move(torch.from_numpy(beta).to(margins.dtype), margins.device)
 
 
 def read_margins(margins: Tensor) -> np.ndarray:
