@@ -90,7 +90,7 @@ class PretendServer:
         """End the process."""
         assert self._parent.stdin
         self._parent.stdin.close()
-        self._parent.wait(timeout=60)
+        self._parent.wait()
 
 
 def _child(job: dict[str, Any]) -> None:
