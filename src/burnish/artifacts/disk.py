@@ -39,10 +39,10 @@ def inside(root: Path, path: Path | str) -> Path:
     if not parts or relative.is_absolute() or "\0" in text or any(part in ("..", ".", "") for part in parts):
         raise _outside(root, text)
     if os.open not in os.supports_dir_fd or not hasattr(os, "O_NOFOLLOW"):
-        whole = root.joinpath(*parts)
-        if not whole.resolve().is_relative_to(root.resolve()) or whole.is_symlink():
+        place = root.joinpath(*parts)
+        if not place.resolve().is_relative_to(root.resolve()) or place.is_symlink():
             raise _outside(root, text)
-        return whole
+        return place
     fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for at, part in enumerate(parts):

@@ -113,7 +113,7 @@ def link_stage(place: Path, target: Path) -> None:
     relative = os.path.relpath(target, place.parent)
     try:
         if place.is_symlink():
-            if os.readlink(place) == relative:  # noqa: PTH115 - the text itself, not a path made of it
+            if str(place.readlink()) == relative:
                 return
             place.unlink()
         elif place.exists():

@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say_usage(error)
         return error.exit_code
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - so that leaving does not write to the pipe again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # leaving does not write to the pipe again
         return 141
     except BaseException as error:
         return report_failure(error, verbose=verbose)

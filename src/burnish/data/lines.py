@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from burnish.data.problems import SKIP_REMEDY, FileError, ProblemLog, RowError
 
@@ -45,7 +45,7 @@ class Line:
 
 def open_bytes(path: Path) -> IO[bytes]:
     """The file's bytes, decompressed if its name ends in .gz."""
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
 
 
 def read_head(path: Path, shown: str, log: ProblemLog) -> bytes:
@@ -115,8 +115,8 @@ def iter_lines(stream: IO[bytes], limit: int = LINE_LIMIT) -> Iterator[Line]:
 def _pieces(data: bytes) -> Iterator[tuple[bytes, int]]:
     """Pieces of a chunk with the length of the line end behind them; the last one has 0."""
     if b"\r" not in data:
-        *whole, last = data.split(b"\n")
-        for piece in whole:
+        *pieces, last = data.split(b"\n")
+        for piece in pieces:
             yield piece, 1
         yield last, 0
         return

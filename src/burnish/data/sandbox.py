@@ -36,11 +36,12 @@ class TemplateLimit(SecurityError):
 class _Generation(Extension):
     """Accepts `{% generation %} … {% endgeneration %}` and renders what is inside; masks come from prefixes."""
 
-    tags = {"generation"}  # noqa: RUF012  (jinja2's own declaration)
-
     def parse(self, parser: Any) -> nodes.Node | list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+_Generation.tags = {"generation"}
 
 
 class _Meter:

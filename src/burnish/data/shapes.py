@@ -77,11 +77,11 @@ def _insert_system(row: Row, reading: Reading, messages: list[Message]) -> None:
 
 def _conversation(row: Row, reading: Reading, messages: list[Message], name: str) -> Example:
     if reading.rows == "prompt":
-        said = ""
+        reference = ""
         while messages and messages[-1]["role"] == "assistant":
-            said, messages = messages[-1]["content"], messages[:-1]
+            reference, messages = messages[-1]["content"], messages[:-1]
         check_order(messages, name)
-        return _chat(row, reading, messages, [], extra={"reference": said} if said else {})
+        return _chat(row, reading, messages, [], extra={"reference": reference} if reference else {})
     check_order(messages, name, final="assistant")
     for i, message in enumerate(messages):
         empty = message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls")
@@ -304,8 +304,8 @@ def _hh_dialogue(row: Row, reading: Reading, text: str) -> Example:
     for i, turn in enumerate(turns[first:]):
         tag = "" if i == 0 else (hh.HUMAN if turn.role == "user" else hh.ASSISTANT)
         if turn.role == "assistant":
-            said = " " + strip_think(turn.text) if reading.strip_think else turn.text
-            segments += [Segment(tag, False)] * bool(tag) + [Segment(said, True)]
+            answer = " " + strip_think(turn.text) if reading.strip_think else turn.text
+            segments += [Segment(tag, False)] * bool(tag) + [Segment(answer, True)]
         else:
             segments.append(Segment(tag + turn.text, False))
     example.completions = [segments]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from burnish.artifacts.grid_folder import is_grid
 from burnish.artifacts.redact import redact
 from burnish.artifacts.run_folder import RUN, RunFolder, load_run, load_stage, stage_folders
+from burnish.clock import mono
 from burnish.config.load import LoadedRecipe
 from burnish.errors import BurnishError, InterruptedRun, ResourceError, UsageError
 from burnish.track.log import check_log_file, detach_log_file
@@ -66,17 +69,45 @@ def _open_run(loaded: LoadedRecipe, folder: Path, runtime: Any, resolved: Mappin
     return run
 
 
-def close_run(
-    run: RunFolder, outcome: BaseException | None, status: int, seconds: float, message: str | None = None
-) -> None:
-    """Record how a run ended, write its report, free its folder."""
+@dataclass
+class RunEnd:
+    """How a run ends: its exit status, and a sentence on what failed in it although it went through."""
+
+    status: int = 1
+    message: str | None = None
+
+
+@contextmanager
+def closing_run(
+    run: RunFolder, runtime: Any, describe: Callable[[Path], dict[str, Any]] | None = None
+) -> Iterator[RunEnd]:
+    """Record how the block ends, write the run's report and free its folder; the block sets the status.
+
+    Args:
+        describe: What of the run's folder is printed as JSON at the end; None: nothing.
+    """
+    end, begun, outcome = RunEnd(), mono(), None
+    try:
+        yield end
+    except BaseException as error:
+        outcome = error
+        end.status = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
+        raise
+    finally:
+        if runtime.is_main:
+            _close(run, outcome, end, mono() - begun)
+            if describe is not None:
+                sys.stdout.write(json.dumps(describe(run.path), ensure_ascii=False) + "\n")
+
+
+def _close(run: RunFolder, outcome: BaseException | None, end: RunEnd, seconds: float) -> None:
     if outcome is None:
-        state = "done" if status == 0 else "failed"
+        state = "done" if end.status == 0 else "failed"
     else:
         state = "interrupted" if isinstance(outcome, (InterruptedRun, KeyboardInterrupt)) else "failed"
-    message = redact(str(outcome)) if outcome is not None else message
+    message = redact(str(outcome)) if outcome is not None else end.message
     try:
-        _finish(run, state, seconds, status, message)
+        _finish(run, state, seconds, end.status, message)
     except ResourceError as error:
         if outcome is None:
             raise
@@ -113,14 +144,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
     stages = []
     for stage_dir in stage_folders(folder):
         found = load_stage(stage_dir) or {}
-        stages.append(
-            {
-                "stage": found.get("label"),
-                "kind": found.get("kind"),
-                "state": found.get("state"),
-                "folder": str(stage_dir),
-            }
-            | {"figures": found.get("figures")}
-        )
+        named = {"stage": found.get("label"), **{k: found.get(k) for k in ("kind", "state")}}
+        stages.append(named | {"folder": str(stage_dir), "figures": found.get("figures")})
     kept = {k: record.get(k) for k in ("name", "run_id", "state", "exit_code", "seconds", "error")}
     return kept | {"folder": str(folder), "stages": stages}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import sys
@@ -33,10 +32,10 @@ from burnish.config.options import RunOptions
 from burnish.errors import BurnishError, InterruptedRun, PeerLost, UsageError
 from burnish.faults import fault_point
 from burnish.pipeline.comparison import write_summary
-from burnish.pipeline.folder import close_run, open_together
-from burnish.pipeline.grid_plan import check_grid_space, describe_axes, estimate_left, place_of
+from burnish.pipeline.dry_run import describe_stages
+from burnish.pipeline.folder import closing_run, open_together
+from burnish.pipeline.grid_dry_run import check_grid_space, describe_axes, estimate_left, place_of
 from burnish.pipeline.naming import choose_cells, find_folder
-from burnish.pipeline.plan import describe_stages
 from burnish.pipeline.run import Home, run_in_folder
 from burnish.pipeline.sharing import Placement, place_stages
 from burnish.pipeline.summaries import DataSummaries
@@ -67,9 +66,7 @@ def run_grid(loaded: LoadedRecipe, options: RunOptions, runtime: Any) -> int:
     placements = place_stages(loaded.grid.axes, loaded.grid.cells)
     folder = find_folder(loaded, options)
     run = open_together(loaded, folder, runtime, _resolve(loaded), grid=True)
-    outcome: BaseException | None = None
-    status, begun, message = 1, mono(), None
-    try:
+    with closing_run(run, runtime, describe_grid_run if options.json else None) as end:
         if runtime.is_main:
             attach_log_file(run.log_path, redact=redact)
             save_grid(folder, describe_grid(loaded.grid, placements))
@@ -77,31 +74,25 @@ def run_grid(loaded: LoadedRecipe, options: RunOptions, runtime: Any) -> int:
                 log.info("%s", note)
             check_grid_space(folder, chosen, placements)
         home = Home(run, folder / SHARED / REFERENCE)
-        failures = _run_cells(loaded, chosen, placements, home, options, runtime)
+        try:
+            failures = _run_cells(loaded, chosen, placements, home, options, runtime)
+        except BaseException:
+            if runtime.is_main:
+                attach_log_file(run.log_path, redact=redact)  # the cell's has been closed
+                _summarise(folder)
+            raise
         if options.resume and not home.resumed and not failures:
             raise UsageError(
                 "--resume was given, but there is nothing to resume",
                 where=str(folder),
                 remedy="leave --resume out: finished cells are skipped and interrupted ones continue by themselves",
             )
-        status = next(iter(failures.values())).exit_code if failures else 0
+        end.status = next(iter(failures.values())).exit_code if failures else 0
         if failures:
-            message = f"{len(failures)} of {len(chosen)} cells failed: {', '.join(failures)}"
+            end.message = f"{len(failures)} of {len(chosen)} cells failed: {', '.join(failures)}"
         if runtime.is_main:
             _say_end(loaded, folder, chosen, failures)
-        return status
-    except BaseException as error:
-        outcome = error
-        status = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
-        raise
-    finally:
-        if runtime.is_main:
-            attach_log_file(run.log_path, redact=redact)
-            if outcome is not None:
-                _summarise(folder)
-            close_run(run, outcome, status, mono() - begun, message)
-            if options.json:
-                sys.stdout.write(json.dumps(describe_grid_run(folder), ensure_ascii=False) + "\n")
+    return end.status
 
 
 def _resolve(loaded: LoadedRecipe) -> dict[str, Any]:

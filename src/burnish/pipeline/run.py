@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -27,11 +26,11 @@ from burnish.engine.memory import build_memory_error
 from burnish.errors import BurnishError, InterruptedRun, PeerLost, ResourceError, UsageError, is_out_of_memory
 from burnish.faults import fault_point
 from burnish.pipeline.decide import Decision, compute_key, decide
-from burnish.pipeline.folder import close_run, describe_run, open_together
+from burnish.pipeline.disk_space import check_run_space
+from burnish.pipeline.folder import closing_run, describe_run, open_together
 from burnish.pipeline.inputs import StageResult, find_code, fingerprint_evaluation, fingerprint_result
 from burnish.pipeline.naming import choose_models, find_folder, find_other_model, find_reward_model, find_starts
 from burnish.pipeline.prefetch import Prefetch, start_prefetch
-from burnish.pipeline.space import check_run_space
 from burnish.track.log import attach_log_file, check_log_file, setup_logging, success
 from burnish.track.whereabouts import enter_stage, here, start_beat
 
@@ -95,11 +94,7 @@ def run_recipe(loaded: LoadedRecipe, options: RunOptions) -> int:
         BurnishError: With a single model, what went wrong.
     """
     if options.dry_run:
-        if loaded.grid is not None:
-            from burnish.pipeline.grid_plan import print_grid_plan
-
-            return print_grid_plan(loaded, options, sys.stdout)
-        from burnish.pipeline.plan import print_plan
+        from burnish.pipeline.grid_dry_run import print_plan
 
         return print_plan(loaded, options, sys.stdout)
     alone = loaded.grid is None
@@ -143,27 +138,15 @@ def run_in_folder(
     """
     models = choose_models(loaded.recipe, options)
     run = open_together(loaded, folder, runtime, loaded.recipe.resolved(), grid=False)
-    begun = mono()
     if runtime.is_main:
         attach_log_file(run.log_path, redact=redact)
-    outcome: BaseException | None = None
-    status = 1
-    try:
+    with closing_run(run, runtime, describe_run if options.json else None) as end:
         if runtime.is_main:
             if home is not None:
                 home.prepare(run.path)
             check_run_space(run.path, [loaded.recipe.for_model(m) if m else loaded.recipe for m in models])
-        status = _run_models(run, loaded, options, runtime, models, home, prefetch)
-        return status
-    except BaseException as error:
-        outcome = error
-        status = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
-        raise
-    finally:
-        if runtime.is_main:
-            close_run(run, outcome, status, mono() - begun)
-            if options.json:
-                sys.stdout.write(json.dumps(describe_run(run.path), ensure_ascii=False) + "\n")
+        end.status = _run_models(run, loaded, options, runtime, models, home, prefetch)
+    return end.status
 
 
 def _run_models(

@@ -33,10 +33,10 @@ from burnish.faults import fault_point
 from burnish.models.folder import read_context, read_hidden_size
 from burnish.models.load import fetch_model_folder, resolve_model_path
 from burnish.models.precision import PrecisionPlan, resolve_precision
+from burnish.pipeline.disk_space import estimate_export
 from burnish.pipeline.inputs import check_reward_model, fingerprint_inputs
 from burnish.pipeline.reference import Referenced, attach_reference
 from burnish.pipeline.reward_margins import attach_reward_margins
-from burnish.pipeline.space import estimate_export
 from burnish.pipeline.stage_models import (
     StageModel,
     count_trainable,

@@ -132,7 +132,7 @@ def _render_results(files: GridFiles) -> str:
     summary = files.summary
     if not summary.rows:
         return '<p class="soft">No cell has finished an evaluation yet.</p>'
-    said = "".join(f"<li>{escape(note)}</li>" for note in summary.notes)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in summary.notes)
     parts = [_render_metric(summary, metric) for metric in summary.metrics if metric.main]
     others = [_render_metric(summary, metric) for metric in summary.metrics if not metric.main]
     if any(others):
@@ -141,7 +141,7 @@ def _render_results(files: GridFiles) -> str:
         '<p class="note">Large dots are means, bars their 95 % intervals, small dots single seeds, dotted lines the '
         "baseline. Intervals are over seeds; where there is one run, over its items.</p>"
     )
-    return "".join(parts) + legend + f'<ul class="remarks">{said}</ul>'
+    return "".join(parts) + legend + f'<ul class="remarks">{notes}</ul>'
 
 
 def _render_metric(summary: GridSummary, shown: GridMetric) -> str:

@@ -51,13 +51,13 @@ def build_page(name: str, head: str, sections: Sequence[tuple[str, str, str]], f
 def describe_command(record: dict[str, Any]) -> str:
     """Where a page comes from: the command and the run."""
     command = record.get("command")
-    said = ""
+    shown = ""
     if isinstance(command, list) and command:
         words = [str(c) for c in command]
         words[0] = words[0].replace("\\", "/").rpartition("/")[2]
-        said = f"<p>Command: <code>{escape(' '.join(words))}</code></p>"
+        shown = f"<p>Command: <code>{escape(' '.join(words))}</code></p>"
     return (
-        f"{said}<p>Made by burnish {escape(__version__)} from the files of run "
+        f"{shown}<p>Made by burnish {escape(__version__)} from the files of run "
         f"<code>{escape(str(record.get('run_id', '')))}</code>. "
         "The page is complete in itself: it loads nothing.</p>"
     )

@@ -73,7 +73,7 @@ def render_evaluation(stage: StageFiles) -> str:
         return '<p class="soft">The evaluation has no figures.</p>'
     remarks = write_remarks(blocks)
     lines = "".join(f"<li>{escape(r)}</li>" for r in remarks)
-    said = f'<ul class="remarks">{lines}</ul>' if remarks else ""
+    listed = f'<ul class="remarks">{lines}</ul>' if remarks else ""
     note = (
         '<p class="note">Dots are measured values, bars their 95 % intervals, dotted lines the first row (win rates: one half). '
         "Differences are measured on the same items for both and tested in pairs.</p>"
@@ -83,7 +83,7 @@ def render_evaluation(stage: StageFiles) -> str:
         render_reward_report(str(name), as_dict(report))
         for name, report in as_dict(stage.figures.get("reward_reports")).items()
     )
-    return f'{said}<div class="results">{"".join(map(_render_block, blocks))}</div>{note}{left_out}{rewards}'
+    return f'{listed}<div class="results">{"".join(map(_render_block, blocks))}</div>{note}{left_out}{rewards}'
 
 
 def _render_block(block: Block) -> str:
@@ -160,7 +160,8 @@ def render_sample(row: dict[str, Any], order: Sequence[str] = ()) -> str:
     answers = dict(sorted(answers.items(), key=lambda item: ranks.get(item[0], len(ranks))))
     head = " · ".join(escape(str(row[k])) for k in ("task", "id") if row.get(k) not in (None, ""))
     cells = "".join(
-        f"<div><h4>{escape(str(who))}{_mark(marks.get(who))}</h4>{_said(text)}</div>" for who, text in answers.items()
+        f"<div><h4>{escape(str(who))}{_mark(marks.get(who))}</h4>{_render_text(text)}</div>"
+        for who, text in answers.items()
     )
     reference = row.get("reference")
     wanted = (
@@ -169,12 +170,12 @@ def render_sample(row: dict[str, Any], order: Sequence[str] = ()) -> str:
         else ""
     )
     return (
-        f'<article class="sample"><h4>{head}</h4><div class="prompt">{_said(row.get("prompt"))}</div>{wanted}'
+        f'<article class="sample"><h4>{head}</h4><div class="prompt">{_render_text(row.get("prompt"))}</div>{wanted}'
         f'<div class="answers">{cells}</div></article>'
     )
 
 
-def _said(text: Any) -> str:
+def _render_text(text: Any) -> str:
     if isinstance(text, list):  # messages
         text = "\n".join(f"{as_dict(m).get('role', '?')}: {as_dict(m).get('content', '')}" for m in text)
     if text in (None, ""):

@@ -16,7 +16,7 @@ def render_reward_report(name: str, report: dict[str, Any]) -> str:
     pairs = as_number(report.get("pairs"))
     if not pairs:
         return ""
-    said = "".join(f"<li>{escape(line)}</li>" for line in write_reward_remarks(report))
+    remarks = "".join(f"<li>{escape(line)}</li>" for line in write_reward_remarks(report))
     head = "".join(f'<th class="num">{column}</th>' for column in _COLUMNS)
     rows = "".join(
         f"<tr><td>{title}</td>{''.join(f'<td class=num>{_cell(as_dict(report.get(key)).get(c))}</td>' for c in _COLUMNS)}</tr>"
@@ -25,12 +25,12 @@ def render_reward_report(name: str, report: dict[str, Any]) -> str:
     sources = as_dict(report.get("by_source"))
     by_source = "".join(
         f"<tr><td>{escape(str(source))}</td><td class=num>{_share(as_dict(found).get('accuracy'))}</td>"
-        f"<td class=num>{_cell(as_dict(found).get('pairs'), whole=True)}</td></tr>"
+        f"<td class=num>{_cell(as_dict(found).get('pairs'), count=True)}</td></tr>"
         for source, found in sources.items()
     )
     split = f"<table class=data><tr><th>source</th><th class=num>accuracy</th><th class=num>pairs</th></tr>{by_source}</table>"
     return (
-        f"<h3>Scores of {escape(name)}</h3><ul class=remarks>{said}</ul>"
+        f"<h3>Scores of {escape(name)}</h3><ul class=remarks>{remarks}</ul>"
         f'<details><summary>Distribution of the scores</summary><div class="wide"><table><tr><th></th>{head}</tr>{rows}'
         f"</table></div>{split if sources else ''}</details>"
     )
@@ -68,11 +68,11 @@ def write_reward_remarks(report: dict[str, Any]) -> list[str]:
     return out
 
 
-def _cell(value: Any, *, whole: bool = False) -> str:
+def _cell(value: Any, *, count: bool = False) -> str:
     number = as_number(value)
     if number is None:
         return "–"
-    return show_count(number) if whole else show_number(number)
+    return show_count(number) if count else show_number(number)
 
 
 def _share(value: Any) -> str:

@@ -84,13 +84,8 @@ def _sentence(stage: StageFiles) -> str:
     trainable = as_dict(record.get("trainable"))
     trained, of = as_number(trainable.get("parameters")), as_number(trainable.get("of"))
     if trained and of:
-        share = 100 * trained / of
-        whole = "all" if trained == of else f"{share:.3g} % of"
-        parts.append(
-            f"{show_count(trained)} parameters trained ({whole} {show_count(of)})"
-            if trained != of
-            else f"all {show_count(of)} parameters trained"
-        )
+        part = f"{show_count(trained)} parameters trained ({100 * trained / of:.3g} % of {show_count(of)})"
+        parts.append(part if trained != of else f"all {show_count(of)} parameters trained")
     parts += [str(record[k]) for k in ("precision",) if record.get(k)]
     if record.get("attention"):
         parts.append(f"{record['attention']} attention")
@@ -171,14 +166,14 @@ def render_data(data: dict[str, Any]) -> str:
     notes = [f"held-out rows come from {data['held_out_from']}"] if data.get("held_out_from") else []
     notes += [str(n) for n in as_list(data.get("notes"))]
     notes += [str(n) for s in splits.values() for n in as_list(s.get("notes"))]
-    said = f'<p class="note">{escape("; ".join(notes))}</p>' if notes else ""
+    footnote = f'<p class="note">{escape("; ".join(notes))}</p>' if notes else ""
     summary = "; ".join(
         f"{names.get(name, name)} {_count(s.get('kept'))} of {_count(s.get('rows_read'))} rows"
         for name, s in splits.items()
     )
     return (
         f"<p>Data used: {escape(summary)}.</p><details><summary>What became of the rows</summary>"
-        f'<div class="wide"><table class="data"><tr><th></th>{head}</tr>{body}</table></div>{said}</details>'
+        f'<div class="wide"><table class="data"><tr><th></th>{head}</tr>{body}</table></div>{footnote}</details>'
     )
 
 

@@ -137,7 +137,7 @@ def draw_lines(
     outside = sum(1 for y in values if not low <= y <= high)
     y_ticks = nice_ticks(low, high, 5)
     first, last = min(steps), max(steps)
-    x_ticks = [t for t in nice_ticks(first, last, 4, whole=True) if first <= t <= last]
+    x_ticks = [t for t in nice_ticks(first, last, 4, integers=True) if first <= t <= last]
     if last == first:
         first, last = first - 0.5, last + 0.5
 
@@ -220,9 +220,9 @@ def draw_interval(
     def at(x: float) -> str:
         return f"{3 + 94 * (min(max(x, begin), end) - begin) / (end - begin):.2f}%"
 
-    said = escape(label, quote=True)
+    text = escape(label, quote=True)
     parts = [
-        f'<svg class="interval" width="100%" height="20" role="img" aria-label="{said}"><title>{said}</title>',
+        f'<svg class="interval" width="100%" height="20" role="img" aria-label="{text}"><title>{text}</title>',
         '<line class="grid" x1="0" x2="100%" y1="10" y2="10"/>',
     ]
     if mark is not None and math.isfinite(mark):
@@ -234,7 +234,7 @@ def draw_interval(
     return "".join(parts)
 
 
-def nice_ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[float]:
+def nice_ticks(low: float, high: float, most: int, *, integers: bool = False) -> list[float]:
     """Round numbers within [low, high]: multiples of 1, 2 or 5 · 10ⁿ."""
     span = high - low
     if span <= 0:
@@ -242,7 +242,7 @@ def nice_ticks(low: float, high: float, most: int, *, whole: bool = False) -> li
     rough = span / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(f * power for f in (1, 2, 5, 10) if f * power >= rough * 0.999)
-    if whole:
+    if integers:
         step = max(1.0, round(step))
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)

@@ -39,7 +39,7 @@ class MetricsLog:
         try:
             raw = self.path.read_bytes() if self.path.exists() else b""
             self._file = self.path.open("ab", buffering=0)
-            self._cut(_whole_length(raw))
+            self._cut(_find_sound_length(raw))
             if self._end and raw[self._end - 1 : self._end] != b"\n":
                 self._write(b"\n")
         except OSError as exc:
@@ -93,9 +93,9 @@ class MetricsLog:
         if mark > len(kept):
             missing = mark - len(kept)
             return f"{self.path.name} is {missing:,} bytes shorter than when the checkpoint was made; rows are missing"
-        whole = kept.rfind(b"\n") + 1
-        self._cut(whole)
-        return None if whole == mark else f"{self.path.name} was altered: byte {mark:,} is not the end of a row"
+        end = kept.rfind(b"\n") + 1
+        self._cut(end)
+        return None if end == mark else f"{self.path.name} was altered: byte {mark:,} is not the end of a row"
 
     def tail(self) -> bytes:
         """The file's last bytes (at most 64 kB), for `cut_back` in a later start."""
@@ -170,11 +170,11 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return _restore(row) if isinstance(row, dict) else None
 
 
-def _whole_length(raw: bytes) -> int:
+def _find_sound_length(raw: bytes) -> int:
     """Length of what is sound: up to the last newline, or further if the rest is a whole row without its newline."""
-    whole = len(raw.rstrip(b"\0"))
-    cut = raw.rfind(b"\n", 0, whole) + 1
-    return whole if _parse(raw[cut:whole]) is not None else cut
+    sound = len(raw.rstrip(b"\0"))
+    cut = raw.rfind(b"\n", 0, sound) + 1
+    return sound if _parse(raw[cut:sound]) is not None else cut
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], str | None]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from burnish.artifacts.run_folder import load_stage, plain_name
 from burnish.config.batch import compute_batch
@@ -23,25 +22,7 @@ from burnish.pipeline.naming import choose_models, find_folder
 from burnish.pipeline.summaries import DataSummaries
 
 
-def print_plan(loaded: LoadedRecipe, options: RunOptions, out: TextIO) -> int:
-    """Print the resolved plan of a recipe; as JSON with `--json`.
-
-    Returns:
-        0.
-
-    Raises:
-        BurnishError: Data or settings are wrong: the same errors as in the real run, found before it.
-    """
-    plan = build_plan_rows(loaded, options)
-    if options.json:
-        out.write(json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
-        return 0
-    for line in _render(plan):
-        out.write(line + "\n")
-    return 0
-
-
-def build_plan_rows(loaded: LoadedRecipe, options: RunOptions) -> dict[str, Any]:
+def build_plan(loaded: LoadedRecipe, options: RunOptions) -> dict[str, Any]:
     """The plan as plain values: one entry per model and stage."""
     recipe = loaded.recipe
     models = choose_models(recipe, options)
@@ -141,7 +122,8 @@ def _name_sources(data: Any) -> list[str]:
     return [s if isinstance(s, str) else s.source for s in sources if s is not None]
 
 
-def _render(plan: dict[str, Any]) -> Iterable[str]:
+def render_plan(plan: dict[str, Any]) -> Iterable[str]:
+    """The plan as lines."""
     yield f"{plan['recipe']} ({plan['origin']}) → {plan['folder']}"
     for row in plan["stages"]:
         yield ""

@@ -13,7 +13,7 @@ from burnish.disk import check_space
 from burnish.engine.space import estimate_checkpoint, measure_folder
 from burnish.errors import BurnishError
 from burnish.models.folder import inspect_model_folder, read_safetensors_header
-from burnish.pipeline.plan import find_local_model, find_root_model
+from burnish.pipeline.dry_run import find_local_model, find_root_model
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 

@@ -1,4 +1,4 @@
-"""What a grid would do: its cells, what they share, disk and time; nothing is run or written."""
+"""`--dry-run`, and what a grid would do: its cells, what they share, disk and time; nothing is run or written."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from burnish.config.load import LoadedRecipe
 from burnish.config.options import RunOptions
 from burnish.disk import check_space, format_bytes, free_bytes
 from burnish.errors import BurnishError
+from burnish.pipeline.disk_space import estimate_stage
+from burnish.pipeline.dry_run import build_plan, describe_stages, render_plan
 from burnish.pipeline.naming import choose_cells, find_folder
-from burnish.pipeline.plan import describe_stages
 from burnish.pipeline.sharing import Placement, place_stages
-from burnish.pipeline.space import estimate_stage
 from burnish.pipeline.summaries import DataSummaries
 from burnish.report.results import say_axis
 
 Placements = Mapping[str, Sequence[Placement]]
 
 
-def print_grid_plan(loaded: LoadedRecipe, options: RunOptions, out: TextIO) -> int:
-    """Print what a grid would do; as JSON with `--json`.
+def print_plan(loaded: LoadedRecipe, options: RunOptions, out: TextIO) -> int:
+    """Print what a recipe, or each cell of a grid, would do; as JSON with `--json`.
 
     Returns:
         0.
@@ -35,17 +35,19 @@ def print_grid_plan(loaded: LoadedRecipe, options: RunOptions, out: TextIO) -> i
     Raises:
         BurnishError: Data or settings are wrong: the same errors as in the real run, found before it.
     """
-    plan = build_grid_plan(loaded, options)
-    if options.json:
-        out.write(json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
-        return 0
-    for line in _render(plan):
-        out.write(line + "\n")
+    build, render = (build_plan, render_plan) if loaded.grid is None else (build_grid_plan, _render)
+    plan = build(loaded, options)
+    text = json.dumps(plan, indent=2, ensure_ascii=False) if options.json else "\n".join(render(plan))
+    out.write(f"{text}\n")
     return 0
 
 
 def build_grid_plan(loaded: LoadedRecipe, options: RunOptions) -> dict[str, Any]:
-    """The plan as plain values: axes, shared stages, cells; a shared stage is described once."""
+    """The plan as plain values: axes, shared stages, cells; a shared stage is described once.
+
+    Raises:
+        BurnishError: Data or settings are wrong: the same errors as in the real run, found before it.
+    """
     assert loaded.grid is not None
     folder = find_folder(loaded, options)
     chosen = choose_cells(loaded, options)
