@@ -317,7 +317,7 @@ DEFECTS: dict[str, Defect] = {
     ),
     "torn_line_kept": Defect(
         "a torn last line stays in metrics.jsonl and the next row is glued to it",
-        "burnish.track.metrics:_whole_length",
+        "burnish.track.metrics:_find_sound_length",
         lambda original: len,
         ("tests/track/test_metrics.py::test_r34_cut_at_every_byte_of_the_last_300",),
     ),

@@ -12,7 +12,7 @@ from burnish.config.base import Settings
 from burnish.config.data import DataSettings, DataSource
 from burnish.config.keys import section_class, settings_class
 from burnish.config.recipe import Recipe
-from burnish.config.reference import format_default, group_fields
+from burnish.config.example import format_default, group_fields
 from burnish.config.registry import ALIASES, KINDS, SECTIONS
 from burnish.config.train import TrainSettings
 from burnish.config.values import describe_limits
