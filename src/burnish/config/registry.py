@@ -47,7 +47,6 @@ _DECLARED: tuple[StageSpec, ...] = (
         summary="supervised fine-tuning",
         rows="completion",
         trains_tokens=True,
-        example="pocket/chat",
     ),
     MethodSpec(
         name="reward",
@@ -116,7 +115,6 @@ _DECLARED: tuple[StageSpec, ...] = (
         model_settings={"teacher": "lm"},
         required=("teacher",),
         metrics=("cross_entropy",),
-        example="pocket/chat",
     ),
     MethodSpec(
         name="kto",
@@ -201,9 +199,9 @@ def load_own_spec(word: str) -> MethodSpec:
         )
     try:
         spec = load_user_object(word)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever a module of the user's does while it is imported
         raise ConfigError(
-            f"kind {word!r} cannot be loaded: {error}",
+            f"kind {word!r} cannot be loaded: {error or type(error).__name__}",
             where="kind",
             remedy="name an importable module, or one in this folder, and the MethodSpec in it, as module:NAME",
         ) from error

@@ -98,8 +98,6 @@ class Loaded:
         return torch.autocast(self.policy.device.type, dtype=dtype)
 
 
-
-
 class Loader(Protocol):
     """(folder, head) → Loaded. `like`: an adapter's folder; the base is stored in as few bits as under that adapter."""
 
