@@ -37,7 +37,7 @@ class Alias:
 STAGES = "burnish.config.stages"
 ANSWERS = ("logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected")
 PAIRS = (*ANSWERS, "rewards/margins", "rewards/accuracies", "rewards/ties")
-STEPS_OF_PAIRS = ("margins/zero_share", "dpo/beta", "dpo/margin_mean", "dpo/loss", "risk/*", "beta_dpo/*")
+STEPS_OF_PAIRS = ("margins/zero_share", "dpo/beta", "dpo/margin_mean", "dpo/loss", "risk", "beta_dpo")
 
 _DECLARED: tuple[StageSpec, ...] = (
     MethodSpec(
