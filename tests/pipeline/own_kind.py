@@ -152,5 +152,4 @@ SPEC = MethodSpec(
     source=f"{__name__}:build_samples",
     model_settings={"value_model": None},
     metrics=("reward",),
-    example="pocket/chat",
 )

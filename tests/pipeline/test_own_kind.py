@@ -15,6 +15,9 @@ from safetensors.torch import load_file
 
 from burnish.artifacts.folder import verify_folder
 from burnish.cli.main import main
+from burnish.config.load import load_recipe
+from burnish.config.train import TrainSettings
+from burnish.pipeline.naming import find_starts
 from tests.forkserver import ROOT, ForkServer
 
 STEPS = 6
@@ -92,6 +95,16 @@ def test_killed_in_and_between_windows_it_ends_with_the_same_bits(
     assert read_stage(whole)["ledger"] == read_stage(resumed)["ledger"]
     rows = (resumed / "01-even" / "metrics.jsonl").read_text()
     assert rows == (whole / "01-even" / "metrics.jsonl").read_text()
+
+
+def test_a_model_may_start_from_an_earlier_stage(workplace: Path) -> None:
+    (stage,) = load_recipe(
+        {"model": "m", "stages": [{"kind": "own_kind:SPEC", "data": "d", "value_model": "first"}]}, check_machine=False
+    ).recipe.stages
+    assert isinstance(stage, TrainSettings)
+    assert find_starts(stage, {"first": Path("runs/first/final")}) == {"value": "runs/first/final"}
+    assert find_starts(stage, {}) == {"value": "first"}
+    assert find_starts(stage.model_copy(update={"value_model": None}), {}) == {}
 
 
 def test_its_source_is_part_of_the_key(workplace: Path, server: ForkServer) -> None:

@@ -13,9 +13,15 @@ from burnish.config.keys import section_class, settings_class
 from burnish.config.losses import get_loss_defaults
 from burnish.config.recipe import Recipe
 from burnish.config.registry import ALIASES, SECTIONS, find_spec
-from burnish.config.spec import MethodSpec
+from burnish.config.spec import MethodSpec, RowShape
 
-# What an example names where a kind cannot do without.
+# What an example names where a kind cannot do without: data of its rows' shape, other models.
+EXAMPLES: dict[RowShape, str] = {
+    "completion": "pocket/chat",
+    "prompt": "pocket/chat",
+    "pair": "pocket/preferences",
+    "label": "pocket/preferences",
+}
 NEEDED = {"teacher": "pocket", "reward_model": "./reward-model"}
 
 
@@ -32,7 +38,7 @@ def render_example(kind: str) -> str:
         f"  - kind: {kind}",
     ]
     if isinstance(spec, MethodSpec):
-        lines.append(f"    data: {spec.example}{' ' * 10}# {cls.model_fields['data'].description}")
+        lines.append(f"    data: {EXAMPLES[spec.rows]}{' ' * 10}# {cls.model_fields['data'].description}")
     needed = (*getattr(spec, "required", ()), *(ALIASES[kind].requires if kind in ALIASES else ()))
     for name in needed:
         lines.append(f"    {name}: {NEEDED[name]}".ljust(30) + f" # {cls.model_fields[name].description}")

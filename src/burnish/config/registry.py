@@ -37,7 +37,7 @@ class Alias:
 STAGES = "burnish.config.stages"
 ANSWERS = ("logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected")
 PAIRS = (*ANSWERS, "rewards/margins", "rewards/accuracies", "rewards/ties")
-STEPS_OF_PAIRS = ("margins/zero_share", "dpo/beta", "dpo/margin_mean", "dpo/loss", "risk/*", "beta_dpo/*")
+STEPS_OF_PAIRS = ("margins/zero_share", "dpo/beta", "dpo/margin_mean", "dpo/loss", "risk", "beta_dpo")
 
 _DECLARED: tuple[StageSpec, ...] = (
     MethodSpec(
@@ -47,7 +47,6 @@ _DECLARED: tuple[StageSpec, ...] = (
         summary="supervised fine-tuning",
         rows="completion",
         trains_tokens=True,
-        example="pocket/chat",
     ),
     MethodSpec(
         name="reward",
@@ -116,7 +115,6 @@ _DECLARED: tuple[StageSpec, ...] = (
         model_settings={"teacher": "lm"},
         required=("teacher",),
         metrics=("cross_entropy",),
-        example="pocket/chat",
     ),
     MethodSpec(
         name="kto",
@@ -201,9 +199,9 @@ def load_own_spec(word: str) -> MethodSpec:
         )
     try:
         spec = load_user_object(word)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever a module of the user's does while it is imported
         raise ConfigError(
-            f"kind {word!r} cannot be loaded: {error}",
+            f"kind {word!r} cannot be loaded: {error or type(error).__name__}",
             where="kind",
             remedy="name an importable module, or one in this folder, and the MethodSpec in it, as module:NAME",
         ) from error

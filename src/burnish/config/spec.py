@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Head = Literal["lm", "score"]
 RowShape = Literal["completion", "pair", "label", "prompt"]
+Reading = Literal["none", "logprobs", "logits"]
+Coupling = Literal["sum", "step"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,14 +110,13 @@ class MethodSpec(StageSpec):
             also be written for a part, as "name/part": a loss type of a mix, a source of the data.
         step_metrics: Further figures of training steps, which evaluations do not have.
         best_metric: (name, greater is better) by default for the best checkpoint.
-        example: The data set that the example recipe names.
     """
 
     rows: RowShape
     columns: tuple[str, ...] = ()
     models: Mapping[str, ModelSpec] = field(default_factory=lambda: {"policy": ModelSpec()})
-    reference: Literal["none", "logprobs", "logits"] = "none"
-    coupling: Literal["sum", "step"] = "sum"
+    reference: Reading = "none"
+    coupling: Coupling = "sum"
     loss_types: Mapping[str, LossEntry] = field(default_factory=dict)
     trains_tokens: bool = False
     source: str | None = None
@@ -125,7 +126,22 @@ class MethodSpec(StageSpec):
     metrics: tuple[str, ...] = ()
     step_metrics: tuple[str, ...] = ()
     best_metric: tuple[str, bool] = ("eval_loss", False)
-    example: str = "pocket/preferences"
+
+    def __post_init__(self) -> None:
+        """Refuse words that mean nothing.
+
+        Raises:
+            ValueError: Naming the field and what it may be.
+        """
+        for name, words in (
+            ("rows", get_args(RowShape)),
+            ("reference", get_args(Reading)),
+            ("coupling", get_args(Coupling)),
+        ):
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, not one of {', '.join(words)}")
+        if not self.models:
+            raise ValueError("models is empty: the first is the stage's result")
 
     @property
     def named_settings(self) -> frozenset[str]:

@@ -12,7 +12,7 @@ from burnish.config.batch import compute_batch
 from burnish.config.load import LoadedRecipe
 from burnish.config.options import RunOptions
 from burnish.config.recipe import Recipe
-from burnish.config.registry import list_model_settings
+from burnish.config.registry import find_spec, list_model_settings
 from burnish.config.stages import EvaluateSettings
 from burnish.config.train import TrainSettings
 from burnish.data.tokenizer import TextTokenizer
@@ -129,7 +129,7 @@ def render_plan(plan: dict[str, Any]) -> Iterable[str]:
         yield ""
         yield f"{row['stage']} ({row['kind']}), {row['state']}"
         yield f"  will       {row['action']}: {row['why']}"
-        if row["kind"] == "evaluate":
+        if not find_spec(row["kind"]).trains:
             yield f"  of         {', '.join(row['of'])}"
             yield f"  tasks      {', '.join(row['tasks'])}"
             continue

@@ -14,6 +14,7 @@ from burnish.clock import show_seconds
 from burnish.config.grid import MODEL, Cell, Grid
 from burnish.config.load import LoadedRecipe
 from burnish.config.options import RunOptions
+from burnish.config.registry import find_spec
 from burnish.disk import check_space, format_bytes, free_bytes
 from burnish.errors import BurnishError
 from burnish.pipeline.disk_space import estimate_stage
@@ -178,7 +179,7 @@ def _render(plan: dict[str, Any]) -> Iterable[str]:
         what = "; ".join(f"{row['stage']}: {_describe(row)}" for row in own) or "nothing of its own"
         yield f"  {cell['cell']:<{width}}  {cell['state']}; {what}"
     yield ""
-    training = [row for row in rows.values() if row["kind"] != "evaluate"]
+    training = [row for row in rows.values() if find_spec(row["kind"]).trains]
     steps = sum(row.get("steps", 0) for row in training)
     yield f"in all     {len(training)} stages to train, {steps:,} steps; {len(rows) - len(training)} evaluations"
     yield f"disk       at least {format_bytes(plan['disk_bytes'])}; {format_bytes(plan['disk_free'])} free"
