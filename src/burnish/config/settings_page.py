@@ -10,9 +10,9 @@ from pydantic.fields import FieldInfo
 from burnish.config.aliases import KEY_ALIASES, VALUE_ALIASES
 from burnish.config.base import Settings
 from burnish.config.data import DataSettings, DataSource
+from burnish.config.example import format_default, group_fields
 from burnish.config.keys import section_class, settings_class
 from burnish.config.recipe import Recipe
-from burnish.config.example import format_default, group_fields
 from burnish.config.registry import ALIASES, KINDS, SECTIONS
 from burnish.config.train import TrainSettings
 from burnish.config.values import describe_limits
