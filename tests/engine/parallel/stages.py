@@ -29,7 +29,7 @@ class Wish:
 def build_trainer(runtime: Runtime, given: dict[str, Any]) -> Trainer:
     """A stage of six steps of four examples.
 
-    given: folder, strategy, method; optim, lora, checkpointing, kill (rank, after step), resume, resume_from.
+    given: folder, strategy, method; optim, lora, checkpointing, evaluate, kill (rank, after step), resume, resume_from.
     """
     method, head, k, reference = build_method(given["method"])
     settings = load_object(find_method_spec("sft").settings)(
@@ -42,7 +42,6 @@ def build_trainer(runtime: Runtime, given: dict[str, Any]) -> Trainer:
         micro_batch_tokens=60,
         optim=given.get("optim", "adamw"),
         eval_steps=3,
-        load_best_model_at_end=given.get("best", False),
     )
     options = {"checkpointing": given.get("checkpointing", False), "lora": given.get("lora", False)}
     policy = build_qwen(head, **options)
@@ -57,7 +56,7 @@ def build_trainer(runtime: Runtime, given: dict[str, Any]) -> Trainer:
         method=method,
         settings=settings,
         source=build_source(settings, groups, runtime.world, method),
-        held_out=[] if method.partners else build_groups(5, k=k, seed=9, reference=reference),
+        held_out=build_groups(5, k=k, seed=9, reference=reference) if given.get("evaluate") else [],
         trainable={f"policy.{n}": p for n, p in policy.named_parameters() if p.requires_grad},
         runtime=runtime,
         parallel=parallel,

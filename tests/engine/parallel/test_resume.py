@@ -22,7 +22,7 @@ def run(folder: Path, **given: Any) -> dict[str, str]:
 
 
 CASES = [
-    {"method": "sft", "checkpointing": True},
+    {"method": "sft", "checkpointing": True, "evaluate": True},
     {"method": "beta_dpo", "lora": True},
     {"method": "dpo bco_pair", "reshard": False},
     {"method": "kto kto", "optim": "adafactor"},
