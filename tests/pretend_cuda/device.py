@@ -7,17 +7,17 @@ CUDA would, and whatever would make the host wait for the device is counted with
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
 DEVICE = torch.device("cuda", 0)
@@ -131,11 +131,11 @@ class _State:
 
     def compute(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         name = func.overloadpacket.__name__
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = list(_find_tensors((*args, *kwargs.values())))
         on = [t for t in tensors if isinstance(t, OnDevice)]
         off = [t for t in tensors if not isinstance(t, OnDevice)]
-        inner_args = pytree.tree_map(_unwrap, tuple(args))
-        inner = pytree.tree_map(_unwrap, dict(kwargs))
+        inner_args = tuple(_unwrap(a) for a in args)
+        inner = {name: _unwrap(value) for name, value in kwargs.items()}
         asked = inner.get("device")
         if asked is not None:
             inner["device"] = torch.device("cpu")
@@ -155,8 +155,8 @@ class _State:
         result = func(*inner_args, **inner)
         if not goes or name in _HOST_RESULTS:
             return result
-        wrapped = pytree.tree_map(_wrap, result)
-        return return_and_correct_aliasing(func, args, kwargs, wrapped) if on else wrapped
+        wrapped = _wrap(result)
+        return return_and_correct_aliasing(func, args, kwargs, wrapped) if on and _has_aliases(func) else wrapped
 
     def _copy(
         self, func: Any, args: Any, inner: dict[str, Any], kwargs: dict[str, Any], on: Sequence[Tensor], goes: bool
@@ -196,12 +196,30 @@ def _refuse_mixing(name: str, off: Sequence[Tensor]) -> None:
         raise Mixed(f"aten.{name}: tensors of shape {bad} on the CPU beside tensors on cuda, in {find_place()}")
 
 
+def _find_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _find_tensors(value)
+
+
 def _unwrap(value: Any) -> Any:
-    return value.held if isinstance(value, OnDevice) else value
+    if isinstance(value, OnDevice):
+        return value.held
+    return type(value)(_unwrap(v) for v in value) if type(value) in (list, tuple) else value
 
 
 def _wrap(value: Any) -> Any:
-    return OnDevice(value) if isinstance(value, Tensor) and not isinstance(value, OnDevice) else value
+    if isinstance(value, Tensor):
+        return value if isinstance(value, OnDevice) else OnDevice(value)
+    return type(value)(_wrap(v) for v in value) if type(value) in (list, tuple) else value
+
+
+@functools.cache
+def _has_aliases(func: Any) -> bool:
+    """Whether the operation returns views of its arguments, or writes into them."""
+    return any(a.alias_info is not None for a in func._schema.arguments)
 
 
 _STATE = _State()
