@@ -19,6 +19,7 @@ from burnish.core.group import Group
 from burnish.engine.method import build_initial_state
 from burnish.engine.observe import Observed
 from burnish.errors import ConfigError
+from burnish.losses.mix import reads
 from burnish.losses.pairs import PairLoss, Pairs
 from burnish.methods.dpo import Dpo
 from burnish.models.policy import Policy
@@ -218,6 +219,7 @@ def test_beta_carries_no_gradient() -> None:
     assert torch.allclose(leaf.grad.double(), expected, rtol=1e-5, atol=1e-8)
 
 
+@reads()
 def compute_flat_loss(pairs: Pairs) -> PairLoss:
     return PairLoss(pairs.chosen_ratio**2, pairs.chosen_ratio, pairs.rejected_ratio)
 

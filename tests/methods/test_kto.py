@@ -16,7 +16,7 @@ from burnish.engine.method import arrange_groups
 from burnish.engine.source import OfflineSource
 from burnish.errors import DataError
 from burnish.methods.kto import Kto
-from burnish.methods.partners import find_partners
+from burnish.methods.partners import NextPrompts, find_partners
 
 
 def build_row(name: str, prompt: list[int], completion: list[int], label: float = 1.0) -> Group:
@@ -114,8 +114,9 @@ def test_a_partner_is_a_second_completion_and_never_longer_than_the_data() -> No
 
 
 def test_t12_partners_follow_the_order_of_each_epoch() -> None:
-    method = Kto(KtoSettings())
-    source = OfflineSource(rows(6), batch_size=4, epochs=2, max_steps=-1, seed=3, shuffle=True, arrange=method.arrange)
+    source = OfflineSource(
+        rows(6), batch_size=4, epochs=2, max_steps=-1, seed=3, shuffle=True, arrange=NextPrompts().arrange
+    )
     lent = []
     for epoch in range(2):
         order = source.order(epoch)

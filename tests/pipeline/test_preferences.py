@@ -91,11 +91,11 @@ def test_a_loss_of_one_s_own_file_trains_and_its_source_is_part_of_the_key(
 def test_a_setting_that_one_s_own_loss_does_not_read_is_refused(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Its parameters are read from the file before anything is loaded."""
+    """What it declares is known before the model is loaded."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_module.py").write_text(OWN.format(aim=1))
     assert train("dpo", inputs, tmp_path, "--loss_type", "my_module:my_loss", "--label_smoothing", "0.1") == 2
-    assert "loss_type my_module:my_loss does not use it" in capfd.readouterr().err
+    assert "my_module:my_loss does not use it" in capfd.readouterr().err
 
 
 def test_flipped_pairs_train_the_other_way_and_are_part_of_the_key(inputs: Path, tmp_path: Path) -> None:

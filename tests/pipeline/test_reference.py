@@ -60,11 +60,13 @@ def measure(inputs: Path, cache: Path, mode: str, stage: dict[str, Any]) -> Foun
     )
     found = load_inputs(settings, str(inputs / "model"), lambda folder: "")
     spec, precision = ModelSpec(), resolve_precision("fp32", RUNTIME.device, 32)
-    model = load_stage_model("policy", spec, settings, found.path, found.folder, precision, RUNTIME)
+    model = load_stage_model("policy", spec, settings, found.path, found.folder, precision, build_parallel(RUNTIME))
     built, policy = model.built, model.policy
     method = load_object(KINDS[settings.kind].runner)(settings)
     held_out = arrange_groups(method, found.data.held_out)
-    data = attach_reference(settings, method, found, {"policy": model}, found.data.train, held_out, cache, RUNTIME)
+    data = attach_reference(
+        settings, method, found, {"policy": model}, found.data.train, held_out, cache, build_parallel(RUNTIME)
+    )
     assert (data.model is None) == (mode == "cached"), "in the mode that was asked for"
     source = build_source(settings, data.train, 1, method, data.complete)
     groups = source.step(source.steps_per_epoch + 1).groups

@@ -17,6 +17,7 @@ import yaml
 from burnish.cli.main import main
 from burnish.config.load import load_recipe
 from burnish.core.batch import build_packed_batch
+from burnish.engine.parallel.choose import build_parallel
 from burnish.engine.runtime import Runtime
 from burnish.errors import BurnishError, ConfigError, NumericStop
 from burnish.methods.dpo import Dpo
@@ -215,7 +216,7 @@ def test_a_kill_keeps_every_bit(server: ForkServer, inputs: Path, tmp_path: Path
 @pytest.mark.dist
 def test_two_processes_score_and_train_as_one(weighed: Path, tmp_path: Path) -> None:
     """Each scores a share; margins, weights and losses of every step are those of one process, held-out pairs too."""
-    status, text, _ = start(["run", str(weighed / "small.yaml"), "--output-dir", str(tmp_path / "runs")], tmp_path)
+    status, text = start(["run", str(weighed / "small.yaml"), "--output-dir", str(tmp_path / "runs")], tmp_path)
     assert status == 0, text[-3000:]
     names = ("loss", "madpo_weights", "madpo_margins", "rewards/margins")
     for kind, prefix in (("train", ""), ("eval", "eval_")):
@@ -262,7 +263,7 @@ def test_scores_do_not_depend_on_the_batches_and_the_cache_is_used(
     found = []
     for budget in ("auto", 60):
         settings, prepared = prepare(scorer, inputs, micro_batch_tokens=budget)
-        runtime = Runtime(torch.device("cpu"))
+        runtime = build_parallel(Runtime(torch.device("cpu")))
         parts = attach_reward_margins(settings, Dpo(settings), prepared, tmp_path / str(budget), runtime)
         found.append([g.columns["reward_margin"] for part in parts for g in part])
         assert [len(part) for part in parts] == [18, 6]
@@ -289,7 +290,9 @@ def test_only_what_is_read_is_scored_and_the_model_is_gone_before_the_policy_com
     monkeypatch.setattr(
         reward_margins, "load_frozen", lambda *a, **k: [m := load(*a, **k), seen.append(weakref.ref(m))][0]
     )
-    train, held_out = attach_reward_margins(settings, Dpo(settings), prepared, tmp_path, Runtime(torch.device("cpu")))
+    train, held_out = attach_reward_margins(
+        settings, Dpo(settings), prepared, tmp_path, build_parallel(Runtime(torch.device("cpu")))
+    )
     assert sum("reward_margin" in g.columns for g in train) == 6 and len(train) == 24 and held_out == []
     gc.collect()
     assert len(seen) == 1 and seen[0]() is None
@@ -298,7 +301,9 @@ def test_only_what_is_read_is_scored_and_the_model_is_gone_before_the_policy_com
 def test_a_rank_scores_its_share(scorer: Path, inputs: Path, tmp_path: Path) -> None:
     """What two ranks gather is put back in order: here both shares are computed in one process, one after the other."""
     settings, prepared = prepare(scorer, inputs)
-    alone = attach_reward_margins(settings, Dpo(settings), prepared, tmp_path / "one", Runtime(torch.device("cpu")))
+    alone = attach_reward_margins(
+        settings, Dpo(settings), prepared, tmp_path / "one", build_parallel(Runtime(torch.device("cpu")))
+    )
     model = Policy(load_reward_model(str(scorer), dtype=torch.float32), head="score").eval()
     groups = [*prepared.data.train, *prepared.data.held_out]
 
@@ -309,7 +314,8 @@ def test_a_rank_scores_its_share(scorer: Path, inputs: Path, tmp_path: Path) -> 
             assert len(value) == 12
             return [value, compute_score_table(model, groups[1::2])]
 
-    both = attach_reward_margins(settings, Dpo(settings), prepared, tmp_path / "two", Pair(torch.device("cpu"), 0, 2))
+    pair = build_parallel(Pair(torch.device("cpu"), 0, 2))
+    both = attach_reward_margins(settings, Dpo(settings), prepared, tmp_path / "two", pair)
     one, two = ([g.columns["reward_margin"] for part in parts for g in part] for parts in (alone, both))
     np.testing.assert_allclose(one, two, atol=1e-5)
 

@@ -15,7 +15,7 @@ from burnish.cli.main import main
 from burnish.config.registry import find_spec
 from burnish.config.spec import may_resume_with
 from burnish.config.stages import DpoSettings, EvaluateSettings, RewardSettings, SftSettings
-from burnish.errors import UsageError
+from burnish.errors import ConfigError, UsageError
 from burnish.pipeline import inputs as stage_inputs
 from burnish.pipeline.decide import compute_key, decide
 from tests.pipeline.test_kill import build_command, run_pair
@@ -165,6 +165,10 @@ def test_r18_every_setting_is_either_harmless_or_refused(tmp_path, kind):
     harmless = may_resume_with(find_spec(values["kind"]))
     for name in values:
         changed = values | {name: "another"} if name != "max_steps" else values | {name: 7}
+        if name == "kind":  # of another kind it would be another stage, and of none an error
+            with pytest.raises(ConfigError, match="there is no kind 'another'"):
+                ask(changed, found)
+            continue
         if name in harmless:
             assert ask(changed, found) == "resume", name
             continue

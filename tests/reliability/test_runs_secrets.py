@@ -19,7 +19,7 @@ ENVIRONMENT = {
 DATA = ["hf_INDATAcanary0123456789abcdef", "sk-indata0123456789canary", "https://user:urlpassCanary3@host/x"]
 CANARIES = [*ENVIRONMENT.values(), *DATA[:2], "urlpassCanary3"]
 LOSS = """
-def leaky(pairs):
+def leaky(pairs, *, beta):
     raise RuntimeError("401 Unauthorized: token {token}, https://me:{url}@host/?token=canaryquery4")
 """
 

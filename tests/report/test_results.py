@@ -139,8 +139,8 @@ def test_terminal_table():
 
 def test_ticks():
     assert nice_ticks(0, 1, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert nice_ticks(1, 300, 4, whole=True) == [100, 200, 300]
-    assert nice_ticks(1, 3, 5, whole=True) == [1, 2, 3]
+    assert nice_ticks(1, 300, 4, integers=True) == [100, 200, 300]
+    assert nice_ticks(1, 3, 5, integers=True) == [1, 2, 3]
     assert nice_ticks(2, 2, 5) == [2]
     assert tick_labels([0, 5e-5, 1e-4, 1.5e-4], "learning_rate") == ["0", "5e−5", "1e−4", "1.5e−4"]
     assert tick_labels([-0.5, 0.0, 0.5], "loss") == ["−0.5", "0.0", "0.5"]

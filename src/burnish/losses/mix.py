@@ -45,12 +45,21 @@ class LossType:
             changed: Other values of settings that it reads (a `beta` of this step, or of each pair); others are ignored.
 
         Raises:
-            ConfigError: The function did not return a PairLoss of the pairs' shape.
+            ConfigError: The function takes other settings than it declares, or did not return a PairLoss of the pairs' shape.
         """
         arguments = self._arguments(state, changed)
         if self.entry.state and self.entry.coupled:
             arguments["evaluating"] = evaluating
-        out = self.function(pairs, **arguments)
+        try:
+            out = self.function(pairs, **arguments)
+        except TypeError as error:
+            if "keyword argument" not in str(error):
+                raise
+            raise ConfigError(
+                f"loss type {self.name} cannot be called with {', '.join(arguments) or 'no settings'}: {error}",
+                where="loss_type",
+                remedy="declare the settings that the function takes with @reads (burnish.losses.mix)",
+            ) from error
         shape = pairs.chosen.shape
         if not isinstance(out, PairLoss) or any(
             getattr(out, f).shape != shape for f in ("loss", "chosen_reward", "rejected_reward")

@@ -43,7 +43,9 @@ class Dpo(BaseMethod):
         self._read = collect_functionals(self.mix, settings)
         self.functionals = (*self._read, *self.weights.functionals)
         needs = find_needs(settings)
-        self.reference, self.coupled = needs.reference, needs.coupled
+        self.coupled = needs.coupled
+        live = any(f.needs_against for f in self._read)  # ε-DPO with ε = 0 reads no distribution
+        self.reference = needs.reference if live else needs.reference - {"logits"}
         self._single = len(self.mix) == 1
         self.control = BetaControl(settings.dynamic_beta, settings.beta, settings.seed)
         self.control.check_losses(self.mix)
