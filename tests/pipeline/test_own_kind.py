@@ -147,11 +147,13 @@ def test_a_wrong_kind_is_one_message_with_its_line(
 
 
 @pytest.mark.dist
-def test_two_processes_train_the_same(workplace: Path, server: ForkServer) -> None:
+@pytest.mark.parametrize("strategy", ["replicated", "fsdp2"])
+def test_two_processes_train_the_same(workplace: Path, server: ForkServer, strategy: str) -> None:
     log, plain = workplace / "log", "stages.0.optim=sgd"  # AdamW turns rounding of small gradients into whole updates
     assert server.run(["run", "own.yaml", "--output-dir", "a", plain], log=log, cwd=workplace) == 0
     env = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT))), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "burnish", "run", "own.yaml", "--output-dir", "b", plain, "--num-processes", "2"]
+    command.append(f"stages.0.distributed.strategy={strategy}")
     done = subprocess.run(command, cwd=workplace, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     for name in ("model.safetensors", "value/model.safetensors"):

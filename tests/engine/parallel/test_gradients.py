@@ -21,7 +21,7 @@ def check(rows: list[dict[str, Any]], limit: float) -> None:
         assert row["counts"][0]["policy backward"] >= 1
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "replicated"])
+@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("replicated", marks=pytest.mark.slow)])
 def test_g12_r23_every_kind_in_fp64(strategy):
     """With 5 examples, and with one, so that a rank has no data."""
     rows = run_ranks(
@@ -34,7 +34,12 @@ def test_g12_r23_every_kind_in_fp64(strategy):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"checkpointing": True}, {"lora": True}, {"lora": True, "checkpointing": True}], ids=str
+    "options",
+    [
+        {"lora": True, "checkpointing": True},
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ({}, {"checkpointing": True}, {"lora": True})),
+    ],
+    ids=str,
 )
 def test_fused_blocks_and_a_tied_head_in_fp32(options):
     given = {"methods": COUPLED, "strategy": "fsdp2", "model": "qwen", "n": [5, 1], "options": options}
